@@ -1,0 +1,332 @@
+"""The packed forward: blocks -> final norm -> pool, over the rows of a `SequencePlan`.
+
+Each block runs in the first of three ways that is right for it:
+
+1. *native*: runs of plain blocks in one call of the fused encoder (inference on a CPU);
+2. *packed*: the block's own submodules, called on packed rows (training, other devices, wrapped linears);
+3. *padded*: the block module itself, called on the padded tensor (hooks, replaced parts: whatever it does, it does).
+
+Nothing here knows a model class: adapters describe a transformer as `Block`s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules import module as module_internals
+
+from . import embedding, functional, registry
+from .packing import SequencePlan
+from .quantization import WeightCache
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Block:
+    """One pre-norm transformer block, as an adapter describes it."""
+
+    module: nn.Module
+    norm1: nn.Module
+    qkv: tuple[nn.Module, ...]  #: query, key, value; or one fused module
+    attention_dropout: nn.Dropout
+    out: nn.Module
+    out_dropout: nn.Dropout
+    norm2: nn.Module
+    fc1: nn.Module
+    activation: Callable
+    activation_dropout: nn.Dropout | None
+    fc2: nn.Module
+    fc2_dropout: nn.Dropout
+    num_heads: int
+    scale: float
+    exact_gelu: bool  #: `activation` is x * Phi(x)
+    checkpoint: Callable | None  #: `checkpoint(function, x)` where gradient checkpointing is on
+    call_padded: Callable  #: (x [B, L, D], key mask bool [B, L], want probabilities) -> (x, probabilities or None)
+
+    @classmethod
+    def opaque(cls, module: nn.Module, call_padded: Callable) -> Block:
+        """A block of unknown make, which can only be called as it is."""
+        unknown = dict.fromkeys((f.name for f in dataclasses.fields(cls)), None)
+        return cls(**unknown | {"module": module, "call_padded": call_padded})
+
+    @property
+    def packable(self) -> bool:
+        """No hooks, no replaced parts: calling the submodules on packed rows is calling the block."""
+        return (
+            self.norm1 is not None
+            and all(isinstance(norm, nn.LayerNorm) for norm in (self.norm1, self.norm2))
+            and all(map(is_tokenwise, (*self.qkv, self.out, self.fc1, self.fc2)))
+            and all(type(d) in (nn.Dropout, nn.Identity) for d in self.dropouts)
+            and not any_hooked(self.module)
+        )
+
+    @property
+    def dropouts(self) -> list[nn.Module]:
+        """The dropouts that the block has."""
+        every = (self.attention_dropout, self.out_dropout, self.activation_dropout, self.fc2_dropout)
+        return [d for d in every if d is not None]
+
+
+@dataclasses.dataclass(slots=True)
+class Encoded:
+    """What the trunk gives back, still packed."""
+
+    rows: torch.Tensor  #: [N, D] the residual stream after the last block
+    hidden_states: list[torch.Tensor]  #: packed [N, D] before the first block and after each, if asked for
+    attentions: list[torch.Tensor]  #: padded [B, H, L, L] of each block, if asked for
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more (or other) than its class's `forward`."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def any_hooked(module: nn.Module) -> bool:
+    """`is_hooked` of the module or anything inside it, or a hook on all modules."""
+    return module_internals._has_any_global_hook() or any(map(is_hooked, module.modules()))
+
+
+def is_tokenwise(module: nn.Module) -> bool:
+    """Whether `module` maps each row on its own, so that padding makes no difference: a linear, plain or wrapped."""
+    while not isinstance(module, nn.Linear):
+        module = getattr(module, "base_layer", None)
+        if module is None:
+            return False
+    return True
+
+
+def encode(
+    blocks: Sequence[Block],
+    rows: torch.Tensor,
+    plan: SequencePlan,
+    *,
+    weights: WeightCache | None = None,
+    want_hidden: bool = False,
+    want_attention: bool = False,
+) -> Encoded:
+    """Run the blocks over packed rows [N, D].
+
+    Args:
+        weights: quantised copies to compute with where no gradient is needed; None computes with the parameters.
+    """
+    result = Encoded(rows, [rows] if want_hidden else [], [])
+    i = 0
+    while i < len(blocks):
+        run = [] if want_attention else _native_run(blocks, i, result.rows, weights)
+        if run:
+            _encode_native(run, result, plan, want_hidden)
+            i += len(run)
+            continue
+        block = blocks[i]
+        if block.packable:
+            step = _packed_block(block, plan, want_attention)
+            if block.checkpoint is not None:
+                step = _checkpointed(block.checkpoint, step)
+            result.rows, probabilities = step(_as_parameters(result.rows, block))
+        else:
+            padded = plan.unpack(_as_parameters(result.rows, block))
+            padded, probabilities = block.call_padded(padded, plan.key_mask(), want_attention)
+            result.rows = plan.pack(padded)
+        if want_hidden:
+            result.hidden_states.append(result.rows)
+        if want_attention:
+            result.attentions.append(probabilities)
+        i += 1
+    return result
+
+
+def final_norm(norm: nn.Module, rows: torch.Tensor, plan: SequencePlan) -> torch.Tensor:
+    """The trunk's last LayerNorm on packed rows; a float32 stream is normalised before it is rounded to bfloat16."""
+    if any_hooked(norm) or type(norm) is not nn.LayerNorm:
+        return plan.pack(norm(plan.unpack(rows)))
+    dtype = norm.weight.dtype
+    if rows.dtype == dtype:
+        return norm(rows)
+    bias = None if norm.bias is None else norm.bias.to(rows.dtype)
+    return F.layer_norm(rows, norm.normalized_shape, norm.weight.to(rows.dtype), bias, norm.eps).to(dtype)
+
+
+def pool(pooler: nn.Module, rows: torch.Tensor, plan: SequencePlan) -> torch.Tensor:
+    """The pooler on each sample's first token: [B, D]."""
+    first = rows.index_select(0, plan.pool_rows)
+    if any_hooked(pooler):
+        padded = plan.unpack(rows)
+        return pooler(torch.cat([first[:, None], padded[:, 1:]], dim=1))
+    return pooler(first[:, None])
+
+
+def _as_parameters(rows, block):
+    """Rows in the dtype that the block's own modules work in (the native encoder hands over a float32 stream)."""
+    weight = getattr(block.norm1, "weight", None)
+    if weight is None or weight.dtype == rows.dtype or weight.dtype == torch.float32:
+        return rows
+    return rows.to(weight.dtype)
+
+
+# --- packed -----------------------------------------------------------------------------------------------------------
+
+
+def _packed_block(block: Block, plan: SequencePlan, want_attention: bool):
+    def step(x):
+        normed = block.norm1(x)
+        projected = [linear(normed) for linear in block.qkv]
+        if len(projected) == 1:
+            projected = projected[0].chunk(3, dim=-1)
+        query, key, value = (t.unflatten(-1, (block.num_heads, -1)) for t in projected)
+        dropout_p = embedding.live(block.attention_dropout)
+        if want_attention:
+            context, probabilities = _attention_with_probabilities(query, key, value, plan, block.scale, dropout_p)
+        else:
+            probabilities = None
+            context = functional.attention(
+                query,
+                key,
+                value,
+                plan.cu_seqlens,
+                plan.cu_seqlens,
+                plan.max_seqlen,
+                plan.max_seqlen,
+                seqused_k=None if plan.lengths == plan.key_lengths else plan.seqused_k,
+                dropout_p=dropout_p,
+                scale=block.scale,
+            )
+        x = x + block.out_dropout(block.out(context.flatten(-2)))
+        inner = block.activation(block.fc1(block.norm2(x)))
+        if block.activation_dropout is not None:
+            inner = block.activation_dropout(inner)
+        return block.fc2_dropout(block.fc2(inner)) + x, probabilities
+
+    return step
+
+
+def _checkpointed(checkpoint, step):
+    def recomputed(x):
+        return checkpoint(step, x)
+
+    return recomputed
+
+
+def _attention_with_probabilities(query, key, value, plan, scale, dropout_p):
+    """Attention that also returns its probabilities, padded [B, H, L, L] with zeros."""
+    width = plan.text_length + plan.image_length
+    heads = query.shape[1]
+    probabilities = query.new_zeros(plan.batch, heads, width, width)
+    context, start, shown = [], 0, 0
+    for b, (rows, keys) in enumerate(zip(plan.lengths, plan.key_lengths, strict=True)):
+        q, k, v = (t[start : start + n].transpose(0, 1) for t, n in ((query, rows), (key, keys), (value, keys)))
+        weights = F.dropout(torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1), dropout_p)
+        context.append((weights @ v).transpose(0, 1))
+        places = plan.padded_places[shown : shown + keys] - b * width
+        probabilities[b, :, places[:, None], places] = weights[:, :keys]
+        start, shown = start + rows, shown + keys
+    return torch.cat(context), probabilities
+
+
+# --- native -----------------------------------------------------------------------------------------------------------
+
+
+def _encode_native(run, result: Encoded, plan: SequencePlan, want_hidden: bool) -> None:
+    parameters, eps, compute, num_heads = run.parameters, run.eps, run.compute, run.num_heads
+    stream = functional.encoder(
+        result.rows.float(),
+        parameters,
+        plan.cu_seqlens,
+        plan.seqused_k,
+        plan.max_seqlen,
+        num_heads=num_heads,
+        eps=eps,
+        compute=compute,
+        return_hidden=want_hidden,
+    )
+    if want_hidden:
+        result.hidden_states.extend(stream.unbind(0))
+        stream = stream[-1]
+    result.rows = stream
+
+
+@dataclasses.dataclass(slots=True)
+class _Run:
+    """Consecutive blocks that one native call computes."""
+
+    parameters: list[torch.Tensor]
+    eps: list[float]
+    compute: str
+    num_heads: int
+    blocks: int = 0
+
+    def __len__(self):
+        return self.blocks
+
+
+def _native_run(blocks: Sequence[Block], first: int, rows: torch.Tensor, weights: WeightCache | None):
+    """The longest run of blocks from `first` on that the native encoder can take, or an empty one."""
+    run = _Run([], [], "", 0)
+    if torch.is_grad_enabled() or rows.device.type != "cpu" or registry.why_unavailable("encoder", "cpp"):
+        return run
+    for block in blocks[first:]:
+        if not _is_plain(block):
+            break
+        compute = _compute_type(block)
+        if compute is None or (len(run) and (compute, block.num_heads) != (run.compute, run.num_heads)):
+            break
+        run.compute, run.num_heads = compute, block.num_heads
+        run.parameters += _parameters(block)
+        run.eps += [block.norm1.eps, block.norm2.eps]
+        run.blocks += 1
+    if len(run) and weights is not None:
+        run.parameters, run.compute = weights.quantized(run.parameters, first), "int8"
+    return run
+
+
+def _is_plain(block: Block) -> bool:
+    """Whether the block is exactly the textbook block: its parameters tell all that it computes."""
+    if not (block.packable and block.exact_gelu):
+        return False
+    if any(type(norm) is not nn.LayerNorm or norm.weight is None for norm in (block.norm1, block.norm2)):
+        return False
+    if any(type(m) is not nn.Linear for m in (*block.qkv, block.out, block.fc1, block.fc2)):
+        return False
+    if any(map(embedding.live, block.dropouts)):
+        return False
+    head_dim = block.out.in_features // block.num_heads
+    return abs(block.scale * head_dim**0.5 - 1) < 1e-6
+
+
+_NO_BIAS = torch.empty(0)
+
+
+def _parameters(block: Block) -> list[torch.Tensor]:
+    """The 16 tensors of a plain block in the order that `functional.encoder` documents."""
+
+    def pair(module):
+        return [module.weight, _NO_BIAS if module.bias is None else module.bias]
+
+    if len(block.qkv) == 3:
+        qkv = [t for module in block.qkv for t in pair(module)]
+    else:
+        weights = block.qkv[0].weight.chunk(3)
+        biases = [_NO_BIAS] * 3 if block.qkv[0].bias is None else block.qkv[0].bias.chunk(3)
+        qkv = [t for two in zip(weights, biases, strict=True) for t in two]
+    return [*pair(block.norm1), *qkv, *pair(block.out), *pair(block.norm2), *pair(block.fc1), *pair(block.fc2)]
+
+
+def _compute_type(block: Block) -> str | None:
+    """What the native encoder computes this block in, or None where torch is to do it."""
+    linears = (*block.qkv, block.out, block.fc1, block.fc2)
+    if any(type(m.weight) not in (nn.Parameter, torch.Tensor) or not m.weight.is_contiguous() for m in linears):
+        return None
+    dtypes = {m.weight.dtype for m in linears}
+    if len(dtypes) > 1:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    return {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(dtypes.pop())

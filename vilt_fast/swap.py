@@ -1,0 +1,134 @@
+"""`accelerate` and `restore`: put the packed forward in place of a model's own, on the instance, and take it out again.
+
+A swap is an instance attribute (`forward`) on a module: nothing on a class or in another library changes, parameters and
+`state_dict` stay what they are, and deleting the attribute is the exact way back. The attribute is an ordinary object, so
+that `copy.deepcopy` and `pickle` carry it along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import torch
+from torch import nn
+
+from .quantization import WeightCache
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How an accelerated model computes."""
+
+    quantize: str | None = None
+    patch_order: str = "raster"
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        if self.quantize not in (None, "int8"):
+            raise ValueError(f"quantize must be None or 'int8', got {self.quantize!r}.")
+        if self.patch_order not in ("raster", "reference"):
+            raise ValueError(f"patch_order must be 'raster' or 'reference', got {self.patch_order!r}.")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}.")
+        if self.generator is not None and self.patch_order == "reference":
+            raise ValueError("patch_order='reference' draws from torch's default generator: pass no generator.")
+
+
+class Swapped:
+    """A method that stands in for a module's own, as an attribute of the instance. Adapters derive from it."""
+
+    name = "forward"  #: of the method
+
+    def __init__(self, module: nn.Module, options: Options):
+        self.module = module
+        self.options = options
+        self.weights = WeightCache() if options.quantize else None
+
+    @property
+    def __signature__(self):
+        return inspect.signature(self.own)
+
+    @property
+    def own(self):
+        """The module's own method, as its class defines it."""
+        return getattr(type(self.module), self.name).__get__(self.module)
+
+    def __call__(self, *args, **kwargs):
+        raise NotImplementedError
+
+
+def accelerate(
+    model: nn.Module,
+    *,
+    quantize: str | None = None,
+    patch_order: str = "raster",
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Make a ViLT model compute packed and fused, in place; its parameters, `state_dict` and outputs stay what they are.
+
+    Args:
+        model: any of HuggingFace's `Vilt*` models, the original `ViLTransformerSS`, or a module that contains one.
+        quantize: "int8" computes the linear layers of inference with 8-bit weights (a scale a channel) and activations
+            (a scale a token). Keeps a quantised copy of these weights; training is not touched.
+        patch_order: "raster" gives image tokens row by row. "reference" reproduces the random order that the reference
+            draws, under the same torch seed, so that outputs can be compared element by element.
+        generator: for the patches that a positive `config.max_image_length` samples.
+
+    Returns:
+        The same model. Accelerating again replaces the options.
+
+    Raises:
+        TypeError: no part of `model` is a ViLT that is known here. Nothing has been changed then.
+        ValueError: an option has no such value. Nothing has been changed then.
+    """
+    from .adapters import find
+
+    options = Options(quantize, patch_order, generator)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}.")
+    swaps = find(model)
+    for module, kind in swaps:
+        present = module.__dict__.get(kind.name)
+        if present is not None and not isinstance(present, Swapped):
+            raise TypeError(
+                f"{type(module).__name__} already has a {kind.name} of its own on the instance ({type(present).__name__}): "
+                "remove that wrapper, or accelerate before it is put on."
+            )
+    if not swaps:
+        raise TypeError(
+            f"{type(model).__name__} contains no ViLT model: accelerate takes transformers' Vilt* classes and the "
+            "original ViLTransformerSS, or a module around one of them."
+        )
+    for module, kind in swaps:
+        setattr(module, kind.name, kind(module, options))
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate` exactly; a model that was never accelerated is returned as it is.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+    """
+    for swapped in _swaps(model, "restore"):
+        delattr(swapped.module, swapped.name)
+    return model
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Quantise again at the next call. Needed only after single elements of a weight were edited through `.data`.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+    """
+    for swapped in _swaps(model, "refresh"):
+        if swapped.weights is not None:
+            swapped.weights.clear()
+    return model
+
+
+def _swaps(model, verb) -> list[Swapped]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} takes a torch.nn.Module, got {type(model).__name__}.")
+    return [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Swapped)]
