@@ -1,0 +1,220 @@
+"""encoder: reference against HuggingFace's layers, the native stack under the error budget in three precisions."""
+
+import pytest
+import torch
+from transformers import ViltConfig
+from transformers.models.vilt.modeling_vilt import ViltEncoder
+
+from vilt_fast import functional
+from vilt_fast.reference.encoder import WEIGHTS, quantized_channels, quantized_rows
+from vilt_fast.testing import assert_within_budget, encoder_parameters, offsets, random_weights, sliced, strided
+
+LAYERS, WIDTH, INNER, HEADS = 2, 64, 96, 2
+EPS = [1e-6, 1e-12, 1e-5, 1e-6]
+LENGTHS = {
+    "ragged": ([11, 3, 1, 20], [11, 3, 1, 20]),
+    "query only": ([9, 4], [8, 3]),
+    "empty": ([5, 0, 2], [5, 0, 2]),
+    "one row": ([1], [1]),
+}
+
+
+def _arguments(case="ragged", dtype=torch.float32, bias=True, layers=LAYERS):
+    lengths, used = LENGTHS[case]
+    return dict(
+        x=torch.randn(sum(lengths), WIDTH, dtype=dtype),
+        parameters=encoder_parameters(layers, WIDTH, INNER, bias=bias, dtype=dtype),
+        cu_seqlens=offsets(lengths), seqused_k=torch.tensor(used, dtype=torch.int32), max_seqlen=max(lengths),
+        num_heads=HEADS, eps=EPS[: 2 * layers],
+    )  # fmt: skip
+
+
+def _double(arguments):
+    return arguments | {"x": arguments["x"].double(), "parameters": [p.double() for p in arguments["parameters"]]}
+
+
+def _blobs(parameters):
+    return [functional.quantize_linear(p) if i % 16 in WEIGHTS else p for i, p in enumerate(parameters)]
+
+
+def hf_parameters(layer):
+    own, out = layer.attention.attention, layer.attention.output.dense
+    modules = (
+        layer.layernorm_before, own.query, own.key, own.value, out,
+        layer.layernorm_after, layer.intermediate.dense, layer.output.dense,
+    )  # fmt: skip
+    return [t for m in modules for t in (m.weight, torch.empty(0) if m.bias is None else m.bias)]
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+@torch.no_grad()
+def test_reference_is_huggingface(qkv_bias):
+    config = ViltConfig(
+        hidden_size=24, num_attention_heads=3, intermediate_size=40, num_hidden_layers=2, qkv_bias=qkv_bias
+    )
+    module = random_weights(ViltEncoder(config)).double().eval()
+    eps = [1e-3, 1e-12, 0.1, 1e-6]
+    for layer, pair in zip(module.layer, (eps[:2], eps[2:]), strict=True):
+        layer.layernorm_before.eps, layer.layernorm_after.eps = pair
+    lengths = [5, 2, 7]
+    padded = torch.randn(3, 7, 24, dtype=torch.float64)
+    mask = torch.arange(7) < torch.tensor(lengths).unsqueeze(1)
+    bias = torch.zeros(3, 1, 1, 7, dtype=torch.float64).masked_fill(~mask[:, None, None], float("-inf"))
+    hidden = module(padded, bias, output_hidden_states=True).hidden_states
+    parameters = [p for layer in module.layer for p in hf_parameters(layer)]
+    got = functional.encoder(
+        padded[mask], parameters, offsets(lengths), torch.tensor(lengths, dtype=torch.int32), 7,
+        num_heads=3, eps=eps, return_hidden=True, backend="reference",
+    )  # fmt: skip
+    for layer, want in enumerate(hidden[1:]):
+        torch.testing.assert_close(got[layer], want[mask], rtol=1e-11, atol=1e-12)
+
+
+def test_int8_emulation():
+    x = torch.randn(7, 33, dtype=torch.float64) * 5
+    x[3] = 0
+    step = (x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)) / 255
+    assert ((quantized_rows(x) - x).abs().amax(1) <= step * 1.0001).all() and not quantized_rows(x)[3].any()
+    for row in quantized_rows(x):
+        assert len(row.unique()) <= 256
+    error = (quantized_channels(x) - x).abs().amax(1)
+    assert (error <= x.abs().amax(1) / 127 / 2 * 1.0001).all()
+    exact = torch.arange(-127.0, 128).unsqueeze(0)
+    assert torch.equal(quantized_channels(exact), exact)
+
+
+def test_reference_is_differentiable_and_precisions_are_ordered():
+    arguments = _arguments(dtype=torch.float64)
+    exact = functional.encoder(**arguments)
+    errors = [(functional.encoder(**arguments, compute=c) - exact).norm() / exact.norm() for c in ("bfloat16", "int8")]
+    assert 1e-4 < errors[0] < errors[1] < 0.3
+    arguments["x"].requires_grad_()
+    assert torch.autograd.grad(functional.encoder(**arguments).sum(), arguments["x"])[0].isfinite().all()
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("case", LENGTHS)
+@torch.no_grad()
+def test_cpp_within_budget(case, bias, compute):
+    arguments = _arguments(case, bias=bias)
+    before = arguments["x"].clone()
+    exact = functional.encoder(**_double(arguments), return_hidden=True, backend="reference")
+    plain = functional.encoder(**arguments, compute=compute, return_hidden=True, backend="reference")
+    if compute == "int8":
+        arguments["parameters"] = _blobs(arguments["parameters"])
+    got = functional.encoder(**arguments, compute=compute, return_hidden=True, backend="cpp")
+    assert got.dtype == torch.float32 and torch.equal(arguments["x"], before)
+    for layer in range(LAYERS):
+        assert_within_budget(got[layer], plain[layer], exact[layer], what=f"{compute} layer {layer}")
+    last = functional.encoder(**arguments, compute=compute, backend="cpp")
+    assert torch.equal(last, got[-1])
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
+@torch.no_grad()
+def test_every_instruction_set_within_budget(compute, monkeypatch):
+    from vilt_fast import _C
+
+    arguments = _arguments()
+    exact = functional.encoder(**_double(arguments), backend="reference")
+    plain = functional.encoder(**arguments, compute=compute, backend="reference")
+    if compute == "int8":
+        arguments["parameters"] = _blobs(arguments["parameters"])
+    for isa in _C.cpu_features()["isas"]:
+        monkeypatch.setenv("VILT_FAST_CPU_ISA", isa)
+        got = functional.encoder(**arguments, compute=compute, backend="cpp")
+        assert_within_budget(got, plain, exact, what=f"{compute} on {isa}")
+
+
+@pytest.mark.parametrize("layout", [strided, sliced])
+@torch.no_grad()
+def test_cpp_takes_any_layout(layout):
+    arguments = _arguments()
+    want = functional.encoder(**arguments, backend="cpp")
+    hostile = arguments | {
+        "x": layout(arguments["x"]),
+        "parameters": [layout(p) for p in arguments["parameters"]],
+    }
+    assert torch.equal(functional.encoder(**hostile, backend="cpp"), want)
+
+
+@torch.no_grad()
+def test_cpp_bfloat16_parameters():
+    arguments = _arguments(layers=1)
+    arguments["parameters"] = [p.to(torch.bfloat16) for p in arguments["parameters"]]
+    exact = functional.encoder(**_double(arguments), backend="reference")
+    plain = functional.encoder(**arguments, compute="bfloat16", backend="reference")
+    assert_within_budget(functional.encoder(**arguments, compute="bfloat16", backend="cpp"), plain, exact)
+
+
+@torch.no_grad()
+def test_nan_stays_in_its_sample():
+    arguments = _arguments()
+    for backend in ("reference", "cpp"):
+        want = functional.encoder(**arguments, backend=backend)
+        x = arguments["x"].clone()
+        x[12] = float("nan")
+        got = functional.encoder(**(arguments | {"x": x}), backend=backend)
+        assert torch.equal(got[:11], want[:11]) and torch.equal(got[14:], want[14:]) and got[11:14].isnan().all()
+
+
+@torch.no_grad()
+def test_a_query_only_row_changes_no_other():
+    arguments = _arguments("query only")
+    for backend in ("reference", "cpp"):
+        want = functional.encoder(**arguments, backend=backend)
+        x = arguments["x"].clone()
+        x[8] += 3
+        got = functional.encoder(**(arguments | {"x": x}), backend=backend)
+        kept = [i for i in range(13) if i != 8]
+        assert torch.equal(got[kept], want[kept]) and not torch.equal(got[8], want[8])
+
+
+@torch.no_grad()
+def test_registered_op():
+    a = _arguments(layers=1)
+    for hidden in (False, True):
+        torch.library.opcheck(
+            torch.ops.vilt_fast.encoder.default,
+            (a["x"], a["parameters"], a["cu_seqlens"], a["seqused_k"], 20, HEADS, a["eps"], "float32", hidden, "cpp"),
+        )
+    compiled = torch.compile(lambda x: functional.encoder(**(a | {"x": x})) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a["x"]), functional.encoder(**a, backend="cpp") * 2)
+
+
+@torch.no_grad()
+def test_the_right_backend_is_chosen_for_int8():
+    arguments = _arguments(layers=1)
+    blobs = arguments | {"parameters": _blobs(arguments["parameters"])}
+    emulated = functional.encoder(**arguments, compute="int8")
+    assert torch.equal(emulated, functional.encoder(**arguments, compute="int8", backend="reference"))
+    assert torch.equal(
+        functional.encoder(**blobs, compute="int8"), functional.encoder(**blobs, compute="int8", backend="cpp")
+    )
+    with pytest.raises(RuntimeError, match="quantize_linear"):
+        functional.encoder(**arguments, compute="int8", backend="cpp")
+    with pytest.raises(RuntimeError, match="float weights"):
+        functional.encoder(**blobs, compute="int8", backend="reference")
+    with pytest.raises(ValueError, match="use compute='int8'"):
+        functional.encoder(**blobs)
+
+
+def test_bad_input():
+    arguments = _arguments(layers=1)
+    parameters = arguments["parameters"]
+    for change, message in (
+        ({"parameters": parameters[:-1]}, "holds 15 tensors, expected 16 a layer"),
+        ({"parameters": [*parameters[:2], parameters[2].T[:5], *parameters[3:]]}, r"parameter 2 has shape \[5, 64\]"),
+        ({"parameters": [parameters[0][:3], *parameters[1:]]}, "parameter 0 has shape"),
+        ({"eps": [1e-6]}, "eps holds 1 numbers, expected 2 a layer"),
+        ({"compute": "fp8"}, "compute is 'fp8'"),
+        ({"num_heads": 3}, "not a multiple of num_heads 3"),
+        ({"seqused_k": arguments["seqused_k"][:2]}, "seqused_k has shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            functional.encoder(**(arguments | change))
+    with pytest.raises(TypeError, match="x is torch.bfloat16"):
+        functional.encoder(**(arguments | {"x": arguments["x"].bfloat16()}))
+    with torch.no_grad(), pytest.raises(ValueError, match="cu_seqlens"):
+        functional.encoder(**(arguments | {"cu_seqlens": offsets([11, 3, 1, 21])}), backend="cpp")

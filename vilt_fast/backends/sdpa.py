@@ -1,0 +1,64 @@
+"""attention through PyTorch's `scaled_dot_product_attention`: samples of equal lengths go through together.
+
+A packed batch has few distinct (query length, key length) pairs; each pair is one dense SDPA call without any padding
+or mask. Differentiable. The lengths are read on the host, once a call.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ..reference.attention import visible
+
+
+def supports(op, return_lse=False, generator=False, **facts):
+    if return_lse:
+        return "SDPA does not return the log-sum-exp; use backend='reference' or return_lse=False."
+    if generator:
+        return "SDPA takes no generator; use backend='reference' or torch.manual_seed."
+    return ""
+
+
+def _starts_and_lengths(cu_seqlens):
+    ends = cu_seqlens.tolist()
+    return ends[:-1], [end - start for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def _take(rows, starts, length):
+    """Rows [G, H, length, d] of G samples: a view when they lie end to end, else a gathered copy."""
+    whole = all(after - before == length for before, after in zip(starts, starts[1:], strict=False))
+    if whole:
+        block = rows[starts[0] : starts[0] + len(starts) * length]
+    else:
+        block = torch.cat([rows[start : start + length] for start in starts])
+    return block.unflatten(0, (len(starts), length)).transpose(1, 2)
+
+
+def attention_fwd(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
+    seqused_k=None, causal_start=None, dropout_p=0.0, scale=None, return_lse=False, generator=None,
+):  # fmt: skip
+    q_starts, q_lengths = _starts_and_lengths(cu_seqlens_q)
+    k_starts, k_lengths = _starts_and_lengths(cu_seqlens_k)
+    if seqused_k is not None:
+        k_lengths = seqused_k.tolist()
+    groups = {}
+    for b, lengths in enumerate(zip(q_lengths, k_lengths, strict=True)):
+        groups.setdefault(lengths, []).append(b)
+
+    pieces = [None] * len(q_lengths)
+    for (q_len, k_len), members in groups.items():
+        qs = _take(q, [q_starts[b] for b in members], q_len)
+        ks, vs = (_take(t, [k_starts[b] for b in members], k_len) for t in (k, v))
+        if q_len == 0 or k_len == 0:  # SDPA gives NaN without keys
+            out = qs @ ks.transpose(2, 3) @ vs
+        else:
+            seen = None
+            if causal_start is not None:
+                seen = visible(causal_start[members], q_len, k_len, q.device).unsqueeze(1)
+            out = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=seen, dropout_p=dropout_p, scale=scale)
+        out = out.transpose(1, 2)  # [G, q_len, H, d]
+        if len(groups) == 1:
+            return out.flatten(0, 1)
+        for b, piece in zip(members, out.unbind(0), strict=True):
+            pieces[b] = piece
+    return torch.cat(pieces)

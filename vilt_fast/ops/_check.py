@@ -1,0 +1,102 @@
+"""Checks of shapes and dtypes at the public edge. Nothing here reads what a tensor on an accelerator holds."""
+
+import torch
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INDICES = (torch.int64, torch.int32)
+
+
+def shapes(op, **expected):
+    """Bind dimension names over all tensors; raise on the first that does not fit.
+
+    Each keyword is ``name=(tensor_or_None, "B M D")``; a dimension is a name, a number, a name plus a number ("B+1"),
+    and "..." in front stands for any leading dimensions. Returns {name: size}.
+    """
+    sizes = {}
+    for name, (tensor, spec) in expected.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a tensor [{spec}].")
+        dims = spec.split()
+        shape = tuple(tensor.shape)
+        if dims and dims[0] == "...":
+            dims = dims[1:]
+            shape = shape[len(shape) - len(dims) :] if len(shape) >= len(dims) else shape
+        fits = len(shape) == len(dims)
+        for dim, size in zip(dims, shape, strict=False):
+            symbol, _, extra = dim.partition("+")
+            if symbol.isdigit():
+                fits = fits and size == int(symbol)
+            elif symbol not in sizes:
+                sizes[symbol] = size - int(extra or 0)
+                fits = fits and sizes[symbol] >= 0
+            else:
+                fits = fits and size == sizes[symbol] + int(extra or 0)
+        if not fits:
+            known = ", ".join(f"{key}={value}" for key, value in sizes.items())
+            raise ValueError(
+                f"{op}: {name} has shape {list(tensor.shape)}, expected [{', '.join(spec.split())}] with {known} "
+                "(sizes taken from the arguments before it)."
+            )
+    return sizes
+
+
+def dtypes(op, allowed, **tensors):
+    """TypeError unless every tensor that is not None has one of the allowed dtypes."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in allowed:
+            expected = " or ".join(str(dtype) for dtype in allowed)
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {expected}; convert it with .to(...).")
+
+
+def same_dtype(op, **tensors):
+    """TypeError unless all tensors that are not None share one dtype."""
+    given = [(name, tensor.dtype) for name, tensor in tensors.items() if tensor is not None]
+    for name, dtype in given[1:]:
+        if dtype != given[0][1]:
+            raise TypeError(f"{op}: {name} is {dtype} but {given[0][0]} is {given[0][1]}; give both the same dtype.")
+
+
+def same_device(op, **tensors):
+    """ValueError unless all tensors that are not None live on one device."""
+    given = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    for name, device in given[1:]:
+        if device != given[0][1]:
+            raise ValueError(f"{op}: {name} is on {device} but {given[0][0]} is on {given[0][1]}; move them together.")
+
+
+def probability(op, dropout_p):
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability in [0, 1).")
+
+
+def positive(op, **numbers):
+    """ValueError unless every number is > 0 and finite."""
+    for name, number in numbers.items():
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{op}: {name} is {number}, expected a finite number > 0.")
+
+
+def counts(op, **numbers):
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{op}: {name} is {number!r}, expected an integer >= 1.")
+
+
+def readable(tensor):
+    """May its values be looked at? Only on the CPU, and not while torch.compile is tracing."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def needs_grad(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast(*tensors):
+    """What autocast would do to the inputs of a matrix product: cast float32 to its dtype; no-op when it is off."""
+    kind = getattr(tensors[0], "device", torch.device("cpu")).type  # what is no tensor is found by `shapes`
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    to = torch.get_autocast_dtype(kind)
+    return tuple(t.to(to) if t is not None and t.dtype == torch.float32 else t for t in tensors)

@@ -1,0 +1,46 @@
+"""Image half of ViLT's embedding, written with the text rows into one packed buffer [total_rows, D].
+
+    patch row = dropout(W . patch + bias + sum_c w_c * position[i_c]) + modality[m]      c over the 4 bilinear corners
+    CLS row   = dropout(cls_token + position[0])                      + modality[m]
+    text row  = copied from `text`
+
+Shapes: pixels [B, C, height, width]; weight [D, C, ph, pw]; bias [D] or None; cls_token [D]; position [1 + G, D], row 0
+for [CLS]; modality [M, D]; text [n_text, D]; text_rows [n_text]; for n listed patches patch_source [n] (flat
+image*gh*gw + y*gw + x, with gh = height // ph, gw = width // pw), patch_rows [n], patch_sample [n] (which entry of
+modality_index), pos_index [n, 4], pos_weight [n, 4] float32; cls_rows [B]; modality_index [B].
+Rows that nobody lists are zero. Pixels outside the listed patches are never read, so even NaN there changes nothing.
+The projection runs in the dtype of `weight`, the sums in at least float32.
+
+Source: ViLT (Kim et al. 2021) sec. 3.1; the corners and weights are `interpolate(mode="bilinear", align_corners=True)`
+of the position grid to the image's own patch grid.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def patch_embed(
+    pixels, weight, bias, cls_token, position, modality, text,
+    text_rows, patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index, total_rows, *,
+    dropout_p=0.0, out_dtype=None,
+):  # fmt: skip
+    ph, pw = weight.shape[-2:]
+    batch, channels, height, width = pixels.shape
+    gh, gw = height // ph, width // pw
+    wide = torch.promote_types(weight.dtype, torch.float32)
+
+    cells = pixels[:, :, : gh * ph, : gw * pw].reshape(batch, channels, gh, ph, gw, pw)
+    sample, cell = patch_source // (gh * gw), patch_source % (gh * gw)
+    chosen = cells[sample, :, cell // gw, :, cell % gw, :].to(weight.dtype)  # [n, C, ph, pw]
+    projected = F.linear(chosen.flatten(1), weight.flatten(1), bias).to(wide)
+    corners = position.to(wide)[pos_index]  # [n, 4, D]
+    patches = projected + (corners * pos_weight.to(wide).unsqueeze(-1)).sum(1)
+    patches = F.dropout(patches, dropout_p) + modality.to(wide)[modality_index[patch_sample]]
+
+    cls = (cls_token.to(wide) + position[0].to(wide)).expand(len(cls_rows), -1)
+    cls = F.dropout(cls, dropout_p) + modality.to(wide)[modality_index]
+
+    x = cls.new_zeros(total_rows, cls.shape[1])
+    for rows, values in ((text_rows, text.to(wide)), (patch_rows, patches), (cls_rows, cls)):
+        x = x.index_copy(0, rows, values)
+    return x.to(weight.dtype if out_dtype is None else out_dtype)
