@@ -1,0 +1,230 @@
+// The whole stack of pre-norm ViT blocks over packed rows: per layer x += O(attention(QKV(LN1 x))), then
+// x += FC2(gelu(FC1(LN2 x))). Sequences lie end to end; only attention knows where they begin.
+//
+// Rows are processed in chunks of whole samples, all layers of a chunk before the next, so that a chunk's activations
+// (about 7 MB at 448 rows in float32) stay in the last-level cache while the weights stream past once per chunk.
+// Either the whole team works on one chunk (a barrier after each phase), or, when the samples divide evenly enough,
+// every thread takes chunks of its own and never waits. Phases of a layer:
+//   LN1 (+ quantise) | QKV | attention | (quantise) | O + residual | LN2 (+ quantise) | FC1 + GELU | (quantise) | FC2 + residual
+//
+// Residual stream and norms are float32. Operands between products: float32, or bf16 in bf16 and int8 mode, where the
+// inputs of the products are quantised per row. Scratch per chunk: LN output, and one buffer that holds q, k, v and the
+// attention output first and the FFN hidden rows later.
+#include <stdlib.h>
+
+#include "attention.h"
+
+namespace vf::VF_ISA {
+
+constexpr int64_t kChunkRows = 448;
+constexpr int kPhases = 9;
+enum { LN1_W, LN1_B, Q_W, Q_B, K_W, K_B, V_W, V_B, O_W, O_B, LN2_W, LN2_B, FC1_W, FC1_B, FC2_W, FC2_B };
+
+struct Buffers {  // for the rows of one chunk
+  uint32_t *normed, *hidden_units;
+  float *scale, *offset;
+  char* wide;  // [rows][3 D] q k v, then [rows][D] attention output; later [rows][inner]
+};
+
+template <class T>
+struct Between {  // what attention computes in
+  using type = bf16x2;
+};
+template <>
+struct Between<f32> {
+  using type = f32;
+};
+
+template <class T>
+static Buffers chunk_buffers(Arena& arena, const EncoderArgs& a, int64_t rows) {
+  constexpr int64_t size = T::kUnit == 1 ? 4 : 2;
+  const int64_t ld = round_up(a.D, 4), ld_inner = round_up(a.inner, 4);
+  Buffers c;
+  c.normed = arena.take<uint32_t>(rows * ceil_div(a.D, T::kUnit));
+  c.hidden_units = arena.take<uint32_t>(T::kUnit == 4 ? rows * ceil_div(a.inner, 4) : 0);
+  c.scale = arena.take<float>(T::kUnit == 4 ? rows : 0);
+  c.offset = arena.take<float>(T::kUnit == 4 ? rows : 0);
+  c.wide = arena.take<char>(rows * (4 * ld > ld_inner ? 4 * ld : ld_inner) * size);
+  return c;
+}
+
+template <class Fn>
+VF_INLINE void each_row(Team& team, int64_t rows, Fn fn) {
+  constexpr int64_t kRows = 4;
+  for (int64_t item; (item = team.take()) * kRows < rows;)
+    for (int64_t r = item * kRows; r < min64(rows, (item + 1) * kRows); ++r) fn(r);
+}
+
+template <class T>
+static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Buffers& c, Workspace ws,
+                      const AttentionSpace& space, float* row_buffer) {
+  using Attn = typename Between<T>::type;
+  constexpr int kUnit = T::kUnit, dtype = kUnit == 1 ? F32 : BF16;
+  constexpr int64_t size = kUnit == 1 ? 4 : 2;
+  const int64_t base = a.cu_seqlens[b0], n = a.cu_seqlens[b1] - base, D = a.D;
+  const int64_t ld = round_up(D, 4), ld_inner = round_up(a.inner, 4), units = ceil_div(D, kUnit);
+  const int64_t inner_units = ceil_div(a.inner, kUnit);
+  char* const ctx = c.wide + n * 3 * ld * size;
+  float* const stream = a.out + base * D;
+
+  AttentionArgs attn{};
+  attn.q = c.wide - base * 3 * ld * size;
+  attn.k = (const char*)attn.q + ld * size;
+  attn.v = (const char*)attn.k + ld * size;
+  attn.out = ctx - base * ld * size;
+  attn.dtype = dtype, attn.H = a.H, attn.d = (int)(D / a.H), attn.B = a.B;
+  attn.ldq = attn.ldk = attn.ldv = 3 * ld, attn.ldo = ld;
+  attn.cu_q = attn.cu_k = a.cu_seqlens, attn.seqused_k = a.seqused_k;
+  attn.scale = 1.f / sqrtf((float)attn.d);
+
+  const Rows normed{c.normed, units, c.scale, c.offset};
+  auto operand = [&](const void* rows, int64_t ldr, uint32_t* quantised, int64_t quantised_ld) {
+    return kUnit == 4 ? Rows{quantised, quantised_ld, c.scale, c.offset} : Rows{(const uint32_t*)rows, ldr / kUnit, nullptr, nullptr};
+  };
+  auto norm = [&](const float* x, Param w, Param b, float eps, int64_t r) {
+    float* y = kUnit == 1 ? (float*)(c.normed + r * units) : row_buffer;
+    layer_norm(x, w, b, eps, D, y);
+    if (kUnit != 1) to_units<T>(y, F32, D, c.normed + r * units, c.scale + r, c.offset + r);
+  };
+  auto requantise = [&](const char* rows, int64_t ldr, int64_t K, uint32_t* out) {
+    each_row(team, n, [&](int64_t r) {
+      to_units<T>(rows + r * ldr * size, dtype, K, out + r * ceil_div(K, kUnit), c.scale + r, c.offset + r);
+    });
+    team.barrier();
+  };
+
+  for (int layer = 0; layer < a.layers; ++layer) {
+    const Param* p = a.params + layer * kLayerParams;
+    float* copy = a.hidden ? a.hidden + ((int64_t)layer * a.N + base) * D : nullptr;
+
+    each_row(team, n, [&](int64_t r) {
+      if (layer == 0) memcpy(stream + r * D, a.x + (base + r) * D, (size_t)D * 4);
+      norm(stream + r * D, p[LN1_W], p[LN1_B], a.eps[2 * layer], r);
+    });
+    team.barrier();
+
+    const Weight qkv[3] = {{p[Q_W], p[Q_B], D, D}, {p[K_W], p[K_B], D, D}, {p[V_W], p[V_B], D, D}};
+    const Weight o{p[O_W], p[O_B], D, D}, fc1{p[FC1_W], p[FC1_B], a.inner, D}, fc2{p[FC2_W], p[FC2_B], D, a.inner};
+    const Param* following = layer + 1 < a.layers ? p + kLayerParams : p;
+    const Weight next_q{following[Q_W], following[Q_B], D, D};
+    const Store<Finish::kPlain> to_qkv[3] = {{c.wide, dtype, 3 * ld, nullptr},
+                             {c.wide + ld * size, dtype, 3 * ld, nullptr},
+                             {c.wide + 2 * ld * size, dtype, 3 * ld, nullptr}};
+    gemm<T>(team, normed, n, qkv, to_qkv, 3, &o, ws);
+    team.barrier();
+
+    attention_phase<Attn>(team, attn, b0, b1, space);
+    team.barrier();
+
+    if (kUnit == 4) requantise(ctx, ld, D, c.normed);
+    const Store<Finish::kResidual> add{stream, F32, D, nullptr};
+    gemm<T>(team, operand(ctx, ld, c.normed, units), n, &o, &add, 1, &fc1, ws);
+    team.barrier();
+
+    each_row(team, n, [&](int64_t r) { norm(stream + r * D, p[LN2_W], p[LN2_B], a.eps[2 * layer + 1], r); });
+    team.barrier();
+
+    const Store<Finish::kGelu> to_hidden{c.wide, dtype, ld_inner, nullptr};
+    gemm<T>(team, normed, n, &fc1, &to_hidden, 1, &fc2, ws);
+    team.barrier();
+
+    if (kUnit == 4) requantise(c.wide, ld_inner, a.inner, c.hidden_units);
+    const Store<Finish::kResidual> add_copy{stream, F32, D, copy};
+    gemm<T>(team, operand(c.wide, ld_inner, c.hidden_units, inner_units), n, &fc2, &add_copy, 1, &next_q, ws);
+    team.barrier();
+  }
+}
+
+// Cuts the samples into chunks of about `target` rows; bounds[i] is the first sample of chunk i. Returns their number.
+static int cut(const EncoderArgs& a, int64_t chunks, int* bounds) {
+  int count = 0;
+  bounds[0] = 0;
+  for (int b = 1; b <= a.B; ++b) {
+    const int64_t end = a.cu_seqlens[b], goal = a.N * (count + 1) / chunks;
+    const int64_t next = b < a.B ? a.cu_seqlens[b + 1] : end;
+    if (b == a.B || (count + 1 < chunks && next - goal > goal - end)) bounds[++count] = b;
+  }
+  return count;
+}
+
+static int64_t chunk_rows(const EncoderArgs& a, const int* bounds, int chunk) {
+  return a.cu_seqlens[bounds[chunk + 1]] - a.cu_seqlens[bounds[chunk]];
+}
+
+// Rows of the busiest thread if every thread takes the next chunk when it is free.
+static int64_t makespan(const EncoderArgs& a, const int* bounds, int chunks) {
+  int64_t load[64] = {}, worst = 0;
+  if (a.threads > 64) return a.N;
+  for (int i = 0; i < chunks; ++i) {
+    int idle = 0;
+    for (int t = 1; t < a.threads; ++t)
+      if (load[t] < load[idle]) idle = t;
+    load[idle] += chunk_rows(a, bounds, i);
+    worst = load[idle] > worst ? load[idle] : worst;
+  }
+  return worst;
+}
+
+template <class T>
+static void run(const EncoderArgs& a) {
+  int* bounds = (int*)malloc(((size_t)a.B + 1) * sizeof(int));
+  bool solo = a.threads > 1 && a.B >= a.threads;
+  int chunks = 0;
+  if (solo) {
+    chunks = cut(a, a.threads * ceil_div(a.N, a.threads * kChunkRows), bounds);
+    solo = makespan(a, bounds, chunks) * a.threads <= a.N + a.N / 16;
+  }
+  if (!solo) chunks = cut(a, ceil_div(a.N, a.threads > 4 ? kChunkRows * a.threads / 4 : kChunkRows), bounds);
+  int64_t most = 0;
+  for (int i = 0; i < chunks; ++i) most = chunk_rows(a, bounds, i) > most ? chunk_rows(a, bounds, i) : most;
+
+  const int64_t phases = solo ? 1 : (int64_t)chunks * a.layers * kPhases + 1;
+  Arena measure{nullptr, 0};
+  measure.take<Phase>(phases);
+  const size_t shared = measure.used;  // the phases, and the buffers of a chunk unless every thread has its own
+  chunk_buffers<T>(measure, a, most);
+  const size_t chunk_bytes = measure.used - shared;
+  attention_space(measure, a.D / a.H);
+  measure.take<float>(round_up(a.D, kLanes));
+  measure.take<char>(kWorkspaceBytes);
+  const size_t own_bytes = measure.used - shared - chunk_bytes;
+  const size_t total = shared + own_bytes * a.threads + chunk_bytes * (solo ? a.threads : 1);
+  char* buffer = (char*)scratch_acquire(total);
+  memset(buffer, 0, shared);
+  if (a.D % 4 || a.inner % 4) memset(buffer, 0, total);  // padding columns must hold finite values
+
+#pragma omp parallel num_threads(a.threads)
+  {
+    const int rank = team_rank();
+    Arena chunk{buffer + shared + (solo ? chunk_bytes * (size_t)rank : 0), 0};
+    Arena own{buffer + shared + chunk_bytes * (solo ? (size_t)a.threads : 1) + own_bytes * (size_t)rank, 0};
+    const Buffers buffers = chunk_buffers<T>(chunk, a, most);
+    const AttentionSpace space = attention_space(own, a.D / a.H);
+    float* row = own.take<float>(round_up(a.D, kLanes));
+    const Workspace ws = workspace(own.take<char>(kWorkspaceBytes));
+    Phase own_phase{};
+    Team alone{1, 0, &own_phase}, all{team_size(), rank, (Phase*)buffer};
+    if (all.size == 1) all = alone;
+    if (solo) {
+      for (int64_t i; (i = __atomic_fetch_add(&((Phase*)buffer)->taken, 1, __ATOMIC_RELAXED)) < chunks;)
+        run_chunk<T>(alone, a, bounds[i], bounds[i + 1], buffers, ws, space, row);
+    } else {
+      for (int i = 0; i < chunks; ++i) run_chunk<T>(all, a, bounds[i], bounds[i + 1], buffers, ws, space, row);
+    }
+  }
+  scratch_release(buffer);
+  free(bounds);
+}
+
+void encoder(const EncoderArgs& a) {
+  if (a.N == 0) return;
+  if (a.layers == 0) {
+    memcpy(a.out, a.x, (size_t)(a.N * a.D) * 4);
+    return;
+  }
+  if (a.compute == F32) run<f32>(a);
+  else if (a.compute == BF16) run<bf16x2>(a);
+  else run<u8s8x4>(a);
+}
+
+}  // namespace vf::VF_ISA

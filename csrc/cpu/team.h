@@ -1,0 +1,70 @@
+// A team of threads working through phases: items are taken from an atomic counter, a barrier ends each phase.
+//
+// All threads of one `#pragma omp parallel` region form a team, or each thread is a team of one with no barriers. Every
+// phase has its own counters, so nobody has to reset one that another thread may still read. The barrier spins for some
+// 20 us and then yields: OpenMP's own spins for milliseconds, which on a busy machine keeps the awaited thread off the CPU.
+#pragma once
+#include <sched.h>
+
+#include "vec.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace vf::VF_ISA {
+
+struct Phase {  // zeroed before use; the two counters in different cache lines
+  alignas(64) int64_t taken;
+  alignas(64) int64_t arrived;
+};
+
+struct Team {
+  int size, rank;
+  Phase* phase;  // a team of one uses the same phase again and again
+
+  int64_t take() { return size > 1 ? __atomic_fetch_add(&phase->taken, 1, __ATOMIC_RELAXED) : phase->taken++; }
+  void barrier() {
+    if (size == 1) {
+      phase->taken = 0;
+      return;
+    }
+    __atomic_fetch_add(&phase->arrived, 1, __ATOMIC_ACQ_REL);
+    for (int i = 0; __atomic_load_n(&phase->arrived, __ATOMIC_ACQUIRE) < size; ++i) {
+      if (i >= 1000) sched_yield();
+#if VF_LEVEL > 0
+      else _mm_pause();
+#endif
+    }
+    ++phase;
+  }
+};
+
+VF_INLINE int team_rank() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+VF_INLINE int team_size() {
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+// Hands out 64-byte-aligned pieces of one buffer. With base == nullptr it only measures: lay out twice, allocate between.
+struct Arena {
+  char* base;
+  size_t used;
+  template <class X>
+  X* take(int64_t n) {
+    X* p = (X*)(base + used);
+    used += ((size_t)n * sizeof(X) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+}  // namespace vf::VF_ISA
