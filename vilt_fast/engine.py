@@ -44,7 +44,7 @@ class Block:
     scale: float
     exact_gelu: bool  #: `activation` is x * Phi(x)
     checkpoint: Callable | None  #: `checkpoint(function, x)` where gradient checkpointing is on
-    call_padded: Callable  #: (x [B, L, D], key mask bool [B, L], want probabilities) -> (x, probabilities or None)
+    call_padded: Callable  #: (x [B, L, D], plan, want probabilities) -> (x, probabilities or None)
 
     @classmethod
     def opaque(cls, module: nn.Module, call_padded: Callable) -> Block:
@@ -79,20 +79,25 @@ class Encoded:
     attentions: list[torch.Tensor]  #: padded [B, H, L, L] of each block, if asked for
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does more (or other) than its class's `forward`."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to the calls of `module`, or of all modules."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        or module_internals._has_any_global_hook()
     )
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling `module` does more (or other) than its class's `forward`."""
+    return has_hooks(module) or "forward" in module.__dict__
+
+
 def any_hooked(module: nn.Module) -> bool:
-    """`is_hooked` of the module or anything inside it, or a hook on all modules."""
-    return module_internals._has_any_global_hook() or any(map(is_hooked, module.modules()))
+    """`is_hooked` of the module or anything inside it."""
+    return any(map(is_hooked, module.modules()))
 
 
 def is_tokenwise(module: nn.Module) -> bool:
@@ -133,8 +138,9 @@ def encode(
                 step = _checkpointed(block.checkpoint, step)
             result.rows, probabilities = step(_as_parameters(result.rows, block))
         else:
-            padded = plan.unpack(_as_parameters(result.rows, block))
-            padded, probabilities = block.call_padded(padded, plan.key_mask(), want_attention)
+            padded = plan.unpack(_as_parameters(result.rows, block), query_rows=True)
+            padded, probabilities = block.call_padded(padded, plan, want_attention)
+            probabilities = of_real_queries(probabilities, plan)
             result.rows = plan.pack(padded)
         if want_hidden:
             result.hidden_states.append(result.rows)
@@ -144,10 +150,17 @@ def encode(
     return result
 
 
+def of_real_queries(probabilities: torch.Tensor | None, plan: SequencePlan) -> torch.Tensor | None:
+    """Attention probabilities [B, H, L, L] with zeros where a padded position asks."""
+    if probabilities is None or plan.dense:
+        return probabilities
+    return probabilities.masked_fill(~plan.key_mask()[:, None, :, None], 0)
+
+
 def final_norm(norm: nn.Module, rows: torch.Tensor, plan: SequencePlan) -> torch.Tensor:
     """The trunk's last LayerNorm on packed rows; a float32 stream is normalised before it is rounded to bfloat16."""
     if any_hooked(norm) or type(norm) is not nn.LayerNorm:
-        return plan.pack(norm(plan.unpack(rows)))
+        return plan.pack(norm(plan.unpack(rows, query_rows=True)))
     dtype = norm.weight.dtype
     if rows.dtype == dtype:
         return norm(rows)
@@ -155,13 +168,11 @@ def final_norm(norm: nn.Module, rows: torch.Tensor, plan: SequencePlan) -> torch
     return F.layer_norm(rows, norm.normalized_shape, norm.weight.to(rows.dtype), bias, norm.eps).to(dtype)
 
 
-def pool(pooler: nn.Module, rows: torch.Tensor, plan: SequencePlan) -> torch.Tensor:
-    """The pooler on each sample's first token: [B, D]."""
-    first = rows.index_select(0, plan.pool_rows)
-    if any_hooked(pooler):
-        padded = plan.unpack(rows)
-        return pooler(torch.cat([first[:, None], padded[:, 1:]], dim=1))
-    return pooler(first[:, None])
+def pool(pooler: nn.Module, rows: torch.Tensor, plan: SequencePlan, *, first_only: bool = True) -> torch.Tensor:
+    """The pooler's [B, D]; one that reads but the first token of a sample (`first_only`) is given just that."""
+    if any_hooked(pooler) or not first_only:
+        return pooler(plan.unpack(rows, query_rows=True))
+    return pooler(rows.index_select(0, plan.pool_rows)[:, None])
 
 
 def _as_parameters(rows, block):
@@ -184,7 +195,11 @@ def _packed_block(block: Block, plan: SequencePlan, want_attention: bool):
         query, key, value = (t.unflatten(-1, (block.num_heads, -1)) for t in projected)
         dropout_p = embedding.live(block.attention_dropout)
         if want_attention:
-            context, probabilities = _attention_with_probabilities(query, key, value, plan, block.scale, dropout_p)
+            # The reference adds a mask, if any, in the dtype of its stream: under autocast that is not the scores'.
+            dtype = query.dtype if plan.dense else torch.promote_types(query.dtype, x.dtype)
+            context, probabilities = _attention_with_probabilities(
+                query, key, value, plan, block.scale, dropout_p, dtype
+            )
         else:
             probabilities = None
             context = functional.attention(
@@ -215,15 +230,16 @@ def _checkpointed(checkpoint, step):
     return recomputed
 
 
-def _attention_with_probabilities(query, key, value, plan, scale, dropout_p):
+def _attention_with_probabilities(query, key, value, plan, scale, dropout_p, dtype):
     """Attention that also returns its probabilities, padded [B, H, L, L] with zeros."""
     width = plan.text_length + plan.image_length
     heads = query.shape[1]
-    probabilities = query.new_zeros(plan.batch, heads, width, width)
+    probabilities = query.new_zeros(plan.batch, heads, width, width, dtype=dtype)
     context, start, shown = [], 0, 0
     for b, (rows, keys) in enumerate(zip(plan.lengths, plan.key_lengths, strict=True)):
         q, k, v = (t[start : start + n].transpose(0, 1) for t, n in ((query, rows), (key, keys), (value, keys)))
-        weights = F.dropout(torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1), dropout_p)
+        scores = (q @ k.transpose(1, 2) * scale).to(dtype)
+        weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p)
         context.append((weights @ v).transpose(0, 1))
         places = plan.padded_places[shown : shown + keys] - b * width
         probabilities[b, :, places[:, None], places] = weights[:, :keys]
@@ -302,6 +318,7 @@ def _is_plain(block: Block) -> bool:
 
 
 _NO_BIAS = torch.empty(0)
+_NATIVE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
 def _parameters(block: Block) -> list[torch.Tensor]:
@@ -321,12 +338,12 @@ def _parameters(block: Block) -> list[torch.Tensor]:
 
 def _compute_type(block: Block) -> str | None:
     """What the native encoder computes this block in, or None where torch is to do it."""
-    linears = (*block.qkv, block.out, block.fc1, block.fc2)
-    if any(type(m.weight) not in (nn.Parameter, torch.Tensor) or not m.weight.is_contiguous() for m in linears):
+    parameters = _parameters(block)
+    if any(type(t) not in (nn.Parameter, torch.Tensor) or not t.is_contiguous() for t in parameters):
         return None
-    dtypes = {m.weight.dtype for m in linears}
-    if len(dtypes) > 1:
+    if any(t.dtype not in _NATIVE for t in parameters):
         return None
+    dtypes = {t.dtype for t in parameters if t.dim() == 2}
     if torch.is_autocast_enabled("cpu"):
         dtypes = {torch.get_autocast_dtype("cpu")}
-    return {torch.float32: "float32", torch.bfloat16: "bfloat16"}.get(dtypes.pop())
+    return _NATIVE.get(dtypes.pop()) if len(dtypes) == 1 else None

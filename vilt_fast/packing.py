@@ -41,7 +41,7 @@ class SequencePlan:
     seqused_k: torch.Tensor  #: int32 [B], `key_lengths`
     text_source: torch.Tensor  #: [n] position in the flattened [B * T] text
     text_rows: torch.Tensor  #: [n]
-    patch_source: torch.Tensor  #: [p] b * gh * gw + y * gw + x (or the position in the flattened [B * P] `image_embeds`)
+    patch_source: torch.Tensor  #: [p] b * gh * gw + y * gw + x (position in the flattened [B * P] `image_embeds`)
     patch_rows: torch.Tensor  #: [p]
     patch_sample: torch.Tensor  #: [p]
     pos_index: torch.Tensor  #: [p, 4] rows of the whole position table (row 0 is [CLS]); empty for `image_embeds`
@@ -57,6 +57,11 @@ class SequencePlan:
     def batch(self) -> int:
         """Number of samples B."""
         return len(self.lengths)
+
+    @property
+    def layout(self) -> tuple:
+        """(B, T, patch grid, whether images have a [CLS]): what inputs must look like to be packed by this plan."""
+        return self.batch, self.text_length, self.patch_grid, len(self.cls_rows) > 0
 
     @property
     def total_rows(self) -> int:
@@ -103,20 +108,29 @@ class SequencePlan:
             return flat
         rows = flat.new_zeros(self.total_rows, *flat.shape[1:])
         rows = rows.index_copy(0, self.padded_rows, flat.index_select(0, self.padded_places))
-        extra = [b for b, (n, k) in enumerate(zip(self.lengths, self.key_lengths, strict=True)) if n > k]
-        if extra:
-            extra = torch.tensor(extra, device=rows.device)
-            rows = rows.index_copy(0, self.pool_rows[extra], padded[extra, 0])
-        return rows
+        extra = self._samples_with_query_row()
+        return rows if extra is None else rows.index_copy(0, self.pool_rows[extra], padded[extra, 0])
 
-    def unpack(self, rows: torch.Tensor) -> torch.Tensor:
-        """Padded `[B, T + I, ...]` from rows `[N, ...]`; padded positions are zero."""
+    def unpack(self, rows: torch.Tensor, *, query_rows: bool = False) -> torch.Tensor:
+        """Padded `[B, T + I, ...]` from rows `[N, ...]`; padded positions are zero.
+
+        With `query_rows`, text position 0 holds the query-only row where there is one, as modules that are called on
+        the padded tensor expect; `pack` is then the exact inverse.
+        """
         width = self.text_length + self.image_length
         if self.dense:
             return rows.reshape(self.batch, width, *rows.shape[1:])
         flat = rows.new_zeros(self.batch * width, *rows.shape[1:])
         real = rows if len(self.padded_rows) == len(rows) else rows.index_select(0, self.padded_rows)
-        return flat.index_copy(0, self.padded_places, real).unflatten(0, (self.batch, width))
+        flat = flat.index_copy(0, self.padded_places, real)
+        extra = self._samples_with_query_row() if query_rows else None
+        if extra is not None:
+            flat = flat.index_copy(0, extra * width, rows.index_select(0, self.pool_rows[extra]))
+        return flat.unflatten(0, (self.batch, width))
+
+    def _samples_with_query_row(self):
+        extra = [b for b, (n, k) in enumerate(zip(self.lengths, self.key_lengths, strict=True)) if n > k]
+        return torch.tensor(extra, device=self.device) if extra else None
 
     def split(self, padded: torch.Tensor) -> list[torch.Tensor]:
         """A padded tensor [B, T + I, ...] as one tensor for each concatenated batch, at its own width."""
@@ -136,6 +150,7 @@ class SequencePlan:
         return mask.index_fill(0, self.padded_places, True).view(self.batch, -1)
 
     @staticmethod
+    @torch.compiler.disable  # host work: traced, its draws would be reordered or dropped
     def from_masks(
         attention_mask: torch.Tensor | None,
         pixel_mask: torch.Tensor | None,
@@ -155,8 +170,8 @@ class SequencePlan:
 
         Args:
             attention_mask: [B, T] any dtype, non-zero where real; None for no padding. Holes are allowed.
-            pixel_mask: [B, h, w] at any resolution, 1 on the image (a rectangle from the top left corner) and 0 elsewhere;
-                it is sampled once per patch, as the reference does (nearest). None for no padding.
+            pixel_mask: [B, h, w] at any resolution, 1 on the image (a rectangle from the top left corner) and 0
+                elsewhere; it is sampled once per patch, as the reference does (nearest). None for no padding.
             text_shape: (B, T).
             pixel_shape: (B, C, H, W) of the pixel tensor.
             patch_size: (patch height, patch width).
@@ -178,7 +193,8 @@ class SequencePlan:
         grid = (height // patch_size[0], width // patch_size[1])
         if min(grid) < 1:
             raise InputError(
-                f"pixel_values of {height}x{width} hold no whole patch of {patch_size[0]}x{patch_size[1]}: resize the image."
+                f"pixel_values of {height}x{width} hold no whole patch of {patch_size[0]}x{patch_size[1]}: "
+                "resize the image."
             )
         grids = _patch_grids(pixel_mask, batch, grid)
         if cells is None:
@@ -193,6 +209,7 @@ class SequencePlan:
         return _assemble(text, text_shape[1], cells, grid, max(map(len, cells)), grids, (index, weight), True, device)
 
     @staticmethod
+    @torch.compiler.disable
     def from_keep_mask(
         attention_mask: torch.Tensor | None,
         keep: torch.Tensor,
@@ -216,6 +233,7 @@ class SequencePlan:
         return _assemble(text, text_shape[1], kept, (1, keep.shape[1]), keep.shape[1], (), None, False, device)
 
     @staticmethod
+    @torch.compiler.disable
     def concatenate(plans: Sequence[SequencePlan], source_stride: int = 1) -> SequencePlan:
         """One plan for several packed batches laid end to end (NLVR2: the same text with each image).
 
@@ -272,9 +290,7 @@ def _text_positions(attention_mask, text_shape) -> list[np.ndarray]:
     if attention_mask is None:
         return [np.arange(length)] * batch
     if tuple(attention_mask.shape) != (batch, length):
-        raise InputError(
-            f"attention_mask must be [{batch}, {length}] like the text, got {list(attention_mask.shape)}."
-        )
+        raise InputError(f"attention_mask must be [{batch}, {length}] like the text, got {list(attention_mask.shape)}.")
     return [np.flatnonzero(row) for row in (attention_mask != 0).cpu().numpy()]
 
 
@@ -300,15 +316,18 @@ def _patch_grids(pixel_mask, batch, grid) -> tuple[tuple[int, int], ...]:
             raise InputError(f"pixel_mask of sample {b} {what}: every image needs a rectangle of ones from (0, 0).")
         if not mask[b, :h, :w].all() or mask[b].sum() != h * w:
             raise InputError(
-                f"pixel_mask of sample {b} is not one rectangle of ones from the top left corner: ViLT takes the image's "
-                "height and width from its first column and row, so holes or loose pieces would be computed wrongly."
+                f"pixel_mask of sample {b} is not one rectangle of ones from the top left corner: ViLT takes the "
+                "image's height and width from its first column and row, so holes or loose pieces would be computed "
+                "wrongly."
             )
     return tuple(zip(heights.tolist(), widths.tolist(), strict=True))
 
 
 def sampled_mask(pixels: torch.Tensor, grid: Sequence[int], is_image) -> torch.Tensor:
-    """A patch-grid mask bool [B, gh, gw]: `is_image` of the pixels [B, C, gh, gw] that a full mask would be sampled at."""
-    rows, columns = (torch.from_numpy(_nearest(s, g)).to(pixels.device) for s, g in zip(pixels.shape[2:], grid, strict=True))
+    """A patch-grid mask bool [B, gh, gw]: `is_image` of the pixels [B, C, gh, gw] where a full mask is sampled."""
+    rows, columns = (
+        torch.from_numpy(_nearest(s, g)).to(pixels.device) for s, g in zip(pixels.shape[2:], grid, strict=True)
+    )
     return is_image(pixels[:, :, rows[:, None], columns])
 
 
@@ -362,8 +381,8 @@ def _bilinear(h: int, w: int, side: int, row_width: int, exact: bool) -> tuple[n
     """Table rows [cells, 4] and weights [cells, 4] of the bilinear (align_corners) resize of a side x side table.
 
     Indexed by the cell number y * row_width + x that `_choose_patches` uses (cells outside the image are zero).
-    Arithmetic is float32 (float64 if `exact`) in the order of `torch.nn.functional.interpolate`, so that weights agree to
-    the last bit.
+    Arithmetic is float32 (float64 if `exact`) in the order of `torch.nn.functional.interpolate`, so that weights agree
+    to the last bit.
     """
     real_type = np.float64 if exact else np.float32
 
@@ -401,7 +420,9 @@ def _assemble(text, text_length, image, grid, image_tokens, grids, positions, ha
         # ViLT pools from text position 0 even where that is masked; without text it pools from the first image token.
         extra = int(text_length > 0 and (len(t) == 0 or t[0] != 0))
         if text_length == 0 and not has_cls and (len(p) == 0 or p[0] != 0):
-            raise InputError(f"sample {b} has no text and its first image token is masked: there is nothing to pool from.")
+            raise InputError(
+                f"sample {b} has no text and its first image token is masked: there is nothing to pool from."
+            )
         lengths.append(keys + extra)
         key_lengths.append(keys)
         text_source.append(b * text_length + t)

@@ -19,9 +19,9 @@ _PER_BLOCK = 16
 class WeightCache:
     """int8 copies of the weight matrices of a model's blocks.
 
-    An optimizer step, `load_state_dict`, a `.data` assignment and a `.data` edit of whole tensors or rows are seen at the
-    next call. An edit through `.data` bumps no version counter, so that one is found by sampling every 1024th element or
-    so: after editing a few single elements through `.data`, call `vilt_fast.refresh(model)`.
+    An optimizer step, `load_state_dict`, a `.data` assignment and a `.data` edit of whole tensors or rows are seen at
+    the next call. An edit through `.data` bumps no version counter, so that one is found by sampling elements, one or
+    more of every row: after editing a few single elements through `.data`, call `vilt_fast.refresh(model)`.
     """
 
     def __init__(self):
@@ -55,7 +55,9 @@ class WeightCache:
 
 
 def _fingerprint(weight: torch.Tensor) -> tuple:
-    flat = weight.detach().view(-1)
-    sample = flat[:: max(1, min(1021, flat.numel() // 64))].view(torch.int16 if weight.element_size() == 2 else torch.int32)
+    # No further apart than a row is long, so that no row goes unseen, and not by its length: the columns take turns.
+    step = max(1, min(1021, weight.shape[1] - 1))
+    bits = torch.int16 if weight.element_size() == 2 else torch.int32
+    sample = weight.detach().view(-1)[::step].view(bits)
     version = None if weight.is_inference() else weight._version
     return weight.data_ptr(), version, weight.dtype, tuple(weight.shape), hash(sample.numpy().tobytes())

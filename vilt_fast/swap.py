@@ -1,8 +1,8 @@
 """`accelerate` and `restore`: put the packed forward in place of a model's own, on the instance, and take it out again.
 
-A swap is an instance attribute (`forward`) on a module: nothing on a class or in another library changes, parameters and
-`state_dict` stay what they are, and deleting the attribute is the exact way back. The attribute is an ordinary object, so
-that `copy.deepcopy` and `pickle` carry it along.
+A swap is an instance attribute (`forward`) on a module: nothing on a class or in another library changes, parameters
+and `state_dict` stay what they are, and deleting the attribute is the exact way back. The attribute is an ordinary
+object, so that `copy.deepcopy` and `pickle` carry it along.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def accelerate(
     patch_order: str = "raster",
     generator: torch.Generator | None = None,
 ) -> nn.Module:
-    """Make a ViLT model compute packed and fused, in place; its parameters, `state_dict` and outputs stay what they are.
+    """Make a ViLT model compute packed and fused, in place; parameters, `state_dict` and outputs stay what they are.
 
     Args:
         model: any of HuggingFace's `Vilt*` models, the original `ViLTransformerSS`, or a module that contains one.
@@ -92,8 +92,8 @@ def accelerate(
         present = module.__dict__.get(kind.name)
         if present is not None and not isinstance(present, Swapped):
             raise TypeError(
-                f"{type(module).__name__} already has a {kind.name} of its own on the instance ({type(present).__name__}): "
-                "remove that wrapper, or accelerate before it is put on."
+                f"{type(module).__name__} already has a {kind.name} of its own on the instance "
+                f"({type(present).__name__}): remove that wrapper, or accelerate before it is put on."
             )
     if not swaps:
         raise TypeError(

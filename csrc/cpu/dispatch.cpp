@@ -17,9 +17,7 @@
 namespace vf {
 
 extern const Kernels kernels_generic;
-#if defined(VF_X86_LEVELS)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
-#endif
 
 namespace {
 
@@ -55,7 +53,7 @@ struct Machine {
     }
 #endif
     tables[count++] = &kernels_generic;
-#if defined(VF_X86_LEVELS)
+#if VF_LEVELS > 1
     auto all = [&](int from, int to) {
       bool yes = true;
       for (int i = from; i <= to; ++i) yes = yes && features[i].present;
@@ -63,7 +61,9 @@ struct Machine {
     };
     if (all(AVX2, F16C)) tables[count++] = &kernels_avx2;
     if (all(AVX2, AVX512VL)) tables[count++] = &kernels_avx512;
+#if VF_LEVELS > 3
     if (all(AVX2, AVX512_BF16)) tables[count++] = &kernels_avx512_bf16;
+#endif
 #endif
   }
 

@@ -216,7 +216,9 @@ static void run(const EncoderArgs& a) {
   free(bounds);
 }
 
-void encoder(const EncoderArgs& a) {
+void encoder(const EncoderArgs& given) {
+  EncoderArgs a = given;
+  a.threads = worthwhile(a.threads, a.N * a.D * (4 * a.D + 2 * a.inner));
   if (a.N == 0) return;
   if (a.layers == 0) {
     memcpy(a.out, a.x, (size_t)(a.N * a.D) * 4);

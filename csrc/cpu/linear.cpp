@@ -50,7 +50,9 @@ static void run(const LinearArgs& a) {
   scratch_release(buffer);
 }
 
-void linear(const LinearArgs& a) {
+void linear(const LinearArgs& given) {
+  LinearArgs a = given;
+  a.threads = worthwhile(a.threads, a.M * a.N * a.K);
   if (a.compute == F32) run<f32>(a);
   else if (a.compute == BF16) run<bf16x2>(a);
   else run<u8s8x4>(a);

@@ -117,7 +117,9 @@ static void run(const PatchEmbedArgs& a) {
   scratch_release(buffer);
 }
 
-void patch_embed(const PatchEmbedArgs& a) {
+void patch_embed(const PatchEmbedArgs& given) {
+  PatchEmbedArgs a = given;
+  a.threads = worthwhile(a.threads, a.n * a.D * a.C * a.P * a.P);
   if (a.compute == F32) run<f32>(a);
   else if (a.compute == BF16) run<bf16x2>(a);
   else run<u8s8x4>(a);

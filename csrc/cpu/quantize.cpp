@@ -42,9 +42,9 @@ void quantize_linear(const QuantizeArgs& a) {
   const QuantizedView q = quantized_view(a.blob, a.N, a.K);
   const int64_t panels = ceil_div(a.N, 64);
   Phase phase{};
-#pragma omp parallel num_threads(a.threads)
+#pragma omp parallel num_threads(worthwhile(a.threads, 16 * a.N * a.K))
   {
-    Team team{2, 0, &phase};  // always atomic
+    Team team{team_size(), 0, &phase};
     for (int64_t panel; (panel = team.take()) < panels;) quantize_panel(a, q, panel);
   }
 }

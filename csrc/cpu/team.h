@@ -55,6 +55,12 @@ VF_INLINE int team_size() {
 #endif
 }
 
+// Threads worth waking for so many multiply-adds: a parallel region costs about 5 us.
+VF_INLINE int worthwhile(int threads, int64_t work) {
+  const int64_t useful = 1 + work / (1 << 18);
+  return useful < threads ? (int)useful : threads;
+}
+
 // Hands out 64-byte-aligned pieces of one buffer. With base == nullptr it only measures: lay out twice, allocate between.
 struct Arena {
   char* base;

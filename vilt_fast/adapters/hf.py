@@ -96,13 +96,6 @@ class TrunkForward(Swapped):
     def run(self, images: list[Inputs], plan=None, want_hidden=False, want_attention=False) -> Trunk:
         """Embed, encode, normalise and pool; several images share one text and run as one packed batch."""
         model = self.module
-        if plan is None:
-            plans = [inputs.plan(model, self.options) for inputs in images]
-            plan = plans[0] if len(plans) == 1 else SequencePlan.concatenate(plans, len(plans))
-        elif plan.batch != images[0].text_shape[0] or plan.text_length != images[0].text_shape[1]:
-            raise InputError(
-                f"sequence_plan is for text [{plan.batch}, {plan.text_length}], got {list(images[0].text_shape)}."
-            )
         rows, plan = embed(model, images, plan, self.options)
         if engine.is_hooked(model.encoder) or type(model.encoder) is not hf.ViltEncoder:
             encoded = _call_encoder(model.encoder, rows, plan, want_hidden, want_attention)
@@ -116,9 +109,10 @@ class TrunkForward(Swapped):
                 want_attention=want_attention,
             )
         normed = engine.final_norm(model.layernorm, encoded.rows, plan)
-        pooled = None if model.pooler is None else engine.pool(model.pooler, normed, plan)
-        dtype = model.embeddings.cls_token.dtype
-        return Trunk(normed, pooled, plan, dtype, encoded.hidden_states, encoded.attentions)
+        pooled = None
+        if model.pooler is not None:
+            pooled = engine.pool(model.pooler, normed, plan, first_only=type(model.pooler) is hf.ViltPooler)
+        return Trunk(normed, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions)
 
 
 class MaskedLMForward(Swapped):
@@ -141,7 +135,7 @@ class MaskedLMForward(Swapped):
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "kwargs")} | kwargs
         model = self.module
-        if not _runs_packed(model.vilt) or engine.any_hooked(model.mlm_score):
+        if not (_runs_packed(model.vilt) and _is_tokenwise_head(model.mlm_score)):
             return self.own(**given)
         logits, extras = _text_logits(model, given, model.mlm_score)
         loss = None
@@ -170,7 +164,8 @@ class TokenClassificationForward(Swapped):
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "kwargs")} | kwargs
         model = self.module
-        if not _runs_packed(model.vilt) or engine.any_hooked(model.dropout) or engine.any_hooked(model.classifier):
+        head = (model.dropout, model.classifier)
+        if not (_runs_packed(model.vilt) and engine.is_tokenwise(head[1])) or any(map(engine.any_hooked, head)):
             return self.own(**given)
         logits, extras = _text_logits(model, given, lambda rows: model.classifier(model.dropout(rows)))
         loss = None
@@ -200,7 +195,8 @@ class ImagesAndTextForward(Swapped):
         given = {k: v for k, v in locals().items() if k not in ("self", "kwargs")} | kwargs
         model = self.module
         config = model.config
-        if not _runs_packed(model.vilt):
+        # A hook within the trunk is to see the images one after the other, as in the reference.
+        if not _runs_packed(model.vilt) or any(map(engine.any_hooked, model.vilt.children())):
             return self.own(**given)
         want_hidden = _chosen(output_hidden_states, config.output_hidden_states)
         want_attention = _chosen(output_attentions, config.output_attentions)
@@ -255,8 +251,19 @@ def _chosen(given, default):
 
 def _runs_packed(vilt) -> bool:
     """Whether calling the trunk directly skips nothing: it is accelerated and nobody listens to its calls."""
-    listened = vilt._forward_hooks or vilt._forward_pre_hooks or vilt._backward_hooks or vilt._backward_pre_hooks
-    return isinstance(vilt.__dict__.get("forward"), TrunkForward) and not listened
+    return isinstance(vilt.__dict__.get("forward"), TrunkForward) and not engine.has_hooks(vilt)
+
+
+def _is_tokenwise_head(head) -> bool:
+    """Whether calling the masked language modelling head on single rows is calling it on a sequence."""
+    if engine.any_hooked(head) or type(head) is not hf.ViltMLMHead:
+        return False
+    transform = head.transform
+    return (
+        type(transform) is hf.ViltPredictionHeadTransform
+        and isinstance(transform.LayerNorm, nn.LayerNorm)
+        and all(map(engine.is_tokenwise, (transform.dense, head.decoder)))
+    )
 
 
 def _extras(trunk: Trunk):
@@ -306,7 +313,7 @@ def _task_output(kind, model, return_dict, loss, logits, extras):
     return kind(loss=loss, logits=logits, hidden_states=extras[0], attentions=extras[1])
 
 
-# --- parameters ---------------------------------------------------------------------------------------------------------
+# --- parameters -------------------------------------------------------------------------------------------------------
 
 _PARTS = {
     "attention": hf.ViltAttention,
@@ -352,13 +359,19 @@ def _is_exact_gelu(activation) -> bool:
     return activation is F.gelu or (type(activation) is nn.GELU and activation.approximate == "none")
 
 
-def _call_layer(layer, hidden, key_mask, want_attention):
-    outputs = layer(hidden, _additive(key_mask, hidden.dtype), want_attention)
+def _call_layer(layer, hidden, plan, want_attention):
+    outputs = layer(hidden, _additive(plan, hidden.dtype), want_attention)
     return outputs[0], outputs[1] if want_attention else None
 
 
-def _additive(key_mask, dtype):
-    """The mask that HuggingFace adds to attention scores: [B, 1, L, L], the lowest finite number at padded keys."""
+def _additive(plan, dtype):
+    """The mask that HuggingFace adds to attention scores: [B, 1, L, L], the lowest finite number at padded keys.
+
+    None where nothing is padded, as there.
+    """
+    if plan.dense:
+        return None
+    key_mask = plan.key_mask()
     width = key_mask.shape[1]
     mask = torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device)
     return mask.masked_fill(~key_mask, torch.finfo(dtype).min)[:, None, None].expand(-1, -1, width, -1)
@@ -367,11 +380,12 @@ def _additive(key_mask, dtype):
 def _call_encoder(encoder, rows, plan, want_hidden, want_attention) -> engine.Encoded:
     """An encoder that has hooks or is not HuggingFace's own: called as the reference calls it, padded."""
     outputs = encoder(
-        plan.unpack(rows),
-        attention_mask=_additive(plan.key_mask(), rows.dtype),
+        plan.unpack(rows, query_rows=True),
+        attention_mask=_additive(plan, rows.dtype),
         output_attentions=want_attention,
         output_hidden_states=want_hidden,
         return_dict=True,
     )
     hidden = [plan.pack(h) for h in outputs.hidden_states] if want_hidden else []
-    return engine.Encoded(plan.pack(outputs[0]), hidden, list(outputs.attentions) if want_attention else [])
+    attentions = [engine.of_real_queries(a, plan) for a in outputs.attentions] if want_attention else []
+    return engine.Encoded(plan.pack(outputs[0]), hidden, attentions)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import threading
 
+import numpy as np
 import torch
 from transformers.models.vilt import modeling_vilt as hf
 
@@ -48,8 +49,8 @@ class Inputs:
         inputs = Inputs(**given | {"modality": 1 if given["modality"] is None else given["modality"]})
         inputs._check_text(model)
         inputs._check_image(model)
-        modalities = model.embeddings.token_type_embeddings.num_embeddings
-        if not 0 <= inputs.modality < modalities:
+        modalities = _table_size(model, "token_type_embeddings")
+        if modalities is not None and not 0 <= inputs.modality < modalities:
             raise InputError(f"image_token_type_idx must be in [0, {modalities}), got {inputs.modality}.")
         return inputs
 
@@ -59,12 +60,11 @@ class Inputs:
             raise InputError("You cannot specify both input_ids and inputs_embeds at the same time: pass one of them.")
         if ids is None and embeds is None:
             raise InputError("You have to specify either input_ids or inputs_embeds.")
-        table = model.embeddings.text_embeddings
         if ids is not None:
             if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
                 raise InputError(f"input_ids must be int32 or int64 [B, T], got {ids.dtype} {list(ids.shape)}.")
             model.warn_if_padding_and_no_attention_mask(ids, self.attention_mask)
-            _check_range(ids, getattr(table.word_embeddings, "num_embeddings", None), "input_ids")
+            _check_range(ids, _table_size(model, "text_embeddings.word_embeddings"), "input_ids")
         elif embeds.ndim != 3 or embeds.shape[2] != model.config.hidden_size:
             raise InputError(f"inputs_embeds must be [B, T, {model.config.hidden_size}], got {list(embeds.shape)}.")
         batch, length = self.text_shape
@@ -78,12 +78,14 @@ class Inputs:
         if types is not None:
             if types.ndim != 2 or types.shape[0] not in (1, batch) or types.shape[1] != length:
                 raise InputError(f"token_type_ids must be [{batch}, {length}] like the text, got {list(types.shape)}.")
-            _check_range(types, getattr(table.token_type_embeddings, "num_embeddings", None), "token_type_ids")
+            _check_range(types, _table_size(model, "text_embeddings.token_type_embeddings"), "token_type_ids")
 
     def _check_image(self, model):
         pixels, embeds, mask = self.pixel_values, self.image_embeds, self.pixel_mask
         if pixels is not None and embeds is not None:
-            raise InputError("You cannot specify both pixel_values and image_embeds at the same time: pass one of them.")
+            raise InputError(
+                "You cannot specify both pixel_values and image_embeds at the same time: pass one of them."
+            )
         if pixels is None and embeds is None:
             raise InputError("You have to specify either pixel_values or image_embeds.")
         image = pixels if pixels is not None else embeds
@@ -107,6 +109,13 @@ class Inputs:
                 f"image_embeds of {embeds.shape[1]} tokens need a pixel_mask that flattens to [{batch}, "
                 f"{embeds.shape[1]}] (1 where a token is real), got {shape}."
             )
+
+    def layout(self, model: hf.ViltModel) -> tuple:
+        """What a `SequencePlan` for these inputs has as its `layout`."""
+        if self.pixel_values is None:
+            return (*self.text_shape, (1, self.image_embeds.shape[1]), False)
+        sides = zip(self.pixel_values.shape[2:], model.embeddings.patch_embeddings.patch_size, strict=True)
+        return (*self.text_shape, tuple(pixels // patch for pixels, patch in sides), True)
 
     def plan(self, model: hf.ViltModel, options: Options, cells=None) -> SequencePlan:
         """Where the tokens go; the only device-to-host copy of a forward."""
@@ -135,6 +144,14 @@ def _position_dtype(table):
     return torch.float64 if table.dtype == torch.float64 else torch.float32
 
 
+def _table_size(model, name):
+    """Rows of a lookup table of the embeddings; None where somebody has put something else in its place."""
+    try:
+        return getattr(model.embeddings.get_submodule(name), "num_embeddings", None)
+    except AttributeError:
+        return None
+
+
 def _check_range(ids, size, name):
     """Out-of-range ids, where looking does not wait for a device."""
     if size is None or ids.device.type != "cpu" or ids.numel() == 0:
@@ -144,7 +161,7 @@ def _check_range(ids, size, name):
         raise InputError(f"{name} must be in [0, {size}), got values from {low.item()} to {high.item()}.")
 
 
-def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan, options: Options):
+def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, options: Options):
     """Packed rows [N, D] of the same text with each of `images`, and the plan they follow.
 
     That plan is the given one, except where the embedding module has hooks or replaced parts: then the module itself
@@ -154,13 +171,19 @@ def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan, options
         return _embed_padded(model, images, options)
     tables = _tables(model.embeddings)
     first = images[0]
+    if plan is None:
+        plan = _joined([inputs.plan(model, options) for inputs in images])
+    elif plan.layout != first.layout(model):
+        raise InputError(f"sequence_plan is for {plan.layout}, the inputs are {first.layout(model)}.")
     text = embedding.text_rows(
         tables, plan, ids=first.input_ids, embeds=first.inputs_embeds, token_types=first.token_type_ids
     )
     modality = torch.tensor([i.modality for i in images for _ in range(first.text_shape[0])], device=text.device)
     # In the flattened images of NLVR2, image i of sample b is number b * images + i; the plan looks them up there.
     if first.pixel_values is None:
-        return embedding.with_image_embeds(tables, plan, text, _stacked([i.image_embeds for i in images]), modality), plan
+        return embedding.with_image_embeds(
+            tables, plan, text, _stacked([i.image_embeds for i in images]), modality
+        ), plan
     return embedding.with_patches(tables, plan, text, _stacked([i.pixel_values for i in images]), modality), plan
 
 
@@ -184,6 +207,8 @@ def _is_known(embeddings) -> bool:
     """Whether the tables tell all that the embedding module computes."""
     if engine.any_hooked(embeddings) or type(embeddings) is not hf.ViltEmbeddings:
         return False
+    if "visual_embed" in embeddings.__dict__:
+        return False
     if type(embeddings.text_embeddings) is not hf.TextEmbeddings:
         return False
     return type(embeddings.patch_embeddings) is hf.ViltPatchEmbeddings and _tables(embeddings).plain
@@ -205,23 +230,24 @@ def _tables(embeddings) -> embedding.Tables:
     )
 
 
-# --- the embedding module itself ----------------------------------------------------------------------------------------
+# --- the embedding module itself --------------------------------------------------------------------------------------
 
 _watching = threading.RLock()
+_NO_CELLS = np.zeros(0, np.int64)
 
 
 @contextlib.contextmanager
 def _watched_patches(embeddings):
     """Collects what `visual_embed` returns, which the module's forward keeps to itself."""
     seen = []
-    before = embeddings.__dict__.get("visual_embed")
-    visual_embed = embeddings.visual_embed
-
-    def watched(*args, **kwargs):
-        seen.append(visual_embed(*args, **kwargs))
-        return seen[-1]
-
     with _watching:
+        before = embeddings.__dict__.get("visual_embed")
+        visual_embed = embeddings.visual_embed
+
+        def watched(*args, **kwargs):
+            seen.append(visual_embed(*args, **kwargs))
+            return seen[-1]
+
         embeddings.visual_embed = watched
         try:
             yield seen
@@ -234,16 +260,18 @@ def _watched_patches(embeddings):
 
 def _embed_padded(model, images, options):
     rows, plans = [], []
+    known = isinstance(model.embeddings, hf.ViltEmbeddings)
     for inputs in images:
-        checked = inputs.plan(model, options)  # the masks' checks, before the module sees them
+        if known:  # the masks' checks, before the module sees them; no cells: nothing is drawn here
+            inputs.plan(model, options, cells=[_NO_CELLS] * inputs.text_shape[0])
         attention_mask, pixel_mask = inputs.attention_mask, inputs.pixel_mask
         if attention_mask is None:
             attention_mask = torch.ones(inputs.text_shape, device=inputs.text.device)
         if pixel_mask is None:
             side = model.config.image_size
             pixel_mask = torch.ones((inputs.text_shape[0], side, side), device=inputs.text.device)
-        with _watched_patches(model.embeddings) as seen:
-            padded, _ = model.embeddings(
+        with _watched_patches(model.embeddings) if known else contextlib.nullcontext() as seen:
+            padded, mask = model.embeddings(
                 inputs.input_ids,
                 attention_mask,
                 inputs.token_type_ids,
@@ -254,8 +282,9 @@ def _embed_padded(model, images, options):
                 image_token_type_idx=inputs.modality,
             )
         if not seen:
-            plans.append(checked)
-            rows.append(checked.pack(padded))
+            text, image = mask.tensor_split([inputs.text_shape[1]], dim=1)
+            plans.append(SequencePlan.from_keep_mask(text, image, text_shape=inputs.text_shape))
+            rows.append(plans[-1].pack(padded))
             continue
         _, image_mask, (patch_index, (_, width)) = seen[0]
         drawn = (patch_index[..., 0] * width + patch_index[..., 1]).cpu().numpy()
@@ -266,6 +295,8 @@ def _embed_padded(model, images, options):
             plan, packed = plan.raster(packed)
         plans.append(plan)
         rows.append(packed)
-    if len(images) == 1:
-        return rows[0], plans[0]
-    return torch.cat(rows), SequencePlan.concatenate(plans, len(images))
+    return torch.cat(rows), _joined(plans)
+
+
+def _joined(plans):
+    return plans[0] if len(plans) == 1 else SequencePlan.concatenate(plans, len(plans))

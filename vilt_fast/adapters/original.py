@@ -1,7 +1,7 @@
 """The original `ViLTransformerSS` (dandelin/ViLT): inputs, parameters, outputs of its `infer`.
 
-Everything that the original does with a batch goes through `infer`, so that is what is swapped. The model is known by its
-parts, not by its class: the original is no installable package.
+Everything that the original does with a batch goes through `infer`, so that is what is swapped. The model is known by
+its parts, not by its class: the original is no installable package.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _patch_index(plan):
     return index
 
 
-# --- parameters ---------------------------------------------------------------------------------------------------------
+# --- parameters -------------------------------------------------------------------------------------------------------
 
 
 def _tables(model) -> embedding.Tables:
@@ -181,6 +181,6 @@ def _block(block: nn.Module) -> engine.Block:
     )
 
 
-def _call_block(block, hidden, key_mask, want_attention):
-    hidden, probabilities = block(hidden, mask=key_mask)
+def _call_block(block, hidden, plan, want_attention):
+    hidden, probabilities = block(hidden, mask=plan.key_mask())
     return hidden, probabilities if want_attention else None

@@ -1,0 +1,58 @@
+// ipot: plan [B, M, N] from cost [B, M, N], one thread block a pair. The method is in transport.cuh.
+#include "kernels.h"
+#include "transport.cuh"
+
+namespace vf {
+namespace {
+
+template <int R, int C, int WARPS>
+__global__ void __launch_bounds__(WARPS * 32) ipot_kernel(CudaPairs pairs, const float* cost, float* plan, double step, int iterations, int inner, bool fits) {
+  extern __shared__ __align__(16) char memory[];
+  char* free = memory;
+  const int64_t b = blockIdx.x;
+  const int M = pairs.M, N = pairs.N;
+  Pair p = make_pair(free, pairs.text_pad + b * M, pairs.image_pad + b * N, nullptr, nullptr, M, N);
+  float* partial = reinterpret_cast<float*>(free);
+  free += linear_bytes<R, C, WARPS>();
+  take_costs(p, cost + b * M * N, N, fits ? reinterpret_cast<float*>(free) : nullptr);
+  transport<R, C, WARPS>(p, step, iterations, inner, partial);
+  finish_plan(p, step * iterations, plan + b * M * N, M, N);
+}
+
+template <int R, int C, int WARPS>
+int run(const CudaPairs& pairs, const float* cost, float* plan, double step, int iterations, int inner, void* stream) {
+  size_t limit;
+  if (int e = shared_limit(&limit)) return e;
+  const size_t fixed = pair_bytes(pairs.M, pairs.N) + linear_bytes<R, C, WARPS>(), matrix = size_t(pairs.M) * pairs.N * 4;
+  const bool fits = fixed + matrix <= limit;
+  return launch(ipot_kernel<R, C, WARPS>, pairs.B, WARPS * 32, fixed + (fits ? matrix : 0), stream, pairs, cost, plan, step, iterations, inner, fits);
+}
+
+}  // namespace
+
+int cuda_ipot(CudaPairs pairs, const float* cost, float* plan, double beta, int iterations, int inner, void* stream) {
+  const double step = 1.4426950408889634 / beta;
+  if (pairs.M <= 40 && pairs.N <= 256) return run<5, 8, 8>(pairs, cost, plan, step, iterations, inner, stream);
+  if (pairs.M <= 64 && pairs.N <= 256) return run<4, 8, 16>(pairs, cost, plan, step, iterations, inner, stream);
+  return run<0, 0, 16>(pairs, cost, plan, step, iterations, inner, stream);
+}
+
+int cuda_devices(int* count) { return cudaGetDeviceCount(count); }
+
+std::string cuda_message(int error) {
+  const auto code = static_cast<cudaError_t>(error);
+  std::string text = std::string("CUDA: ") + cudaGetErrorString(code) + ". ";
+  switch (code) {
+    case cudaErrorInsufficientDriver:
+      return text + "There is no NVIDIA driver, or one older than this build needs: install or update it, or use another backend.";
+    case cudaErrorNoDevice:
+      return text + "No GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES.";
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+      return text + "This build has no code for this GPU: rebuild with VILT_FAST_CUDA_ARCHS set to its compute capability, e.g. \"90\".";
+    default:
+      return text + "Set CUDA_LAUNCH_BLOCKING=1 to find the call.";
+  }
+}
+
+}  // namespace vf

@@ -1,0 +1,794 @@
+"""The packed forward on hostile inputs, and on modules that somebody listens to or has replaced."""
+
+import copy
+
+import pytest
+import torch
+from models import (
+    GRIDS,
+    PATCH,
+    TEXT,
+    as_dtype,
+    assert_close,
+    assert_same_output,
+    assert_same_structure,
+    batch,
+    build,
+    call,
+    leaves,
+    only_real,
+    pair,
+    real_positions,
+    rectangles,
+    text_mask,
+    trunk_of,
+)
+from torch import nn
+
+import vilt_fast
+from vilt_fast import functional
+from vilt_fast.testing import assert_within_budget, poisoned, sliced, strided
+
+EXTRAS = {"output_hidden_states": True, "output_attentions": True}
+
+
+def compare(inputs, *, kind="trunk", config=None, change=None, flags=EXTRAS, **more):
+    """Both models (each changed by `change(model)`), same inputs and seed, in float64, with and without autograd."""
+    theirs, ours = pair(kind, **(config or {}))
+    for model in (theirs, ours) if change else ():
+        change(model)
+    masks = real_positions(theirs, inputs)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            expected, actual = (call(model, inputs, **flags, **more) for model in (theirs, ours))
+        assert_same_output(kind, actual, expected, masks)
+
+
+def changed(**new):
+    return {k: v for k, v in (batch("trunk") | new).items() if v is not None}
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "pixel_mask"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int8, torch.int32, torch.float16, torch.bfloat16, torch.float32, torch.float64],
+)
+def test_masks_of_any_dtype(name, dtype):
+    inputs = batch("trunk")
+    compare(inputs | {name: inputs[name].to(dtype)})
+
+
+@pytest.mark.parametrize("value", [-1, 2, 7])
+def test_any_nonzero_text_mask_counts_as_real(value):
+    compare(changed(attention_mask=text_mask() * value))
+    compare(changed(attention_mask=text_mask().double() * value / 10))
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "pixel_mask", "token_type_ids"])
+def test_without(name):
+    compare(changed(**{name: None}))
+
+
+def test_without_any_mask():
+    compare(changed(attention_mask=None, pixel_mask=None, token_type_ids=None))
+
+
+def test_token_types_shared_by_the_batch():
+    compare(changed(token_type_ids=torch.randint(0, 2, (1, TEXT))))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_id_dtypes(dtype):
+    inputs = batch("trunk")
+    compare(inputs | {k: inputs[k].to(dtype) for k in ("input_ids", "token_type_ids")})
+
+
+@pytest.mark.parametrize("scale", [1, 3, 32])
+def test_pixel_mask_at_another_resolution(scale):
+    compare(changed(pixel_mask=rectangles(GRIDS, scale=scale)))
+
+
+def test_pixel_mask_that_ends_within_a_patch():
+    mask = torch.zeros(4, 48, 80)
+    for b, (h, w) in enumerate([(48, 80), (33, 17), (1, 1), (47, 79)]):
+        mask[b, :h, :w] = 1
+    compare(changed(pixel_mask=mask))
+
+
+def test_pixels_that_are_no_multiple_of_the_patch():
+    pixels = torch.randn(4, 3, 50, 83, dtype=torch.float64)
+    compare(changed(pixel_values=pixels))
+    compare(changed(pixel_values=pixels, pixel_mask=None))
+    mask = torch.zeros(4, 50, 83)
+    for b, (h, w) in enumerate([(50, 83), (35, 83), (50, 20), (16, 16)]):
+        mask[b, :h, :w] = 1
+    compare(changed(pixel_values=pixels, pixel_mask=mask))
+
+
+@pytest.mark.parametrize("canvas", [(4, 4), (7, 6), (1, 9), (9, 1), (1, 1)])
+def test_grids_of_other_sizes_than_the_position_table(canvas):
+    height, width = canvas
+    grids = [canvas, (max(1, height - 1), width), (height, max(1, width - 2)), (1, 1)]
+    pixels = torch.randn(4, 3, height * PATCH, width * PATCH, dtype=torch.float64)
+    compare(changed(pixel_values=pixels, pixel_mask=rectangles(grids, canvas)))
+
+
+def test_table_of_a_single_position():
+    compare(batch("trunk"), config={"image_size": PATCH})
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16])
+def test_pixels_of_another_dtype(dtype):
+    compare(changed(pixel_values=torch.randint(0, 5, (4, 3, 48, 80)).to(dtype)))
+
+
+@pytest.mark.parametrize("text", ["ids", "embeds"])
+@pytest.mark.parametrize("image", ["pixels", "embeds"])
+@pytest.mark.parametrize("lay", [strided, sliced, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)])
+@pytest.mark.parametrize("kind", ["trunk", "nlvr2"])
+def test_noncontiguous_inputs(kind, text, image, lay):
+    inputs = batch(kind, text=text, image=image)
+    floats = {k: lay(v) for k, v in inputs.items() if v.is_floating_point()}
+    whole = {
+        k: torch.stack([v, v], -1)[..., 0] for k, v in inputs.items() if not v.is_floating_point()
+    }  # integers have no NaN
+    assert not any(v.is_contiguous() for v in (floats | whole).values())
+    compare(whole | floats, kind=kind)
+
+
+def test_broadcast_inputs():
+    """The same image for every text, without a copy of it."""
+    pixels = torch.randn(1, 3, 48, 80, dtype=torch.float64).expand(4, -1, -1, -1)
+    compare(changed(pixel_values=pixels, pixel_mask=torch.ones(1, 48, 80).expand(4, -1, -1)))
+
+
+def test_channels_last_pixels():
+    inputs = batch("trunk")
+    compare(inputs | {"pixel_values": inputs["pixel_values"].to(memory_format=torch.channels_last)})
+
+
+@pytest.mark.parametrize("index", [0, 1, None])
+def test_image_token_type(index):
+    compare(batch("trunk"), image_token_type_idx=index)
+    compare(batch("trunk", image="embeds"), image_token_type_idx=index)
+
+
+def test_text_of_length_0():
+    ids = torch.zeros(4, 0, dtype=torch.long)
+    compare(changed(input_ids=ids, attention_mask=None, token_type_ids=None))
+    compare(changed(input_ids=ids, attention_mask=ids, token_type_ids=ids))
+    embeds = batch("trunk", image="embeds") | {"input_ids": ids, "attention_mask": ids, "token_type_ids": ids}
+    embeds["pixel_mask"][:, 0, 0] = 1  # the reference pools from the first image token
+    compare(embeds)
+
+
+def test_text_as_long_as_the_model_can_read():
+    compare(changed(input_ids=torch.randint(0, 50, (4, 12)), attention_mask=None, token_type_ids=None))
+
+
+def test_one_text_token_and_one_patch():
+    ids = torch.randint(0, 50, (4, 1))
+    pixels = torch.randn(4, 3, PATCH, PATCH, dtype=torch.float64)
+    compare(changed(input_ids=ids, attention_mask=None, token_type_ids=None, pixel_values=pixels, pixel_mask=None))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0, 0, 1],
+        [1, 0, 1, 0, 1, 0, 1, 0, 1],
+        [1, 0, 0, 0, 0, 0, 0, 0, 0],
+    ],
+)
+def test_text_masks_shared_by_all_samples(rows):
+    mask = torch.tensor(rows).expand(4, -1)
+    compare(changed(attention_mask=mask))
+    compare(batch("trunk", image="embeds") | {"attention_mask": mask})
+
+
+def test_a_single_sample():
+    compare({k: v[1:2] for k, v in batch("trunk").items()})
+
+
+def test_embeddings_of_another_dtype():
+    for text, image in (("embeds", "pixels"), ("ids", "embeds"), ("embeds", "embeds")):
+        compare(as_dtype(batch("trunk", text=text, image=image), torch.float32))
+
+
+def test_image_embeds_whose_mask_has_two_dimensions():
+    inputs = batch("trunk", image="embeds")
+    compare(inputs | {"pixel_mask": inputs["pixel_mask"].flatten(1)})
+
+
+def test_any_negative_max_image_length_keeps_all():
+    compare(batch("trunk"), config={"max_image_length": -3})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"qkv_bias": False},
+        {"hidden_act": "relu"},
+        {"hidden_act": "gelu_new"},
+        {"hidden_act": "quick_gelu"},
+        {"layer_norm_eps": 0.1},
+        {"num_attention_heads": 1},
+        {"num_attention_heads": 32},
+        {"num_hidden_layers": 1},
+        {"patch_size": 8},
+        {"num_channels": 1},
+        {"image_size": 72},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_configurations(config, dtype):
+    inputs = batch("trunk", dtype)
+    if "num_channels" in config:
+        inputs["pixel_values"] = inputs["pixel_values"][:, :1]
+    if dtype == torch.float64:
+        return compare(inputs, config=config)
+    theirs, ours = pair("trunk", dtype, **config)
+    masks = real_positions(theirs, inputs)
+    with torch.no_grad():
+        expected, actual = (call(m, inputs, output_hidden_states=True) for m in (theirs, ours))
+        exact = call(copy.deepcopy(theirs).double(), as_dtype(inputs, torch.float64), output_hidden_states=True)
+    assert_same_output("trunk", actual, expected, masks, exact=exact)
+
+
+def test_each_norm_has_its_own_eps():
+    def change(model):
+        norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+        assert len(norms) == 8
+        for i, norm in enumerate(norms):
+            norm.eps = 0.01 * (i + 1)
+
+    compare(batch("trunk"), change=change)
+    inputs = batch("trunk", torch.float32)
+    theirs, ours = pair("trunk", torch.float32)
+    change(theirs), change(ours)
+    with torch.no_grad():
+        exact = call(copy.deepcopy(theirs).double(), as_dtype(inputs, torch.float64))
+        assert_same_output(
+            "trunk", call(ours, inputs), call(theirs, inputs), real_positions(theirs, inputs), exact=exact
+        )
+
+
+# --- what must not matter ---------------------------------------------------------------------------------------------
+
+
+def outputs_of(model, inputs, **flags):
+    """The output with autograd and without, in one list of tensors."""
+    result = []
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            result += [t for _, t in leaves(call(model, inputs, **flags)) if t is not None]
+    return result
+
+
+def garbage_in_padding(inputs):
+    """The same inputs with other ids, and NaN, wherever there is padding; position 0, which is pooled from, stays."""
+    inputs = dict(inputs)
+    padded = inputs["attention_mask"] == 0
+    padded[:, 0] = False
+    if "input_ids" in inputs:
+        inputs["input_ids"] = torch.where(padded, (inputs["input_ids"] + 17) % 50, inputs["input_ids"])
+    else:
+        inputs["inputs_embeds"] = poisoned(inputs["inputs_embeds"], padded)
+    inputs["token_type_ids"] = torch.where(padded, 1 - inputs["token_type_ids"], inputs["token_type_ids"])
+    mask = inputs["pixel_mask"] == 0
+    if "pixel_values" in inputs:
+        channels = mask.dim() - 2
+        inputs["pixel_values"] = inputs["pixel_values"].masked_fill(mask.unsqueeze(channels), float("nan"))
+    else:
+        inputs["image_embeds"] = poisoned(inputs["image_embeds"], mask.flatten(-2))
+    return inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("text", ["ids", "embeds"])
+@pytest.mark.parametrize("image", ["pixels", "embeds"])
+@pytest.mark.parametrize("kind", ["trunk", "nlvr2", "masked_lm"])
+def test_what_lies_in_padding_changes_nothing(kind, dtype, text, image):
+    ours = vilt_fast.accelerate(build(kind, dtype))
+    inputs = batch(kind, dtype, text=text, image=image)
+    for flags in ({}, EXTRAS):
+        clean, dirty = (outputs_of(ours, i, **flags) for i in (inputs, garbage_in_padding(inputs)))
+        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(clean, dirty, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("where", "sample"),  # the text of sample 2 is all padding
+    [("pixel_values", 0), ("pixel_values", 2), ("image_embeds", 0), ("inputs_embeds", 0), ("inputs_embeds", 1)],
+)
+def test_nan_stays_in_its_sample(dtype, where, sample):
+    ours = vilt_fast.accelerate(build("trunk", dtype))
+    text = "embeds" if where == "inputs_embeds" else "ids"
+    inputs = batch("trunk", dtype, text=text, image="embeds" if where == "image_embeds" else "pixels")
+    broken = dict(inputs)
+    broken[where] = inputs[where].clone()
+    broken[where][sample].view(-1)[33] = float("nan")  # a real token's in every case: the second, or of the first patch
+    others = torch.arange(4) != sample
+    for clean, dirty in zip(outputs_of(ours, inputs, **EXTRAS), outputs_of(ours, broken, **EXTRAS), strict=True):
+        assert torch.equal(clean[others], dirty[others])
+    assert call(ours, broken).pooler_output[sample].isnan().all()
+
+
+def test_a_batch_is_its_samples():
+    """Every sample alone gives what it gives in the batch: nothing leaks across."""
+    ours = vilt_fast.accelerate(build("trunk"))
+    inputs = batch("trunk")
+    together = call(ours, inputs)
+    for b in range(4):
+        alone = call(ours, {k: v[b : b + 1] for k, v in inputs.items()})
+        assert_close(alone.pooler_output[0], together.pooler_output[b])
+        width = alone.last_hidden_state.shape[1]
+        assert_close(alone.last_hidden_state[0], together.last_hidden_state[b, :width])
+
+
+@pytest.mark.parametrize("kind", ["trunk", "nlvr2", "masked_lm"])
+@pytest.mark.parametrize("text", ["ids", "embeds"])
+@pytest.mark.parametrize("image", ["pixels", "embeds"])
+def test_inputs_and_parameters_are_not_modified(kind, text, image):
+    for dtype in (torch.float64, torch.float32):
+        ours = vilt_fast.accelerate(build(kind, dtype))
+        inputs = batch(kind, dtype, text=text, image=image)
+        before, weights = copy.deepcopy(inputs), copy.deepcopy(ours.state_dict())
+        outputs_of(ours, inputs, **EXTRAS)
+        assert all(torch.equal(inputs[k], before[k]) for k in inputs)
+        assert all(torch.equal(v, weights[k]) for k, v in ours.state_dict().items())
+
+
+def test_outputs_are_the_callers_own():
+    """Writing into one output changes neither another output nor the next call."""
+    ours = vilt_fast.accelerate(build("trunk", torch.float32))
+    inputs = changed(attention_mask=None, pixel_mask=None, pixel_values=batch("trunk")["pixel_values"].float())
+    with torch.no_grad():
+        first = call(ours, inputs, **EXTRAS)
+        kept = [t.clone() for _, t in leaves(first)]
+        for _, tensor in leaves(first):
+            tensor.fill_(7)
+            assert sum(bool((t == 7).all()) for _, t in leaves(first)) == 1
+            tensor.zero_()
+        assert all(torch.equal(t, k) for (_, t), k in zip(leaves(call(ours, inputs, **EXTRAS)), kept, strict=True))
+
+
+def test_sampled_patches_follow_the_generator_and_leave_the_default_one_alone():
+    def pooled(seed):
+        model = build("trunk", max_image_length=4)
+        vilt_fast.accelerate(model, generator=torch.Generator().manual_seed(seed))
+        return torch.stack([call(model, batch("trunk")).pooler_output for _ in range(2)])
+
+    assert torch.equal(pooled(1), pooled(1)) and not torch.equal(pooled(1), pooled(2))
+    assert not torch.equal(*pooled(1).unbind(0))
+    ours = vilt_fast.accelerate(build("trunk"))
+    torch.manual_seed(0)
+    ours(**batch("trunk"))
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(1))  # raster order draws nothing
+
+
+def test_a_plan_can_be_made_once():
+    for kind in ("trunk", "masked_lm", "token_classification"):
+        ours = vilt_fast.accelerate(build(kind))
+        inputs = batch(kind)
+        plan = vilt_fast.SequencePlan.from_masks(
+            inputs["attention_mask"],
+            inputs["pixel_mask"],
+            text_shape=(4, TEXT),
+            pixel_shape=(4, 3, 48, 80),
+            patch_size=(PATCH, PATCH),
+            position_grid=4,
+            position_dtype=torch.float64,
+        )
+        expected, actual = call(ours, inputs), call(ours, inputs, sequence_plan=plan)
+        assert all(a is b or torch.equal(a, b) for (_, a), (_, b) in zip(leaves(actual), leaves(expected), strict=True))
+
+
+# --- which way a block takes ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def native_blocks(monkeypatch):
+    """A list that grows by one entry a block whenever the fused encoder runs."""
+    ran = []
+    encoder = functional.encoder
+
+    def counted(rows, parameters, *args, **kwargs):
+        ran.extend([kwargs["compute"]] * (len(parameters) // 16))
+        return encoder(rows, parameters, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "encoder", counted)
+    return ran
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["trunk", "masked_lm", "nlvr2"])
+def test_inference_is_one_native_call(native_blocks, kind, dtype):
+    ours = vilt_fast.accelerate(build(kind, dtype))
+    inputs = batch(kind, dtype)
+    with torch.no_grad():
+        ours(**inputs)
+    assert native_blocks == [str(dtype).removeprefix("torch.")] * 3
+    native_blocks.clear()
+    with torch.inference_mode():
+        ours(**inputs, output_hidden_states=True)
+    assert len(native_blocks) == 3
+
+
+def test_what_the_native_encoder_cannot_do_goes_another_way(native_blocks):
+    def run(model, **flags):
+        native_blocks.clear()
+        with torch.no_grad():
+            call(model, batch("trunk", next(model.parameters()).dtype), **flags)
+        return len(native_blocks)
+
+    def made(dtype=torch.float32, **config):
+        return vilt_fast.accelerate(build("trunk", dtype, **config))
+
+    assert run(made()) == 3
+    assert run(made(), output_attentions=True) == 0
+    assert run(made(torch.float64)) == 0
+    assert run(made(torch.float16)) == 0
+    assert run(made(hidden_act="relu")) == 0
+    assert run(made(hidden_dropout_prob=0.1).train()) == 0
+    assert run(made(attention_probs_dropout_prob=0.1).train()) == 0
+    assert run(made(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)) == 3
+    assert run(made().train()) == 3
+    hooked = made()
+    hooked.encoder.layer[1].output.dense.register_forward_hook(lambda *_: None)
+    assert run(hooked) == 2
+    mixed = made()
+    mixed.encoder.layer[0].bfloat16()
+    assert run(mixed) in (2, 3)
+    with torch.autocast("cpu", torch.float16):
+        assert run(made()) == 0
+
+
+def test_blocks_that_go_three_ways_in_one_model():
+    """Native, packed, padded and native again, against the reference in each dtype."""
+
+    def change(model):
+        model.encoder.layer[1].intermediate.intermediate_act_fn = nn.ReLU()
+        model.encoder.layer[2].register_forward_hook(lambda module, args, out: None)
+
+    compare(batch("trunk"), change=change, config={"num_hidden_layers": 4})
+    for dtype in (torch.float32, torch.bfloat16):
+        theirs, ours = pair("trunk", dtype, num_hidden_layers=4)
+        change(theirs), change(ours)
+        inputs = batch("trunk", dtype)
+        masks = real_positions(theirs, inputs)
+        with torch.no_grad():
+            exact = call(copy.deepcopy(theirs).double(), as_dtype(inputs, torch.float64), output_hidden_states=True)
+            expected, actual = (call(m, inputs, output_hidden_states=True) for m in (theirs, ours))
+        assert_same_output("trunk", actual, expected, masks, exact=exact)
+
+
+@pytest.mark.parametrize("kind", ["trunk", "masked_lm", "nlvr2", "question_answering"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])  # float16: the reference raises
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast(kind, dtype, grad):
+    theirs, ours = pair(kind, dtype)
+    exact_model = build(kind, dtype).double()
+    rows = {}
+    for flags, dense in (({}, False), (EXTRAS, False), (EXTRAS, True)):
+        for seed in range(3):
+            inputs = batch(kind, dtype, seed=seed)
+            if dense:
+                del inputs["attention_mask"], inputs["pixel_mask"]
+            masks = real_positions(theirs, inputs)
+            with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+                expected, actual = call(theirs, inputs, **flags), call(ours, inputs, **flags)
+            with torch.no_grad():
+                exact = call(exact_model, as_dtype(inputs, torch.float64), **flags)
+            assert_same_structure(actual, expected)
+            for (path, mine), (_, other), (_, right) in zip(*map(leaves, (actual, expected, exact)), strict=True):
+                if mine is not None:
+                    other, right = (only_real(path, t, masks, kind)[0] for t in (other, right))
+                    rows.setdefault((path, bool(flags), dense), []).append((mine, other, right))
+    for path, parts in rows.items():
+        mine, other, right = map(torch.stack, zip(*parts, strict=True))
+        if dtype == torch.float64:  # which autocast leaves alone
+            assert_close(mine, other, path)
+        else:
+            assert_within_budget(mine, other, right, what=path)
+
+
+# --- somebody listens -------------------------------------------------------------------------------------------------
+
+PLACES = [
+    "",
+    "embeddings",
+    "embeddings.text_embeddings",
+    "embeddings.text_embeddings.word_embeddings",
+    "embeddings.patch_embeddings.projection",
+    "embeddings.dropout",
+    "encoder",
+    "encoder.layer.1",
+    "encoder.layer.1.attention.attention.query",
+    "encoder.layer.1.output",
+    "encoder.layer.2.layernorm_after",
+    "layernorm",
+    "pooler",
+    "pooler.dense",
+]
+
+
+def watch(model, place, seen, *, change=0):
+    """Forward and pre-forward hooks on a module that note the shapes they see; `change` is added to what it returns."""
+    module = trunk_of(model).get_submodule(place) if place is not None else model
+
+    def shapes(value):
+        return [tuple(t.shape) for _, t in leaves(value) if torch.is_tensor(t)]
+
+    def before(module, args, kwargs):
+        seen.append(("before", shapes(args), sorted(k for k, v in kwargs.items() if torch.is_tensor(v))))
+
+    def after(module, args, output):
+        seen.append(("after", shapes(output)))
+        if not change:
+            return None
+        if torch.is_tensor(output):
+            return output + change
+        if isinstance(output, tuple):
+            return (output[0] + change, *output[1:])
+        output[next(iter(output))] = output[0] + change
+        return output
+
+    return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", ["trunk", "masked_lm", "nlvr2", "question_answering"])
+def test_hooks_fire_as_in_the_reference_and_are_honoured(kind, place, padded):
+    theirs, ours = pair(kind)
+    inputs = batch(kind)
+    if not padded:
+        inputs |= {k: torch.ones_like(inputs[k]) for k in ("attention_mask", "pixel_mask")}
+    masks = real_positions(theirs, inputs)
+    seen = ([], [])
+    handles = [watch(m, place, s, change=0.25) for m, s in zip((theirs, ours), seen, strict=True)]
+    for flags in ({}, EXTRAS):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                expected, actual = call(theirs, inputs, **flags), call(ours, inputs, **flags)
+            # A hook that adds to padded positions too makes the task's own head see them: nothing to be zero there.
+            assert_same_structure(actual, expected)
+            for (path, mine), (_, other) in zip(leaves(actual), leaves(expected), strict=True):
+                if mine is not None:
+                    mine, other = (only_real(path, t, masks, kind)[0] for t in (mine, other))
+                    assert_close(mine, other, path)
+    assert seen[0] and seen[0] == seen[1]
+    for handle in sum(handles, []):
+        handle.remove()
+    assert_same_output(kind, call(ours, inputs), call(theirs, inputs), masks)
+
+
+@pytest.mark.parametrize("kind", ["masked_lm", "token_classification", "question_answering", "nlvr2", "retrieval"])
+def test_hooks_on_heads(kind):
+    theirs, ours = pair(kind)
+    inputs = batch(kind)
+    seen = ([], [])
+    name = {"masked_lm": "mlm_score", "retrieval": "rank_output"}.get(kind, "classifier")
+    for model, notes in zip((theirs, ours), seen, strict=True):
+        for module in [getattr(model, name), *getattr(model, name).children()]:
+            module.register_forward_hook(
+                lambda m, a, out, notes=notes: (notes.append((tuple(a[0].shape), tuple(out.shape))), out * 1.5)[1]
+            )
+    masks = real_positions(theirs, inputs)
+    outputs = [only_real("logits", call(m, inputs).logits, masks, kind)[0] for m in (ours, theirs)]
+    assert_close(*outputs)
+    assert seen[0] and seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("kind", ["trunk", "masked_lm", "nlvr2"])
+def test_global_hooks(kind):
+    theirs, ours = pair(kind)
+    inputs = batch(kind)
+    names = [{id(m): name for name, m in model.named_modules()} for model in (theirs, ours)]
+    counts = []
+    masks = real_positions(theirs, inputs)
+    outputs = []
+    for model, name in zip((theirs, ours), names, strict=True):
+        seen = []
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda m, a, out, seen=seen, name=name: seen.append(name.get(id(m), type(m).__name__))
+        )
+        try:
+            outputs.append(call(model, inputs, **EXTRAS))
+        finally:
+            handle.remove()
+        counts.append(sorted(seen))
+    assert counts[0] and counts[0] == counts[1]
+    for (path, theirs), (_, ours) in zip(*map(leaves, outputs), strict=True):
+        if ours is not None:
+            assert_close(*(only_real(path, t, masks, kind)[0] for t in (ours, theirs)), path)
+
+
+@pytest.mark.parametrize("place", [p for p in PLACES if not p.startswith("embeddings.text_embeddings.w")])
+@pytest.mark.parametrize("kind", ["trunk", "nlvr2"])
+def test_backward_hooks(kind, place):
+    theirs, ours = pair(kind)
+    seen = ([], [])
+    inputs = batch(kind)
+    for model, notes in zip((theirs, ours), seen, strict=True):
+
+        def note(module, grad_input, grad_output, notes=notes):
+            notes.append(([g is not None and tuple(g.shape) for g in grad_output], len(grad_input)))
+
+        trunk_of(model).get_submodule(place).register_full_backward_hook(note)
+        output = call(model, inputs)
+        (output.pooler_output if kind == "trunk" else output.logits).sum().backward()
+    assert seen[0] == seen[1]
+    assert seen[0] or place in ("", "encoder")  # which return no tensors but an output object
+
+
+def test_the_generator_stands_where_the_reference_leaves_it_with_hooks_too():
+    theirs, ours = pair("trunk", max_image_length=7)
+    after = []
+    for model in (theirs, ours):
+        model.embeddings.register_forward_hook(lambda *_: None)
+        call(model, batch("trunk"))
+        after.append(torch.rand(1))
+    assert torch.equal(*after)
+
+
+@pytest.mark.parametrize("length", [-1, 7])
+@pytest.mark.parametrize("place", ["embeddings", "encoder", "layernorm"])
+def test_raster_order_with_hooks(place, length):
+    """Hooked modules see the reference's own order; what comes out is in raster order all the same."""
+    plain = vilt_fast.accelerate(build("trunk", max_image_length=-1))
+    hooked = vilt_fast.accelerate(build("trunk", max_image_length=length))
+    seen = []
+    watch(hooked, place, seen)
+    inputs = batch("trunk")
+    out = call(hooked, inputs, **EXTRAS)
+    assert seen
+    if length == -1:
+        for (path, a), (_, b) in zip(leaves(out), leaves(call(plain, inputs, **EXTRAS)), strict=True):
+            assert_close(a, b, path)
+
+
+# --- somebody has replaced something ----------------------------------------------------------------------------------
+
+
+class Shifted(nn.Module):
+    """Wraps any module and adds a quarter to what it returns."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        return (output[0] + 0.25, *output[1:]) if isinstance(output, tuple) else output + 0.25
+
+
+#: the reference itself reads the attributes of the others
+REPLACEABLE = [p for p in PLACES if p not in ("", "encoder", "embeddings.patch_embeddings.projection")]
+
+
+@pytest.mark.parametrize("place", REPLACEABLE)
+@pytest.mark.parametrize("kind", ["trunk", "masked_lm", "nlvr2"])
+def test_replaced_modules_are_honoured(kind, place):
+    theirs, ours = pair(kind)
+    inputs = batch(kind)
+    masks = real_positions(theirs, inputs)
+    for model in (theirs, ours):
+        parent, _, name = place.rpartition(".")
+        holder = trunk_of(model).get_submodule(parent)
+        holder._modules[name] = Shifted(holder._modules[name])
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            expected, actual = call(theirs, inputs), call(ours, inputs)
+        for (path, mine), (_, other) in zip(leaves(actual), leaves(expected), strict=True):
+            if mine is not None:
+                assert_close(*(only_real(path, t, masks, kind)[0] for t in (mine, other)), path)
+
+
+@pytest.mark.parametrize("place", [p for p in PLACES if p])
+@pytest.mark.parametrize("kind", ["trunk", "masked_lm", "nlvr2"])
+def test_a_forward_of_ones_own_on_an_instance_is_honoured(kind, place):
+    theirs, ours = pair(kind)
+    inputs = batch(kind)
+    masks = real_positions(theirs, inputs)
+    for model in (theirs, ours):
+        module = trunk_of(model).get_submodule(place)
+
+        def forward(*args, own=module.forward, **kwargs):
+            output = own(*args, **kwargs)
+            if torch.is_tensor(output):
+                return output + 0.25
+            if isinstance(output, tuple):
+                return (output[0] + 0.25, *output[1:])
+            output["last_hidden_state"] = output["last_hidden_state"] + 0.25
+            return output
+
+        module.forward = forward
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            expected, actual = call(theirs, inputs), call(ours, inputs)
+        for (path, mine), (_, other) in zip(leaves(actual), leaves(expected), strict=True):
+            if mine is not None:
+                assert_close(*(only_real(path, t, masks, kind)[0] for t in (mine, other)), path)
+
+
+def test_a_pooler_that_looks_at_more_than_the_first_token():
+    class Mean(nn.Module):
+        def forward(self, hidden):
+            return hidden.mean(1)
+
+    dense = changed(attention_mask=None, pixel_mask=None)
+    compare(dense, change=lambda model: setattr(model, "pooler", Mean()))
+
+
+def test_heads_that_look_across_tokens():
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = nn.Linear(32, 50, dtype=torch.float64)
+            nn.init.constant_(self.dense.weight, 0.1)
+            nn.init.zeros_(self.dense.bias)
+
+        def forward(self, hidden):
+            return self.dense(hidden + hidden.mean(1, keepdim=True))
+
+    for kind, name in (("masked_lm", "mlm_score"), ("token_classification", "classifier")):
+        theirs, ours = pair(kind)
+        setattr(theirs, name, Mixing()), setattr(ours, name, Mixing())
+        inputs = batch(kind) | {"attention_mask": torch.ones(4, TEXT)}
+        assert_close(call(ours, inputs).logits, call(theirs, inputs).logits)
+
+
+def test_visual_embed_replaced_on_the_instance():
+    theirs, ours = pair("trunk")
+    for model in (theirs, ours):
+        own = model.embeddings.visual_embed
+        model.embeddings.visual_embed = lambda *a, own=own, **k: (own(*a, **k)[0] * 2, *own(*a, **k)[1:])
+    inputs = batch("trunk")
+    torch.manual_seed(3)
+    ours_out, theirs_out = call(ours, inputs), call(theirs, inputs)
+    assert_close(ours_out.pooler_output, theirs_out.pooler_output)
+
+
+def test_replaced_embedding_tables():
+    for change in (
+        lambda m: m.set_input_embeddings(
+            nn.Embedding(60, 32, dtype=torch.float64, _weight=torch.ones(60, 32).double())
+        ),
+        lambda m: m.set_input_embeddings(nn.Embedding(50, 32, max_norm=1.0, _weight=torch.ones(50, 32).double())),
+        lambda m: m.resize_token_embeddings(70, mean_resizing=False),
+    ):
+
+        def seeded(model, change=change):
+            torch.manual_seed(0)
+            change(model)
+            model.double()
+
+        compare(changed(input_ids=torch.randint(0, 50, (4, TEXT))), change=seeded)
+
+
+def test_concurrent_calls_do_not_disturb_each_other():
+    from concurrent.futures import ThreadPoolExecutor
+
+    ours = vilt_fast.accelerate(build("trunk", torch.float32))
+    hooked = copy.deepcopy(ours)
+    hooked.embeddings.register_forward_hook(lambda *_: None)
+    batches = [batch("trunk", torch.float32, seed=s) for s in range(6)]
+
+    def run(model, inputs):
+        with torch.no_grad():
+            return model(**inputs).pooler_output
+
+    expected = [run(ours, b) for b in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for model in (ours, hooked):
+            for mine, other in zip(pool.map(lambda b, m=model: run(m, b), batches * 3), expected * 3, strict=True):
+                torch.testing.assert_close(mine, other)
