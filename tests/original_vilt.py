@@ -1,7 +1,7 @@
 """A stand-in for the original repository's model: the same modules, names and arithmetic as far as `infer` goes.
 
-The original is no installable package. Every name that the adapter reads is here as there; layers that only its tasks and
-its trainer use are not.
+The original is no installable package. Every name that the adapter reads is here as there; layers that only its tasks
+and its trainer use are not.
 """
 
 from types import SimpleNamespace
@@ -148,8 +148,8 @@ class ViLTransformerSS(nn.Module):
         x = self.transformer.norm(x)
         width = text.shape[1]
         return {
-            "text_feats": x[:, :width], "image_feats": x[:, width:], "cls_feats": self.pooler(x), "raw_cls_feats": x[:, 0],
-            "image_labels": labels, "image_masks": image_masks, "text_labels": batch[f"text_labels{suffix}"],
+            "text_feats": x[:, :width], "image_feats": x[:, width:], "cls_feats": self.pooler(x),
+            "raw_cls_feats": x[:, 0], "image_labels": labels, "image_masks": image_masks, "text_labels": batch[f"text_labels{suffix}"],
             "text_ids": ids, "text_masks": text_masks, "patch_index": patch_index,
         }  # fmt: skip
 

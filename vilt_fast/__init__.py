@@ -1,8 +1,8 @@
 """vilt_fast: custom kernels that make ViLT (Vision-and-Language Transformer) fast without changing what it computes.
 
-    import vilt_fast
-    vilt_fast.accelerate(model)  # in place; same parameters, same state_dict, same outputs
-    vilt_fast.restore(model)     # exactly as it was
+import vilt_fast
+vilt_fast.accelerate(model)  # in place; same parameters, same state_dict, same outputs
+vilt_fast.restore(model)     # exactly as it was
 """
 
 from __future__ import annotations

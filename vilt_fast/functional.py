@@ -12,6 +12,7 @@ from .ops import add_layer_norm as _add_layer_norm
 from .ops import attention as _attention
 from .ops import encoder as _encoder
 from .ops import ipot as _ipot
+from .ops import linear as _linear
 from .ops import linear_cross_entropy as _linear_cross_entropy
 from .ops import linear_gelu as _linear_gelu
 from .ops import patch_embed as _patch_embed
@@ -21,7 +22,7 @@ from .ops import word_patch_distance as _word_patch_distance
 from .reference.sinkhorn import SinkhornResult
 
 __all__ = [
-    "SinkhornResult", "add_layer_norm", "attention", "encoder", "ipot", "linear_cross_entropy", "linear_gelu",
+    "SinkhornResult", "add_layer_norm", "attention", "encoder", "ipot", "linear", "linear_cross_entropy", "linear_gelu",
     "patch_embed", "quantize_linear", "sinkhorn", "text_embed", "word_patch_distance",
 ]  # fmt: skip
 
@@ -46,6 +47,8 @@ def patch_embed(
     *,
     dropout_p: float = 0.0,
     out_dtype: DType | None = None,
+    pixel_scale: Tensor | None = None,
+    pixel_shift: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The packed input of the transformer: text, image [CLS] and patch rows of all samples, end to end.
@@ -54,8 +57,9 @@ def patch_embed(
     ``dropout(cls_token + position[0]) + modality row``, a text row is copied. Rows that nobody lists are zero.
 
     Args:
-        pixels: [B, C, height, width], any floating dtype (converted to that of ``weight``); height and width
-            need not be multiples of the patch. What lies outside the listed patches has no effect, even NaN.
+        pixels: [B, C, height, width] of any strides, any floating dtype (converted to that of ``weight``) or uint8;
+            height and width need not be multiples of the patch. What lies outside the listed patches has no effect,
+            even NaN.
         weight: [D, C, ph, pw], the projection; its last two sizes are the patch size. bias: [D] or None.
         cls_token: [D].
         position: [1 + G, D], row 0 for [CLS].
@@ -71,15 +75,19 @@ def patch_embed(
         dropout_p: applied before the modality row is added.
         out_dtype: dtype of the result, that of ``weight`` by default. The projection runs in the dtype of ``weight``,
             the additions in at least float32.
+        pixel_scale, pixel_shift: [C], for uint8 pixels and only for them: a pixel counts as
+            ``pixel * pixel_scale[c] + pixel_shift[c]``, e.g. ``1 / (255 std)`` and ``-mean / std``.
 
     Returns:
-        x [N, D]. Differentiable (reference) in pixels and in every floating table.
+        x [N, D]. Differentiable (reference, triton) in floating pixels and in every floating table; gradients are
+        deterministic.
 
     Source: ViLT (Kim et al. 2021) sec. 3.1; HuggingFace ``ViltEmbeddings.visual_embed``.
     """
     return _patch_embed.patch_embed(
         pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows, patch_sample,
-        pos_index, pos_weight, cls_rows, modality_index, total_rows, dropout_p, out_dtype, backend,
+        pos_index, pos_weight, cls_rows, modality_index, total_rows, dropout_p, out_dtype, pixel_scale,
+        pixel_shift, backend,
     )  # fmt: skip
 
 
@@ -98,6 +106,7 @@ def text_embed(
     eps: float,
     padding_idx: int | None = None,
     dropout_p: float = 0.0,
+    deterministic: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """Text rows: ``dropout(LayerNorm(word + token type + position)) + modality[0]``.
@@ -110,15 +119,16 @@ def text_embed(
         modality: [M, D]; row 0 is added last.
         eps: of the LayerNorm (1e-12 in ViLT).
         padding_idx: row of ``word`` that gets no gradient, as in ``torch.nn.Embedding``.
+        deterministic: False lets a backend (triton) add up the gradient of ``word`` in any order, with atomics.
 
     Returns:
-        [n, D]. Raises IndexError for an id outside its table (CPU).
+        [n, D], in the widest dtype of the added tables. Raises IndexError for an id outside its table (CPU).
 
     Source: Devlin et al. 2019; HuggingFace ``TextEmbeddings``.
     """
     return _text_embed.text_embed(
         input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias,
-        modality, eps, padding_idx, dropout_p, backend,
+        modality, eps, padding_idx, dropout_p, deterministic, backend,
     )  # fmt: skip
 
 
@@ -165,20 +175,47 @@ def attention(
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, backend: str | None = None
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    x_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``s = x + residual`` and ``LayerNorm(s)``, both.
+    """``s = dropout(x + x_bias) + residual`` and ``LayerNorm(s)``, both.
 
     Args:
-        x, residual: [..., D], of one shape; the residual may be of a wider dtype.
-        weight, bias: [D] or None. eps: added to the variance.
+        x, residual: [..., D], of one shape; the residual may be of a wider dtype (a float32 stream, bfloat16 layers).
+        weight, bias, x_bias: [D] or None. eps: added to the variance.
+        dropout_p: probability that an element of ``x + x_bias`` counts as 0.
 
     Returns:
-        (s, normed): s in the wider dtype of the inputs, normed in the dtype of x.
+        s [..., D] in the wider dtype of x and residual, and the normalised y [..., D] in the dtype of x. Differentiable
+        (reference, triton) in all tensors; the sums over rows are deterministic.
 
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """
-    return _add_layer_norm.add_layer_norm(x, residual, weight, bias, eps, backend)
+    return _add_layer_norm.add_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, backend)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """``x W^T + b + residual``, in one pass over the result.
+
+    Args:
+        x: [..., K]; weight: [N, K]; bias: [N] or None; one floating dtype (under autocast: any, cast as it would).
+        residual: [..., N] or None, any floating dtype.
+
+    Returns:
+        [..., N] in the wider dtype of x and residual. Differentiable in all tensors.
+
+    Source: ``torch.nn.functional.linear``.
+    """
+    return _linear.linear(x, weight, bias, residual, backend)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
@@ -353,7 +390,8 @@ def linear_cross_entropy(
         reduction: "mean" (over labelled rows; NaN when there is none, as torch), "sum" or "none" ([R], 0 if ignored).
 
     Returns:
-        The loss in float32 (float64 for float64 inputs). Differentiable in x, weight and bias.
+        The loss in float32 (float64 for float64 inputs). Differentiable in x, weight and bias. On a GPU, where labels
+        are not looked at, one out of range gives NaN.
 
     Source: ``torch.nn.functional.cross_entropy``.
     """

@@ -1,19 +1,107 @@
-"""add_layer_norm: validation and choice of backend. Facts for `supports`: dtype, requires_grad."""
+"""add_layer_norm: validation, choice of backend, torch.ops.vilt_fast.add_layer_norm and its gradient.
+
+Facts for `supports`: dtype, residual_dtype, width (D), requires_grad, dropout (bool).
+"""
+
+import torch
 
 from .. import registry
 from . import _check
 
+OP = "add_layer_norm"
 
-def add_layer_norm(x, residual, weight, bias, eps, backend):
-    _check.shapes(
-        "add_layer_norm", x=(x, "... D"), residual=(residual, "... D"), weight=(weight, "D"), bias=(bias, "D")
+torch.library.define(
+    "vilt_fast::add_layer_norm",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? x_bias, Tensor? seed, float eps, "
+    "float dropout_p, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "vilt_fast::add_layer_norm_bwd",
+    "(Tensor? ds, Tensor? dy, Tensor s, Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float dropout_p, "
+    "ScalarType x_dtype, ScalarType residual_dtype, bool with_sums, bool with_x_bias, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("vilt_fast::add_layer_norm", "CompositeExplicitAutograd")
+def _run(x, residual, weight, bias, x_bias, seed, eps, dropout_p, backend):
+    outputs, kept = registry.launcher(OP, backend)(x, residual, weight, bias, eps, x_bias, dropout_p, seed)
+    return (*outputs, *kept)
+
+
+@torch.library.register_fake("vilt_fast::add_layer_norm")
+def _fake(x, residual, *rest):
+    s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    return s, x.new_empty(x.shape), *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+
+
+@torch.library.impl("vilt_fast::add_layer_norm_bwd", "CompositeExplicitAutograd")
+def _run_backward(
+    ds, dy, s, mean, rstd, weight, seed, dropout_p, x_dtype, residual_dtype, with_sums, with_x_bias, backend
+):
+    return registry.launcher("add_layer_norm_bwd", backend)(
+        ds, dy, s, mean, rstd, weight, seed=seed, dropout_p=dropout_p, x_dtype=x_dtype, residual_dtype=residual_dtype,
+        with_sums=with_sums, with_x_bias=with_x_bias,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("vilt_fast::add_layer_norm_bwd")
+def _fake_backward(
+    ds, dy, s, mean, rstd, weight, seed, dropout_p, x_dtype, residual_dtype, with_sums, with_x_bias, backend
+):
+    apart = dropout_p > 0 or x_dtype != residual_dtype
+    return (
+        s.new_empty(s.shape, dtype=residual_dtype),
+        s.new_empty(s.shape if apart else [0], dtype=x_dtype),
+        s.new_empty([3 if with_x_bias else 2, s.shape[-1]] if with_sums else [0], dtype=torch.float32),
     )
+
+
+def _keep(ctx, inputs, output):
+    x, residual, weight, bias, x_bias, seed, _, ctx.dropout_p, ctx.backend = inputs
+    s, _, mean, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
+    ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, x_bias)]
+    ctx.save_for_backward(s, mean, rstd, weight, seed)
+
+
+def _differentiate(ctx, ds, dy, *_):
+    if ds is None and dy is None:
+        return (None,) * 9
+    needs = ctx.needs_input_grad[2:5]
+    dresidual, dx, sums = torch.ops.vilt_fast.add_layer_norm_bwd(
+        ds, dy, *ctx.saved_tensors, ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype, any(needs), needs[2], ctx.backend
+    )
+    apart = ctx.dropout_p > 0 or ctx.x_dtype != ctx.residual_dtype
+    parameters = [
+        sums[place].to(dtype) if needed else None
+        for place, (needed, dtype) in enumerate(zip(needs, ctx.dtypes, strict=True))
+    ]
+    return dx if apart else dresidual, dresidual, *parameters, None, None, None, None
+
+
+torch.library.register_autograd("vilt_fast::add_layer_norm", _differentiate, setup_context=_keep)
+
+
+def add_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, backend):
+    tensors = dict(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+    specs = dict.fromkeys(tensors, "D") | {"x": "... D", "residual": "... D"}
+    sizes = _check.shapes(OP, **{name: (tensor, specs[name]) for name, tensor in tensors.items()})
     if x.shape != residual.shape:
         raise ValueError(
             f"add_layer_norm: residual has shape {list(residual.shape)}, expected that of x, {list(x.shape)}."
         )
-    _check.dtypes("add_layer_norm", _check.FLOATS, x=x, residual=residual, weight=weight, bias=bias)
-    _check.same_device("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias)
-    grad = _check.needs_grad(x, residual, weight, bias)
-    name = registry.resolve("add_layer_norm", backend, x.device.type, dtype=x.dtype, requires_grad=grad)
-    return registry.launcher("add_layer_norm", name)(x, residual, weight, bias, eps)
+    _check.dtypes(OP, _check.FLOATS, **tensors)
+    _check.same_device(OP, **tensors)
+    _check.probability(OP, dropout_p)
+    name = registry.resolve(
+        OP, backend, x.device.type, dtype=x.dtype, residual_dtype=residual.dtype, width=sizes["D"],
+        requires_grad=_check.needs_grad(*tensors.values()), dropout=dropout_p > 0,
+    )  # fmt: skip
+    if name in registry.PLAIN:
+        return registry.launcher(OP, name)(x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p)
+    seed = torch.randint(2**62, (1,), device=x.device) if dropout_p > 0 else None
+    s, y, _, _ = torch.ops.vilt_fast.add_layer_norm(x, residual, weight, bias, x_bias, seed, eps, dropout_p, name)
+    return s, y

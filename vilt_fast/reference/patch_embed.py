@@ -9,6 +9,7 @@ for [CLS]; modality [M, D]; text [n_text, D]; text_rows [n_text]; for n listed p
 image*gh*gw + y*gw + x, with gh = height // ph, gw = width // pw), patch_rows [n], patch_sample [n] (which entry of
 modality_index), pos_index [n, 4], pos_weight [n, 4] float32; cls_rows [B]; modality_index [B].
 Rows that nobody lists are zero. Pixels outside the listed patches are never read, so even NaN there changes nothing.
+uint8 pixels become pixel * pixel_scale[c] + pixel_shift[c].
 The projection runs in the dtype of `weight`, the sums in at least float32.
 
 Source: ViLT (Kim et al. 2021) sec. 3.1; the corners and weights are `interpolate(mode="bilinear", align_corners=True)`
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 def patch_embed(
     pixels, weight, bias, cls_token, position, modality, text,
     text_rows, patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index, total_rows, *,
-    dropout_p=0.0, out_dtype=None,
+    dropout_p=0.0, out_dtype=None, pixel_scale=None, pixel_shift=None,
 ):  # fmt: skip
     ph, pw = weight.shape[-2:]
     batch, channels, height, width = pixels.shape
@@ -31,7 +32,10 @@ def patch_embed(
 
     cells = pixels[:, :, : gh * ph, : gw * pw].reshape(batch, channels, gh, ph, gw, pw)
     sample, cell = patch_source // (gh * gw), patch_source % (gh * gw)
-    chosen = cells[sample, :, cell // gw, :, cell % gw, :].to(weight.dtype)  # [n, C, ph, pw]
+    chosen = cells[sample, :, cell // gw, :, cell % gw, :]  # [n, C, ph, pw]
+    if pixel_scale is not None:
+        chosen = chosen.to(wide) * pixel_scale.to(wide)[:, None, None] + pixel_shift.to(wide)[:, None, None]
+    chosen = chosen.to(weight.dtype)
     projected = F.linear(chosen.flatten(1), weight.flatten(1), bias).to(wide)
     corners = position.to(wide)[pos_index]  # [n, 4, D]
     patches = projected + (corners * pos_weight.to(wide).unsqueeze(-1)).sum(1)

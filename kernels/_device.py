@@ -1,0 +1,66 @@
+"""What Triton launchers ask about the machine: interpreter or GPU, which architecture, how many multiprocessors."""
+
+import contextlib
+
+import torch
+from triton import knobs
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@torch.compiler.assume_constant_result
+def interpreted():
+    """Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return bool(knobs.runtime.interpret)
+
+
+@torch.compiler.assume_constant_result
+def _gpu_problem():
+    if not torch.cuda.is_available():
+        return "no CUDA or ROCm device is visible to torch; without one, TRITON_INTERPRET=1 runs kernels on the CPU."
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return f"the GPU has compute capability {torch.cuda.get_device_capability()}, expected 8.0 or newer."
+    return ""
+
+
+def problem(device=None, **dtypes):
+    """ "" when Triton can run on tensors of this device type and these dtypes here, else why not."""
+    if device == "cpu" and not interpreted():
+        return (
+            "tensors are on the CPU, where Triton only runs in its interpreter (slow, for tests): "
+            "set TRITON_INTERPRET=1 before Python starts, or move the tensors to a GPU."
+        )
+    if device not in (None, "cpu", "cuda"):
+        return f"tensors are on {device}, it runs on CUDA and ROCm devices."
+    if not interpreted() and (reason := _gpu_problem()):
+        return reason
+    for name, dtype in dtypes.items():
+        if dtype is None:
+            continue
+        if dtype not in FLOATS:
+            return f"{name} is {dtype}, expected float32, float16 or bfloat16."
+        if dtype == torch.bfloat16 and device == "cpu":
+            return f"{name} is bfloat16, which Triton's interpreter gets wrong; use float32 or float16 there."
+    return ""
+
+
+def arch(tensor):
+    """80, 89, 90, 100, ... for NVIDIA, 0 for anything else (AMD, the interpreter)."""
+    if tensor.device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def multiprocessors(tensor):
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
+
+
+def on(tensor):
+    """Context in which a launch goes to the device of ``tensor``."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def dot_precision(tensor):
+    """How float32 operands are multiplied: three TF32 products on NVIDIA tensor cores, plain float32 elsewhere."""
+    return "tf32x3" if arch(tensor) else "ieee"

@@ -1,0 +1,228 @@
+"""Residual add and LayerNorm for Triton, one pass over memory each way.
+
+    z = dropout(x + x_bias);  s = z + residual;  y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+
+Shapes: x, residual [N, D] of floating dtypes that may differ (a float32 residual stream under bfloat16 layers); s
+[N, D] in the wider of the two, y [N, D] in that of x; mean and rstd [N] float32 are kept for the backward.
+
+Forward: a tile of whole rows a program, in registers, mean first and then the centred squares: x and residual are read
+once, s and y written once. The statistics are those of s as it is rounded, as in the reference.
+
+Backward, with xhat = (s - mean) rstd and g = dy weight:
+    d = ds + rstd (g - mean_D(g) - xhat mean_D(g xhat));  dresidual = d;  dx = dropout'(d)
+    dweight = sum_rows dy xhat;  dbias = sum_rows dy;  dx_bias = sum_rows dx
+A program takes a run of rows and leaves its share of the three sums in [3, programs, D] float32; adding the shares is a
+second, small pass in a fixed order. No atomics: equal runs give equal bits.
+
+Dropout draws four Philox words for four neighbouring elements from (seed, column / 4, row), whatever the tile, so that
+the backward, or a recomputed forward, drops the same elements. The seed is read on the device.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _device
+
+MAX_WIDTH = 8192
+_GROUPS = 256
+
+
+@triton.jit
+def _kept(seed, rows, dropout_p, BLOCK_D: tl.constexpr):
+    """bool [rows, BLOCK_D]: which elements dropout keeps."""
+    quads = tl.arange(0, BLOCK_D // 4)[None, :]
+    none = rows[:, None] * 0 + quads * 0
+    a, b, c, d = tl.philox(tl.load(seed), quads + none, rows[:, None] + none, none, none)
+    words = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.uint_to_uniform_float(tl.reshape(words, (rows.shape[0], BLOCK_D))) >= dropout_p
+
+
+@triton.jit
+def _add_layer_norm_fwd_kernel(
+    x, residual, weight, bias, x_bias, seed, s_out, y_out, mean_out, rstd_out, N, D, stride_x, stride_r, eps, dropout_p,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    real = (cols < D)[None, :]
+    inside = (rows < N)[:, None] & real
+    wide = rows.to(tl.int64)[:, None]
+    s = tl.load(x + wide * stride_x + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    if x_bias is not None:
+        s += tl.load(x_bias + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    if seed is not None:
+        s = tl.where(_kept(seed, rows, dropout_p, BLOCK_D), s / (1.0 - dropout_p), 0.0)
+    s += tl.load(residual + wide * stride_r + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    rounded = s.to(s_out.dtype.element_ty)
+    tl.store(s_out + wide * D + cols[None, :], rounded, mask=inside)
+    s = rounded.to(tl.float32)
+    mean = tl.sum(s, 1) / D
+    centred = tl.where(real, s - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / D + eps)
+    y = centred * rstd[:, None]
+    if weight is not None:
+        y *= tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_out + wide * D + cols[None, :], y.to(y_out.dtype.element_ty), mask=inside)
+    tl.store(mean_out + rows, mean, mask=rows < N)
+    tl.store(rstd_out + rows, rstd, mask=rows < N)
+
+
+@triton.jit
+def _add_layer_norm_bwd_kernel(
+    ds, dy, s, mean, rstd, weight, seed, dresidual, dx, sums, N, D, rows_each, dropout_p,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, X_BIAS: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0)
+    cols = tl.arange(0, BLOCK_D)
+    dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    dbias = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    dx_bias = tl.zeros((ROWS, BLOCK_D), tl.float32)
+    if weight is not None:
+        scale = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    for first in range(group * rows_each, tl.minimum(N, (group + 1) * rows_each), ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < N)[:, None] & (cols < D)[None, :]
+        at = rows.to(tl.int64)[:, None] * D + cols[None, :]
+        if ds is not None:
+            d = tl.load(ds + at, mask=inside, other=0.0).to(tl.float32)
+        else:
+            d = tl.zeros((ROWS, BLOCK_D), tl.float32)
+        if dy is not None:
+            g = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
+            spread = tl.load(rstd + rows, mask=rows < N, other=0.0)[:, None]
+            centre = tl.load(mean + rows, mask=rows < N, other=0.0)[:, None]
+            values = tl.load(s + at, mask=inside, other=0.0).to(tl.float32)
+            xhat = tl.where(inside, (values - centre) * spread, 0.0)
+            dbias += g
+            dweight += g * xhat
+            if weight is not None:
+                g *= scale
+            shift = tl.sum(g, 1)[:, None] / D
+            tilt = tl.sum(g * xhat, 1)[:, None] / D
+            d += spread * (g - shift - xhat * tilt)
+        if dresidual is not None:
+            tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), mask=inside)
+        if seed is not None:
+            d = tl.where(_kept(seed, rows, dropout_p, BLOCK_D), d / (1.0 - dropout_p), 0.0)
+        if dx is not None:
+            tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
+        if X_BIAS:
+            dx_bias += tl.where(inside, d, 0.0)
+    if sums is not None:
+        share = sums + group.to(tl.int64) * D + cols
+        step = tl.num_programs(0).to(tl.int64) * D
+        tl.store(share, tl.sum(dweight, 0), mask=cols < D)
+        tl.store(share + step, tl.sum(dbias, 0), mask=cols < D)
+        if X_BIAS:
+            tl.store(share + 2 * step, tl.sum(dx_bias, 0), mask=cols < D)
+
+
+def supports(op, device=None, dtype=None, residual_dtype=None, width=1, **facts):
+    """ "" when Triton can run this, else why not."""
+    if width > MAX_WIDTH:
+        return f"rows are {width} wide, at most {MAX_WIDTH} fit in registers."
+    return _device.problem(device, x=dtype, residual=residual_dtype)
+
+
+def _config(N, D):
+    """Rows a tile, padded width, warps: one row a program where rows are few, else about 4096 elements."""
+    block = max(16, triton.next_power_of_2(D))
+    rows = 1 if N <= 2048 else max(1, 4096 // block)
+    rows = min(rows, 8)
+    return dict(ROWS=rows, BLOCK_D=block, num_warps=min(16, max(1, rows * block // (256 if rows == 1 else 512))))
+
+
+def _rows(tensor):
+    tensor = tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def _plain(*tensors):
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def add_layer_norm_fwd(x, residual, weight, bias, eps, x_bias=None, dropout_p=0.0, seed=None):
+    """((s, y), (mean, rstd)); seed: int64 [1] on the device of x, needed with dropout."""
+    D = x.shape[-1]
+    s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    y = x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    if s.numel():
+        x, residual = _rows(x), _rows(residual)
+        N = x.shape[0]
+        config = _config(N, D)
+        with _device.on(x):
+            _add_layer_norm_fwd_kernel[(triton.cdiv(N, config["ROWS"]),)](
+                x, residual, *_plain(weight, bias, x_bias), seed if dropout_p > 0 else None, s, y, mean, rstd, N, D,
+                x.stride(0), residual.stride(0), eps, dropout_p, **config,
+            )  # fmt: skip
+    return (s, y), (mean, rstd)
+
+
+def add_layer_norm_bwd(
+    ds, dy, s, mean, rstd, weight, *, seed=None, dropout_p=0.0, x_dtype=None, residual_dtype=None, with_sums=True,
+    with_x_bias=False,
+):  # fmt: skip
+    """(dresidual, dx, sums): sums [3, D] float32 are those for weight, bias and x_bias ([2, D] without the last).
+
+    dx is empty [0] where it equals dresidual: equal dtypes and no dropout. sums is empty [0] unless ``with_sums``.
+    """
+    D = s.shape[-1]
+    dropped = dropout_p > 0
+    dresidual = s.new_empty(s.shape, dtype=residual_dtype)
+    dx = s.new_empty(s.shape if dropped or x_dtype != residual_dtype else 0, dtype=x_dtype)
+    kinds = 3 if with_x_bias else 2
+    if not s.numel():
+        return dresidual, dx, s.new_zeros((kinds, D) if with_sums else 0, dtype=torch.float32)
+    N = s.numel() // D
+    config = _config(N, D)
+    rows_each = triton.cdiv(triton.cdiv(N, config["ROWS"]), _GROUPS) * config["ROWS"]
+    groups = triton.cdiv(N, rows_each)
+    sums = s.new_empty(kinds, groups, D, dtype=torch.float32) if with_sums else None
+    with _device.on(s):
+        _add_layer_norm_bwd_kernel[(groups,)](
+            *_plain(ds, dy, s), mean, rstd, *_plain(weight), seed if dropped else None, dresidual,
+            dx if dx.dim() > 1 or dx.numel() else None, sums, N, D, rows_each, dropout_p, X_BIAS=with_x_bias, **config,
+        )  # fmt: skip
+    return dresidual, dx, sums.sum(1) if with_sums else s.new_empty(0, dtype=torch.float32)
+
+
+def aot_cases():
+    """ViLT's width; bfloat16 layers on a bfloat16 and on a float32 stream, and float32 throughout."""
+    arches = (80, 89, 90, 100, "gfx942")
+    for N in (185, 13880):
+        config = _config(N, 768)
+        blocks = {name: config[name] for name in ("ROWS", "BLOCK_D")}
+        for x, stream in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+            for dropout in (False, True):
+                shared = dict(num_warps=config["num_warps"], num_stages=1, arches=arches, matmul=False)
+                extras = {"seed": "*i64", "x_bias": f"*{x}"} if dropout else {}
+                name = f"N={N} x {x} stream {stream}" + (" dropout, x_bias" if dropout else "")
+                numbers = dict(N="i32", D="i32", dropout_p="fp32")
+                forward = dict(
+                    x=f"*{x}", residual=f"*{stream}", weight=f"*{x}", bias=f"*{x}", s_out=f"*{stream}", y_out=f"*{x}",
+                    mean_out="*fp32", rstd_out="*fp32", stride_x="i32", stride_r="i32", eps="fp32", **numbers, **extras,
+                )  # fmt: skip
+                yield dict(
+                    name=f"add_layer_norm {name}", kernel=_add_layer_norm_fwd_kernel, signature=forward,
+                    constexprs=blocks if dropout else dict(blocks, seed=None, x_bias=None), **shared,
+                )  # fmt: skip
+                backward = dict(
+                    ds=f"*{stream}", dy=f"*{x}", s=f"*{stream}", mean="*fp32", rstd="*fp32", weight=f"*{x}",
+                    dresidual=f"*{stream}", sums="*fp32", rows_each="i32", **numbers,
+                )  # fmt: skip
+                constexprs = dict(blocks, X_BIAS=dropout)
+                if dropout:
+                    backward["seed"] = "*i64"
+                else:
+                    constexprs["seed"] = None
+                if dropout or x != stream:
+                    backward["dx"] = f"*{x}"
+                else:
+                    constexprs["dx"] = None
+                yield dict(
+                    name=f"add_layer_norm backward {name}", kernel=_add_layer_norm_bwd_kernel, signature=backward,
+                    constexprs=constexprs, **shared,
+                )  # fmt: skip

@@ -1,0 +1,348 @@
+"""Packed attention for Triton: out = dropout(softmax(scale * Q K^T)) V per sample and head, and what the gradients in
+attention_bwd.py share with it.
+
+Shapes: q [Nq, H, d]; k, v [Nk, H, d], dense in d, any row and head strides (slices of a fused projection are read in
+place); out [Nq, H, d] and lse [H, Nq] float32 are new and dense. Query row i of a sample sees the key rows j < used
+with j < max(start, i + 1) where there is a causal start (reference/attention.py), so what a row sees is always a
+leading run of keys and one number per row is the whole mask.
+
+Forward, one program per (query block, head, sample). Where the longest key run is at most 320 rows (the sequences of
+ViLT: 185 to 281) the scores of all keys stay in registers as two tiles of power-of-two widths (281 -> 256 + 32): one
+maximum, one sum, no rescaling. Longer runs take online softmax over key blocks (Milakov and Gimelshein 2018; Dao
+2023), blocks that every row sees entirely without any mask. Scores and sums are float32, in units of log2.
+
+Dropout draws 24 Philox bits per probability from (seed, key row, packed query row, head), whatever the tile sizes, so
+that the backward draws the same. The seed is read on the device. The draws need so many registers that the scores of
+all keys no longer fit: with dropout, it is online softmax at every length.
+
+No program reads a row of another sample or a key row that is not used: they may hold NaN. Row offsets within a sample
+are 32 bits wide, those of samples and heads 64. Samples without keys give zeros and lse = -inf.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _device
+
+LOG2E = tl.constexpr(math.log2(math.e))
+LN2 = tl.constexpr(math.log(2))
+
+
+# --- what the kernels share -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def keys_of(cu, used, sample):
+    """First row and number of the keys of a sample."""
+    first = tl.load(cu + sample)
+    count = tl.load(cu + sample + 1) - first
+    if used is not None:
+        count = tl.minimum(count, tl.load(used + sample))
+    return first, count
+
+
+@triton.jit
+def tile(base, rows, stride, end, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """[rows, BLOCK_D] of a matrix of WIDTH columns; zero from row `end` on (if MASKED) and past the last column."""
+    columns = tl.arange(0, BLOCK_D)
+    at = base + rows[:, None] * stride + columns[None, :]
+    if MASKED and BLOCK_D != WIDTH:
+        return tl.load(at, mask=(rows[:, None] < end) & (columns[None, :] < WIDTH), other=0.0)
+    elif MASKED:
+        return tl.load(at, mask=rows[:, None] < end, other=0.0)
+    elif BLOCK_D != WIDTH:
+        return tl.load(at, mask=columns[None, :] < WIDTH, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def store(base, rows, stride, end, tile, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows[:, None] < end) & (columns[None, :] < WIDTH)
+    tl.store(base + rows[:, None] * stride + columns[None, :], tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def sight(start_k, sample, rows, block, BLOCK_M: tl.constexpr, used):
+    """A query row sees keys 0:limit; all rows of its block see 0:all_see, and none looks past some_see."""
+    if start_k is not None:
+        start = tl.load(start_k + sample)
+        limit = tl.minimum(used, tl.maximum(start, rows + 1))[:, None]
+        all_see = tl.minimum(used, tl.maximum(start, block + 1))
+        some_see = tl.minimum(used, tl.maximum(start, block + BLOCK_M))
+        return limit, all_see, some_see
+    else:
+        return used, used, used
+
+
+@triton.jit
+def kept(seed, drop_below, rows, keys, head):
+    """Which probabilities survive; rows (of the packed queries) and keys broadcast to the shape of the tile."""
+    zero = (rows + keys) * 0
+    bits, _, _, _ = tl.philox(tl.load(seed), keys + zero, rows + zero, zero + head, zero)
+    return (bits >> 8).to(tl.int32) >= drop_below
+
+
+@triton.jit
+def masked_scores(q_tile, k_tile, keys, limit, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """[M, N] scores in units of log2; -inf where a row may not look."""
+    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+    if MASKED:
+        scores = tl.where(keys[None, :] < limit, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _weighted(acc, weights, v_tile, rows, keys, seed, drop_below, head, PRECISION: tl.constexpr):
+    """acc + dropout(weights) V, without the 1 / (1 - p)."""
+    if seed is not None:
+        weights = tl.where(kept(seed, drop_below, rows[:, None], keys[None, :], head), weights, 0.0)
+    return tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sweep(acc, top, total, q_tile, k, v, rows, begin, end, stride_k, stride_v, used, limit, scale, seed, drop_below,
+           head, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """Online softmax over keys begin:end; (acc, top, total) = (sum of weighted values, maximum, sum of weights)."""
+    for first in range(begin, end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = tile(k, keys, stride_k, used, WIDTH, BLOCK_D, MASKED)
+        scores = masked_scores(q_tile, k_tile, keys, limit, scale, MASKED, PRECISION)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        v_tile = tile(v, keys, stride_v, used, WIDTH, BLOCK_D, MASKED)
+        acc = _weighted(acc * shrink[:, None], weights, v_tile, rows, keys, seed, drop_below, head, PRECISION)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit(do_not_specialize=["drop_below", "heads", "total_q", "q_blocks"])
+def _attention_fwd_kernel(
+    q, k, v, out, lse, stats, cu_q, cu_k, used_k, start_k, seed, scale, drop_below, grow, stride_q, stride_qh,
+    stride_k, stride_kh, stride_v, stride_vh, heads, total_q, q_blocks, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """SINGLE: all keys in one tile of BLOCK_N and, unless 0, one of BLOCK_N2. Else key blocks of BLOCK_N."""
+    pid = tl.program_id(0)
+    head = pid // q_blocks % heads
+    sample = pid // q_blocks // heads
+    block = (pid % q_blocks) * BLOCK_M
+    first_q = tl.load(cu_q + sample)
+    q_len = tl.load(cu_q + sample + 1) - first_q
+    if block >= q_len:
+        return
+    first_k, used = keys_of(cu_k, used_k, sample)
+    rows = block + tl.arange(0, BLOCK_M)
+    limit, all_see, some_see = sight(start_k, sample, rows, block, BLOCK_M, used)
+    q += first_q.to(tl.int64) * stride_q + head.to(tl.int64) * stride_qh
+    k += first_k.to(tl.int64) * stride_k + head.to(tl.int64) * stride_kh
+    v += first_k.to(tl.int64) * stride_v + head.to(tl.int64) * stride_vh
+    q_tile = tile(q, rows, stride_q, q_len, WIDTH, BLOCK_D, True)
+    scale *= LOG2E
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    q_rows = first_q + rows
+    if SINGLE:
+        keys = tl.arange(0, BLOCK_N)
+        k_tile = tile(k, keys, stride_k, used, WIDTH, BLOCK_D, True)
+        v_tile = tile(v, keys, stride_v, used, WIDTH, BLOCK_D, True)
+        scores = masked_scores(q_tile, k_tile, keys, limit, scale, True, PRECISION)
+        top = tl.max(scores, 1)
+        if BLOCK_N2 > 0:
+            keys2 = BLOCK_N + tl.arange(0, BLOCK_N2)
+            k_tile2 = tile(k, keys2, stride_k, used, WIDTH, BLOCK_D, True)
+            v_tile2 = tile(v, keys2, stride_v, used, WIDTH, BLOCK_D, True)
+            scores2 = masked_scores(q_tile, k_tile2, keys2, limit, scale, True, PRECISION)
+            top = tl.maximum(top, tl.max(scores2, 1))
+        finite_top = tl.where(top == float("-inf"), 0.0, top)[:, None]
+        weights = tl.exp2(scores - finite_top)
+        total = tl.sum(weights, 1)
+        acc = _weighted(acc, weights, v_tile, q_rows, keys, seed, drop_below, head, PRECISION)
+        if BLOCK_N2 > 0:
+            weights2 = tl.exp2(scores2 - finite_top)
+            total += tl.sum(weights2, 1)
+            acc = _weighted(acc, weights2, v_tile2, q_rows, keys2, seed, drop_below, head, PRECISION)
+    else:
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        even = all_see // BLOCK_N * BLOCK_N
+        acc, top, total = _sweep(acc, top, total, q_tile, k, v, q_rows, 0, even, stride_k, stride_v, used, limit,
+                                 scale, seed, drop_below, head, WIDTH, BLOCK_D, BLOCK_N, False, PRECISION)  # fmt: skip
+        acc, top, total = _sweep(acc, top, total, q_tile, k, v, q_rows, even, some_see, stride_k, stride_v, used,
+                                 limit, scale, seed, drop_below, head, WIDTH, BLOCK_D, BLOCK_N, True,
+                                 PRECISION)  # fmt: skip
+    total = tl.where(total == 0.0, 1.0, total)
+    share = 1.0 / total
+    stride_out = heads * WIDTH
+    out += first_q.to(tl.int64) * stride_out + head * WIDTH
+    store(out, rows, stride_out, q_len, acc * (share * grow)[:, None], WIDTH, BLOCK_D)
+    by_row = head.to(tl.int64) * total_q + q_rows
+    tl.store(lse + by_row, (top + tl.log2(total)) * LN2, mask=rows < q_len)
+    tl.store(stats + by_row, top, mask=rows < q_len)
+    tl.store(stats + heads.to(tl.int64) * total_q + by_row, share, mask=rows < q_len)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def supports(op, device=None, dtype=None, head_dim=64, together=True, **facts):
+    """ "" when Triton can run this, else why not."""
+    if not together:
+        return "cu_seqlens, seqused_k and causal_start must be on the device of q; it never copies between devices."
+    if not 1 <= head_dim <= 256:
+        return f"head dim is {head_dim}, expected 1 to 256."
+    return _device.problem(device, dtype=dtype)
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of the forward, of dq and of dk, dv; by bytes an element and head dim.
+_TILES = {
+    (2, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    (2, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+    (2, 256): ((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
+    (4, 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    (4, 128): ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    (4, 256): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+}
+# Where an architecture differs: 80 stands for all whose matrix instruction belongs to one warp (80, 86, 89, 120: both
+# operands in registers), 0 for AMD, where 4 warps may use 512 registers a thread and 8 only 256.
+_TILES_OF = {
+    80: {
+        (2, 64): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+        (2, 128): ((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+    },
+    90: {(4, 64): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 2))},
+    0: {
+        (2, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+        (2, 256): ((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+        (4, 64): ((64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
+        (4, 128): ((32, 32, 8, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        (4, 256): ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
+}
+_SINGLE_TILES = ((32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (256, 0), (256, 32), (256, 64))
+
+
+def tiles_of(arch, itemsize, width):
+    key = (itemsize, 64 if width <= 64 else 128 if width <= 128 else 256)
+    family = arch if arch in (0, 90) or 100 <= arch < 120 else 80
+    return _TILES_OF.get(family, {}).get(key) or _TILES[key]
+
+
+def options(tiles, **more):
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles, strict=True), **more)
+
+
+def _forward_config(arch, itemsize, width, max_seqlen_q, max_seqlen_k, pairs, multiprocessors, dropout=False):
+    """Block sizes of the forward; pairs = samples * heads. Dropout needs its registers for random numbers."""
+    tiles = tiles_of(arch, itemsize, width)[0]
+    if dropout or itemsize != 2 or width > 64:
+        return options(tiles, BLOCK_N2=0, SINGLE=False)
+    crowded = triton.cdiv(max_seqlen_q, 64) * pairs >= multiprocessors
+    if max_seqlen_k <= 320:
+        n, n2 = next(pair for pair in _SINGLE_TILES if sum(pair) >= max_seqlen_k)
+        wide = n + n2 > 192 and arch not in (0, 90) and not 100 <= arch < 120
+        return options((64 if crowded and not wide else 32, n, 4, 2), BLOCK_N2=n2, SINGLE=True)
+    return options((128, 64, 4, 3) if arch == 90 and crowded else tiles, BLOCK_N2=0, SINGLE=False)
+
+
+def in_place(tensor, longest):
+    """The tensor itself if the kernels can read it as it lies: dense in d, 32 bits for the rows of a sample."""
+    return tensor if tensor.stride(-1) == 1 and (longest + 512) * tensor.stride(0) < 2**31 else tensor.contiguous()
+
+
+def dense(*tensors):
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def dropout(p):
+    """Draws of 24 bits below the first number are dropped; what stays grows by the second."""
+    return round(p * 2**24), 1 / (1 - p)
+
+
+def shape(width, precision):
+    return dict(WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(width)), PRECISION=precision)
+
+
+def attention_fwd(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
+    seqused_k=None, causal_start=None, dropout_p=0.0, scale=None, return_lse=False, seed=None,
+):  # fmt: skip
+    """As `functional.attention`; with dropout, seed is an int64 [1] on the device of q in place of a generator.
+
+    With return_lse it also returns what the backward needs: stats [2, H, Nq] float32, the largest score of a row in
+    units of log2, and 1 / (sum of the exponentials of what the others fall short of it).
+    """
+    rows, heads, width = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(heads, rows, dtype=torch.float32)
+    stats = q.new_empty(2, heads, rows, dtype=torch.float32)
+    if out.numel():
+        q, k, v = in_place(q, max_seqlen_q), in_place(k, max_seqlen_k), in_place(v, max_seqlen_k)
+        pairs = heads * (len(cu_seqlens_q) - 1)
+        config = _forward_config(
+            _device.arch(q), q.element_size(), width, max_seqlen_q, max_seqlen_k, pairs, _device.multiprocessors(q),
+            dropout_p > 0,
+        )  # fmt: skip
+        q_blocks = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
+        with _device.on(q):
+            _attention_fwd_kernel[(q_blocks * pairs,)](
+                q, k, v, out, lse, stats, *dense(cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start),
+                seed if dropout_p > 0 else None, width**-0.5 if scale is None else scale, *dropout(dropout_p),
+                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads, rows, q_blocks,
+                **shape(width, _device.dot_precision(q)), **config,
+            )  # fmt: skip
+    return (out, lse, stats) if return_lse else out
+
+
+# --- what ships, for compilation ahead of time ------------------------------------------------------------------------
+
+_TYPES = {
+    "lse": "*fp32", "stats": "*fp32", "dlse": "*fp32", "delta": "*fp32", "cu_q": "*i32", "cu_k": "*i32",
+    "used_k": "*i32", "start_k": "*i32", "seed": "*i64", "scale": "fp32", "grow": "fp32",
+}  # fmt: skip
+
+
+def aot_case(kernel, arch, dtype, width, config, name, absent):
+    config = dict(config)
+    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
+    names = kernel.arg_names
+    constexprs = shape(width, "tf32x3" if arch else "ieee") | config | {n: None for n in absent if n in names}
+    element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    types = _TYPES | dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), element)
+    name = f"{kernel.__name__.strip('_')} {name} {str(dtype)[6:]} d{width} {f'sm_{arch}' if arch else 'gfx942'}"
+    signature = {n: types.get(n, "i32") for n in names if n not in constexprs}
+    arches = (arch or "gfx942",)
+    return dict(
+        name=name, kernel=kernel, signature=signature, constexprs=constexprs, arches=arches, matmul=True, **options
+    )
+
+
+MASKS = {"plain": ("start_k", "seed", "dlse"), "dropout": ("start_k", "dlse"), "causal": ("seed", "dlse")}
+TARGETS = {80: 108, 89: 128, 90: 132, 100: 148, 0: 304}  # and how many multiprocessors they have
+
+
+def aot_cases():
+    """What ViLT meets (head dim 64, 12 heads, up to 40 words and 241 patches), longer sequences, and head dim 128."""
+    for arch, multiprocessors in TARGETS.items():
+        for dtype, width, longest, batch, mask in (
+            (torch.bfloat16, 64, 40, 64, "plain"), (torch.bfloat16, 64, 185, 64, "plain"),
+            (torch.bfloat16, 64, 185, 1, "plain"), (torch.bfloat16, 64, 281, 64, "plain"),
+            (torch.bfloat16, 64, 281, 1, "plain"), (torch.bfloat16, 64, 281, 64, "dropout"),
+            (torch.bfloat16, 64, 281, 64, "causal"), (torch.bfloat16, 64, 1024, 64, "plain"),
+            (torch.float16, 64, 281, 64, "plain"), (torch.float32, 64, 281, 64, "plain"),
+            (torch.bfloat16, 128, 281, 64, "plain"), (torch.float32, 128, 281, 64, "plain"),
+        ):  # fmt: skip
+            sizes = (arch, dtype.itemsize, width, longest, longest, 12 * batch, multiprocessors)
+            config = _forward_config(*sizes, dropout=mask == "dropout")
+            yield aot_case(
+                _attention_fwd_kernel, arch, dtype, width, config, f"L{longest} B{batch} {mask}", MASKS[mask]
+            )

@@ -1,0 +1,217 @@
+"""Gradients of packed attention (attention.py has the shapes, the masks and the dropout):
+
+    p = exp(scale * q.k - lse), dp = dropout(dout V^T), delta = sum_d dout * out - dlse, ds = p * (dp - delta)
+    dq = scale * ds K, dk = scale * ds^T Q, dv = dropout(p)^T dout
+
+Two kernels. The first, by query block, gives dq and leaves delta [H, Nq] behind; the second, by key block, gives dk and
+dv. Each keeps its block and its sums in registers while the other side streams past, so scores are computed twice and
+nothing else is stored: no atomics, and equal runs give equal bits. dq, dk, dv are new and dense.
+
+p comes back from the row's largest score and its sum, kept apart (`stats`): lse alone would cost it a relative error of
+eps * |lse|, more than PyTorch's own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _device
+from .attention import (
+    LOG2E,
+    MASKS,
+    TARGETS,
+    aot_case,
+    dense,
+    dropout,
+    in_place,
+    kept,
+    keys_of,
+    masked_scores,
+    options,
+    shape,
+    sight,
+    store,
+    tile,
+    tiles_of,
+)  # fmt: skip
+from .attention import supports as supports
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sweep_q(dq, q_tile, dout_tile, k, v, rows, begin, end, stride_k, stride_v, used, limit, scale, top, delta, seed,
+             drop_below, grow, head, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+             MASKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """What keys begin:end add to dq, without the factor scale / (sum of weights) of the row."""
+    for first in range(begin, end, BLOCK_N):
+        keys = first + tl.arange(0, BLOCK_N)
+        k_tile = tile(k, keys, stride_k, used, WIDTH, BLOCK_D, MASKED)
+        v_tile = tile(v, keys, stride_v, used, WIDTH, BLOCK_D, MASKED)
+        scores = masked_scores(q_tile, k_tile, keys, limit, scale, MASKED, PRECISION)
+        weights = tl.exp2(scores - top[:, None])
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+        if seed is not None:
+            dp = tl.where(kept(seed, drop_below, rows[:, None], keys[None, :], head), dp * grow, 0.0)
+        ds = weights * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=["drop_below", "heads", "total_q", "q_blocks"])
+def _attention_bwd_q_kernel(
+    q, k, v, out, stats, dout, dlse, dq, delta, cu_q, cu_k, used_k, start_k, seed, scale, drop_below, grow, stride_q,
+    stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_do, stride_doh, heads, total_q, q_blocks,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq and delta of one query block."""
+    pid = tl.program_id(0)
+    head = pid // q_blocks % heads
+    sample = pid // q_blocks // heads
+    block = (pid % q_blocks) * BLOCK_M
+    first_q = tl.load(cu_q + sample)
+    q_len = tl.load(cu_q + sample + 1) - first_q
+    if block >= q_len:
+        return
+    first_k, used = keys_of(cu_k, used_k, sample)
+    rows = block + tl.arange(0, BLOCK_M)
+    limit, all_see, some_see = sight(start_k, sample, rows, block, BLOCK_M, used)
+    stride_out = heads * WIDTH
+    q += first_q.to(tl.int64) * stride_q + head.to(tl.int64) * stride_qh
+    k += first_k.to(tl.int64) * stride_k + head.to(tl.int64) * stride_kh
+    v += first_k.to(tl.int64) * stride_v + head.to(tl.int64) * stride_vh
+    dout += first_q.to(tl.int64) * stride_do + head.to(tl.int64) * stride_doh
+    out += first_q.to(tl.int64) * stride_out + head * WIDTH
+    dq += first_q.to(tl.int64) * stride_out + head * WIDTH
+    by_row = head.to(tl.int64) * total_q + first_q + rows
+    dout_tile = tile(dout, rows, stride_do, q_len, WIDTH, BLOCK_D, True)
+    out_tile = tile(out, rows, stride_out, q_len, WIDTH, BLOCK_D, True)
+    q_tile = tile(q, rows, stride_q, q_len, WIDTH, BLOCK_D, True)
+    delta_rows = tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    if dlse is not None:
+        delta_rows -= tl.load(dlse + by_row, mask=rows < q_len, other=0.0)
+    tl.store(delta + by_row, delta_rows, mask=rows < q_len)
+    top = tl.load(stats + by_row, mask=rows < q_len, other=float("inf"))
+    share = tl.load(stats + heads.to(tl.int64) * total_q + by_row, mask=rows < q_len, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    even = all_see // BLOCK_N * BLOCK_N
+    acc = _sweep_q(acc, q_tile, dout_tile, k, v, first_q + rows, 0, even, stride_k, stride_v, used, limit,
+                   scale * LOG2E, top, delta_rows, seed, drop_below, grow, head, WIDTH, BLOCK_D, BLOCK_N, False,
+                   PRECISION)  # fmt: skip
+    acc = _sweep_q(acc, q_tile, dout_tile, k, v, first_q + rows, even, some_see, stride_k, stride_v, used, limit,
+                   scale * LOG2E, top, delta_rows, seed, drop_below, grow, head, WIDTH, BLOCK_D, BLOCK_N, True,
+                   PRECISION)  # fmt: skip
+    store(dq, rows, stride_out, q_len, acc * (share * scale)[:, None], WIDTH, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["drop_below", "heads", "total_q", "k_blocks"])
+def _attention_bwd_kv_kernel(
+    q, k, v, stats, dout, delta, dk, dv, cu_q, cu_k, used_k, start_k, seed, scale, drop_below, grow, stride_q,
+    stride_qh, stride_k, stride_kh, stride_v, stride_vh, stride_do, stride_doh, heads, total_q, k_blocks,
+    WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one key block; everything is transposed, [keys, query rows]. Rows that are no keys get zeros."""
+    pid = tl.program_id(0)
+    head = pid // k_blocks % heads
+    sample = pid // k_blocks // heads
+    block = (pid % k_blocks) * BLOCK_N
+    first_k, used = keys_of(cu_k, used_k, sample)
+    k_len = tl.load(cu_k + sample + 1) - first_k
+    if block >= k_len:
+        return
+    first_q = tl.load(cu_q + sample)
+    q_len = tl.load(cu_q + sample + 1) - first_q
+    keys = block + tl.arange(0, BLOCK_N)
+    stride_out = heads * WIDTH
+    q += first_q.to(tl.int64) * stride_q + head.to(tl.int64) * stride_qh
+    k += first_k.to(tl.int64) * stride_k + head.to(tl.int64) * stride_kh
+    v += first_k.to(tl.int64) * stride_v + head.to(tl.int64) * stride_vh
+    dout += first_q.to(tl.int64) * stride_do + head.to(tl.int64) * stride_doh
+    dk += first_k.to(tl.int64) * stride_out + head * WIDTH
+    dv += first_k.to(tl.int64) * stride_out + head * WIDTH
+    tops = stats + head.to(tl.int64) * total_q + first_q
+    shares = tops + heads.to(tl.int64) * total_q
+    delta += head.to(tl.int64) * total_q + first_q
+    k_tile = tile(k, keys, stride_k, used, WIDTH, BLOCK_D, True)
+    v_tile = tile(v, keys, stride_v, used, WIDTH, BLOCK_D, True)
+    dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    scale2 = scale * LOG2E
+    begin = 0
+    end = tl.where(block < used, q_len, 0)
+    if start_k is not None:
+        start = tl.load(start_k + sample)
+        begin = tl.where(block < start, 0, block // BLOCK_M * BLOCK_M)
+    for first in range(begin, end, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        q_tile = tile(q, rows, stride_q, q_len, WIDTH, BLOCK_D, True)
+        dout_tile = tile(dout, rows, stride_do, q_len, WIDTH, BLOCK_D, True)
+        # past the last row top = inf, so p = 0; a key past `used` spoils only its own row, which is not stored
+        top = tl.load(tops + rows, mask=rows < q_len, other=float("inf"))
+        share = tl.load(shares + rows, mask=rows < q_len, other=0.0)
+        delta_rows = tl.load(delta + rows, mask=rows < q_len, other=0.0)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale2
+        probs = tl.exp2(scores - top[None, :]) * share[None, :]
+        if start_k is not None:
+            probs = tl.where(keys[:, None] < tl.maximum(start, rows[None, :] + 1), probs, 0.0)
+        dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
+        if seed is not None:
+            stay = kept(seed, drop_below, first_q + rows[None, :], keys[:, None], head)
+            dp = tl.where(stay, dp * grow, 0.0)
+            weights = tl.where(stay, probs * grow, 0.0)
+        else:
+            weights = probs
+        dv_acc = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv_acc, input_precision=PRECISION)
+        ds = probs * (dp - delta_rows[None, :])
+        dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision=PRECISION)
+    is_key = keys[:, None] < used
+    store(dk, keys, stride_out, k_len, tl.where(is_key, dk_acc * scale, 0.0), WIDTH, BLOCK_D)
+    store(dv, keys, stride_out, k_len, tl.where(is_key, dv_acc, 0.0), WIDTH, BLOCK_D)
+
+
+# --- launcher ---------------------------------------------------------------------------------------------------------
+
+
+def attention_bwd(
+    dout, dlse, q, k, v, out, stats, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
+    seqused_k=None, causal_start=None, dropout_p=0.0, scale=None, seed=None,
+):  # fmt: skip
+    """Gradients of q, k, v from those of out and lse (or None); out, stats and seed as the forward left them."""
+    rows, heads, width = q.shape
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dout, q = in_place(dout, max_seqlen_q), in_place(q, max_seqlen_q)
+    k, v = in_place(k, max_seqlen_k), in_place(v, max_seqlen_k)
+    delta = torch.empty_like(stats[0])
+    offsets = dense(cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
+    numbers = (
+        seed if dropout_p > 0 else None, width**-0.5 if scale is None else scale, *dropout(dropout_p),
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2], heads, rows,
+    )  # fmt: skip
+    config_q, config_kv = map(options, tiles_of(_device.arch(q), q.element_size(), width)[1:])
+    sizes = shape(width, _device.dot_precision(q))
+    pairs = heads * (len(cu_seqlens_q) - 1)
+    with _device.on(q):
+        if dq.numel():
+            q_blocks = triton.cdiv(max_seqlen_q, config_q["BLOCK_M"])
+            _attention_bwd_q_kernel[(q_blocks * pairs,)](
+                q, k, v, out, stats, dout, *dense(dlse), dq, delta, *offsets, *numbers, q_blocks, **sizes, **config_q
+            )  # fmt: skip
+        if dk.numel():
+            k_blocks = triton.cdiv(max_seqlen_k, config_kv["BLOCK_N"])
+            _attention_bwd_kv_kernel[(k_blocks * pairs,)](
+                q, k, v, stats, dout, delta, dk, dv, *offsets, *numbers, k_blocks, **sizes, **config_kv
+            )  # fmt: skip
+    return dq, dk, dv
+
+
+def aot_cases():
+    """As for the forward."""
+    kernels = (_attention_bwd_q_kernel, _attention_bwd_kv_kernel)
+    for arch in TARGETS:
+        for dtype, width, mask in (
+            (torch.bfloat16, 64, "plain"), (torch.bfloat16, 64, "dropout"), (torch.bfloat16, 64, "causal"),
+            (torch.float16, 64, "plain"), (torch.float32, 64, "plain"), (torch.bfloat16, 128, "plain"),
+            (torch.float32, 128, "plain"),
+        ):  # fmt: skip
+            for kernel, tiles in zip(kernels, tiles_of(arch, dtype.itemsize, width)[1:], strict=True):
+                yield aot_case(kernel, arch, dtype, width, options(tiles), mask, MASKS[mask])

@@ -1,0 +1,278 @@
+"""Linear layer for Triton: out = act(x W^T + b) + residual, one pass; act is the identity or the exact GELU.
+
+Shapes: x [M, K]; weight [N, K]; bias [N] or None; residual [M, N] or None, of any floating dtype; out [M, N], and for
+the backward of a GELU the rounded pre-activation x W^T + b, [M, N].
+
+One kernel, two ways of reading the operands:
+  * TMA (sm_90, sm_100): host-side tensor descriptors, tiles land in shared memory without passing through registers. On
+    sm_100 the loop over tiles is flattened and warp specialised, so that the epilogue of one tile runs under the
+    products of the next; the compilers we support have no such pass for sm_90, where two programs on a multiprocessor
+    (tiles of 128 x 128 and less) or three or four stages in flight do that job.
+  * pointers (sm_80, sm_89, AMD, float32, rows not aligned to 16 bytes). Rows and columns past the end read row 0, which
+    is always there, and are not written.
+
+A fixed number of programs walks the output tiles in groups of GROUP row blocks, so that the weight panels of a group
+stay in L2. Accumulators are float32. The epilogue works on quarters of a wide tile: bias, erf and conversion of all of
+a 128 x 256 tile at once would spill. float32 operands go through three TF32 products (tf32x3) on NVIDIA.
+
+Backward: dx = g W, dW = g^T x, db = column sums of g, dresidual = g; library products (see vilt_fast/ops/linear.py).
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import _device
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+
+
+@triton.jit
+def _tile_place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """(row block, column block) of a tile number: down GROUP row blocks first, then to the next column block."""
+    width = GROUP * tiles_n
+    first = (tile // width) * GROUP
+    size = tl.minimum(tiles_m - first, GROUP)
+    return first + (tile % width) % size, (tile % width) // size
+
+
+@triton.jit
+def _halves(acc):
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _store(out, acc, m0, n0, M, N, TMA: tl.constexpr):
+    """Write acc at (m0, n0) of the dense [M, N] matrix behind ``out``, a descriptor or a pointer."""
+    if TMA:
+        out.store([m0, n0], acc.to(out.dtype))
+    else:
+        rows = m0 + tl.arange(0, acc.shape[0])[:, None]
+        cols = n0 + tl.arange(0, acc.shape[1])[None, :]
+        tl.store(out + rows.to(tl.int64) * N + cols, acc.to(out.dtype.element_ty), mask=(rows < M) & (cols < N))
+
+
+@triton.jit
+def _finish(acc, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU: tl.constexpr, TMA: tl.constexpr):
+    cols = n0 + tl.arange(0, acc.shape[1])
+    if bias is not None:
+        acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if pre is not None:
+        _store(pre, acc, m0, n0, M, N, TMA)
+    if GELU:
+        acc = 0.5 * acc * (1.0 + tl.erf(acc * SQRT_HALF))
+    if residual is not None:
+        rows = m0 + tl.arange(0, acc.shape[0])[:, None]
+        at = residual + rows.to(tl.int64) * stride_rm + cols[None, :]
+        acc += tl.load(at, mask=(rows < M) & (cols[None, :] < N), other=0.0).to(tl.float32)
+    _store(out, acc, m0, n0, M, N, TMA)
+
+
+@triton.jit
+def _finish_halves(acc, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU: tl.constexpr, TMA: tl.constexpr):
+    left, right = _halves(acc)
+    _finish(left, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+    _finish(right, m0, n0 + acc.shape[1] // 2, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+
+
+@triton.jit
+def _linear_fwd_kernel(
+    x, weight, bias, residual, pre, out, M, N, K, stride_xm, stride_wn, stride_rm,
+    GELU: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    for tile in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=SPECIALIZE, warp_specialize=SPECIALIZE
+    ):
+        m, n = _tile_place(tile, tiles_m, tiles_n, GROUP)
+        m0, n0 = m * BLOCK_M, n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if TMA:
+            for k in range(0, K, BLOCK_K):
+                acc = tl.dot(x.load([m0, k]), weight.load([n0, k]).T, acc, input_precision=PRECISION)
+        else:
+            rows, cols, ks = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+            x_at = x + tl.where(rows < M, rows, 0).to(tl.int64)[:, None] * stride_xm + ks[None, :]
+            w_at = weight + tl.where(cols < N, cols, 0).to(tl.int64)[None, :] * stride_wn + ks[:, None]
+            for k in range(0, K, BLOCK_K):
+                if WHOLE_K:
+                    a, b = tl.load(x_at + k), tl.load(w_at + k)
+                else:
+                    a = tl.load(x_at + k, mask=ks[None, :] < K - k, other=0.0)
+                    b = tl.load(w_at + k, mask=ks[:, None] < K - k, other=0.0)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        if PARTS == 4:
+            left, right = _halves(acc)
+            half: tl.constexpr = BLOCK_N // 2
+            _finish_halves(left, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+            _finish_halves(right, m0, n0 + half, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+        else:
+            _finish(acc, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+#: kind -> rows of (largest M, largest N, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, num_warps, num_stages, programs a
+#: multiprocessor); the first that covers the call is taken. Batch 1 of ViLT has 185 rows, batch 8 about 1.7k, batch 64
+#: about 14k. Chosen for whole waves on 132 multiprocessors and for what fits without spills.
+_ANY = 1 << 62
+_CONFIGS = {
+    "tma": (
+        (512, 1024, 64, 32, 128, 1, 4, 4, 2),
+        (512, _ANY, 64, 64, 128, 1, 4, 3, 2),
+        (4096, 1024, 128, 64, 64, 1, 4, 3, 2),
+        (4096, _ANY, 128, 128, 64, 4, 8, 3, 2),
+        (_ANY, 1024, 128, 128, 64, 4, 8, 3, 2),
+        (_ANY, _ANY, 128, 256, 64, 4, 8, 4, 1),
+    ),
+    "pointer": (
+        (512, 1024, 64, 32, 64, 1, 4, 4, 2),
+        (512, _ANY, 64, 64, 64, 1, 4, 3, 2),
+        (4096, 1024, 128, 64, 32, 1, 4, 4, 2),
+        (_ANY, _ANY, 128, 128, 32, 4, 8, 4, 2),
+    ),
+    "float32": (
+        (512, _ANY, 32, 64, 32, 1, 4, 3, 2),
+        (4096, 1024, 64, 64, 32, 1, 4, 3, 2),
+        (_ANY, _ANY, 128, 64, 32, 4, 8, 3, 1),
+    ),
+}
+_GROUP = 8
+
+
+def _config(kind, M, N, *, arch=90, amd=False, residual=False):
+    """Block sizes, warps, stages and programs a multiprocessor for an [M, N] output."""
+    row = next(row for row in _CONFIGS[kind] if row[0] >= M and row[1] >= N)
+    if residual and arch >= 100 and row[3] == 256:  # sm_100 stages the residual in shared memory: too much for 256
+        row = _CONFIGS[kind][4]
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
+    config = dict(zip(names, row[2:], strict=True), GROUP=_GROUP)
+    config["SPECIALIZE"] = kind == "tma" and arch >= 100
+    if amd:
+        config["num_stages"] = 2
+    return config
+
+
+def _kind(x, weight):
+    if x.dtype == torch.float32:
+        return "float32"
+    reachable = all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] > 0 for t in (x, weight))
+    return "tma" if 90 <= _device.arch(x) < 120 and reachable and weight.shape[0] % 8 == 0 else "pointer"
+
+
+def supports(op, device=None, dtype=None, residual_dtype=None, **facts):
+    """ "" when Triton can run this, else why not."""
+    return _device.problem(device, x=dtype, residual=residual_dtype)
+
+
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _rows(tensor):
+    """[rows, columns], columns dense."""
+    tensor = tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def launch(x, weight, bias, residual, *, gelu, save, out_dtype, kind=None, config=None):
+    """(out, pre): out = act(x W^T + b) + residual, pre = x W^T + b in the dtype of x where ``save``, else empty [0].
+
+    ``kind`` and ``config`` override the choice, for tests and benchmarks.
+    """
+    shape = (*x.shape[:-1], weight.shape[0])
+    x, weight = _rows(x), _rows(weight)
+    (M, K), N = x.shape, weight.shape[0]
+    out = x.new_empty(M, N, dtype=out_dtype)
+    pre = x.new_empty(M, N) if save else None
+    if out.numel():
+        bias = None if bias is None else bias.contiguous()
+        residual = None if residual is None else _rows(residual)
+        kind = kind or _kind(x, weight)
+        amd = torch.version.hip is not None
+        config = dict(config or _config(kind, M, N, arch=_device.arch(x), amd=amd, residual=residual is not None))
+        programs = config.pop("per_multiprocessor") * _device.multiprocessors(x)
+        block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+        tma = kind == "tma"
+        with _device.on(x):
+            _linear_fwd_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(N, block_n)),)](
+                TensorDescriptor.from_tensor(x, [block_m, block_k]) if tma else x,
+                TensorDescriptor.from_tensor(weight, [block_n, block_k]) if tma else weight,
+                bias,
+                residual,
+                _output(pre, config, tma),
+                _output(out, config, tma),
+                M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
+                GELU=gelu, TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=_device.dot_precision(x), **config,
+            )  # fmt: skip
+    return out.view(shape), x.new_empty(0) if pre is None else pre.view(shape)
+
+
+def _output(tensor, config, tma):
+    if tensor is None or not tma:
+        return tensor
+    return TensorDescriptor.from_tensor(tensor, [config["BLOCK_M"], config["BLOCK_N"] // config["PARTS"]])
+
+
+def linear_fwd(x, weight, bias, residual=None):
+    """((out,), ()): out = x W^T + b (+ residual), in the wider dtype of x and residual; nothing but inputs is kept."""
+    out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return (launch(x, weight, bias, residual, gelu=False, save=False, out_dtype=out_dtype)[0],), ()
+
+
+# --- ahead of time ----------------------------------------------------------------------------------------------------
+
+ROWS = (185, 1720, 13880)  # batch 1, 8, 64
+ALL_ARCHES = (80, 89, 90, 100, "gfx942")
+
+
+def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,)):
+    """Every configuration that ``launch`` can choose for these (N, K) and ViLT's row counts, once each."""
+    seen = set()
+    for arch in ALL_ARCHES:
+        amd = not isinstance(arch, int)
+        kinds = [("pointer", "bf16"), ("float32", "fp32")] + ([("tma", "bf16")] if arch in (90, 100) else [])
+        for kind, dtype in kinds:
+            for M, (N, K), save, extra in itertools.product(ROWS, shapes, pre, residual):
+                config = _config(kind, M, N, arch=0 if amd else arch, amd=amd, residual=extra is not None)
+                config.pop("per_multiprocessor")
+                key = (arch, kind, save, extra, *config.values())
+                if key not in seen:
+                    seen.add(key)
+                    yield _aot_case(op, arch, kind, dtype, gelu, save, extra, M, N, K, config)
+
+
+def _aot_case(op, arch, kind, dtype, gelu, save, residual, M, N, K, config):
+    config, tma = dict(config), kind == "tma"
+    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+    out = residual or dtype
+
+    def matrix(kind_of, rows, columns):
+        return f"tensordesc<{kind_of}[{rows}, {columns}]>" if tma else f"*{kind_of}"
+
+    part = block_n // config["PARTS"]
+    signature = {
+        "x": matrix(dtype, block_m, block_k), "weight": matrix(dtype, block_n, block_k), "bias": f"*{dtype}",
+        "out": matrix(out, block_m, part), **dict.fromkeys(("M", "N", "K"), "i32"),
+        **dict.fromkeys(("stride_xm", "stride_wn", "stride_rm"), "i32"),
+    }  # fmt: skip
+    precision = "tf32x3" if isinstance(arch, int) else "ieee"
+    constexprs = dict(config, GELU=gelu, TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=precision)
+    for name, given in (("pre", matrix(dtype, block_m, part) if save else None), ("residual", residual)):
+        if given is None:
+            constexprs[name] = None
+        else:
+            signature[name] = given if name == "pre" else f"*{given}"
+    extras = ("+pre" if save else "") + (f"+residual {residual}" if residual else "")
+    return dict(
+        name=f"{op} {kind} M<={M} N={N} K={K} {block_m}x{block_n}x{block_k}{extras}", kernel=_linear_fwd_kernel,
+        signature=signature, constexprs=constexprs, num_warps=warps, num_stages=stages, arches=(arch,), matmul=True,
+    )  # fmt: skip
+
+
+def aot_cases():
+    yield from aot_variants("linear", ((768, 768), (2304, 768), (768, 3072)), gelu=False, residual=(None, "fp32"))

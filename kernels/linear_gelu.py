@@ -1,0 +1,82 @@
+"""Linear layer with exact GELU for Triton: h = x W^T + b; y = h/2 * (1 + erf(h / sqrt 2)).
+
+Shapes: x [..., K]; weight [N, K]; bias [N] or None; y [..., N].
+
+Forward: the matrix product of kernels/linear.py with GELU in its epilogue. When a gradient is wanted, h is written too,
+rounded to the dtype of x, rather than multiplied again in the backward: for a batch of 64 that is one more write of
+85 MB against a product of 65 GFLOP, which on paper (data-sheet bandwidth and matmul peak) takes three times as long.
+The backward reads h either way, and plain PyTorch keeps it too. Gradient checkpointing trades the memory back.
+
+Backward: dh = dy * (Phi(h) + h phi(h)) in one elementwise pass that also leaves the column sums of dh, for db, per
+group of rows; summing the groups is a second, small pass in a fixed order, so equal runs give equal bits. dx = dh W and
+dW = dh^T x are library products (vilt_fast/ops/linear_gelu.py).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _device, linear
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+_BLOCK_M, _BLOCK_N, _GROUPS = 8, 256, 128
+
+
+@triton.jit
+def _linear_gelu_bwd_kernel(grad, pre, dpre, sums, M, N, rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dpre = grad * gelu'(pre) for ``rows_each`` rows of BLOCK_N columns; their column sums go to sums[group]."""
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    group = tl.program_id(1)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(group * rows_each, tl.minimum(M, (group + 1) * rows_each), BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        inside = (rows < M)[:, None] & (cols < N)[None, :]
+        at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+        h = tl.load(pre + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        slope = 0.5 * (1.0 + tl.erf(h * SQRT_HALF)) + h * (INV_SQRT_2PI * tl.exp(-0.5 * h * h))
+        g *= slope
+        tl.store(dpre + at, g.to(dpre.dtype.element_ty), mask=inside)
+        total += g
+    if sums is not None:
+        tl.store(sums + group.to(tl.int64) * N + cols, tl.sum(total, 0), mask=cols < N)
+
+
+def supports(op, device=None, dtype=None, **facts):
+    """ "" when Triton can run this, else why not."""
+    return _device.problem(device, x=dtype)
+
+
+def linear_gelu_fwd(x, weight, bias, save=False):
+    """((y,), (h,)): h is the pre-activation in the dtype of x where ``save``, else empty [0]."""
+    out, pre = linear.launch(x, weight, bias, None, gelu=True, save=save, out_dtype=x.dtype)
+    return (out,), (pre,)
+
+
+def linear_gelu_bwd(grad, pre, with_bias):
+    """(dh, db): the gradient of the pre-activation and its column sums in float32 (empty [0] unless ``with_bias``)."""
+    dpre = torch.empty_like(pre, memory_format=torch.contiguous_format)
+    N = pre.shape[-1]
+    grad, flat = grad.contiguous(), pre.contiguous().view(-1, N)
+    M = flat.shape[0]
+    rows_each = max(triton.cdiv(triton.cdiv(M, _BLOCK_M), _GROUPS), 1) * _BLOCK_M
+    groups = triton.cdiv(M, rows_each)
+    sums = pre.new_empty(groups, N, dtype=torch.float32) if with_bias else None
+    if dpre.numel():
+        with _device.on(pre):
+            _linear_gelu_bwd_kernel[(triton.cdiv(N, _BLOCK_N), groups)](
+                grad, flat, dpre, sums, M, N, rows_each, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=4
+            )
+    return dpre, sums.sum(0) if with_bias else pre.new_empty(0, dtype=torch.float32)
+
+
+def aot_cases():
+    yield from linear.aot_variants("linear_gelu", ((3072, 768),), gelu=True, pre=(False, True))
+    for dtype in ("bf16", "fp32"):
+        signature = dict(grad=f"*{dtype}", pre=f"*{dtype}", dpre=f"*{dtype}", sums="*fp32", M="i32", N="i32")
+        yield dict(
+            name=f"linear_gelu backward {dtype}", kernel=_linear_gelu_bwd_kernel,
+            signature=dict(signature, rows_each="i32"), constexprs=dict(BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N),
+            num_warps=4, num_stages=1, arches=linear.ALL_ARCHES, matmul=False,
+        )  # fmt: skip

@@ -1,0 +1,308 @@
+"""Image half of ViLT's embedding, written with the text rows into one packed buffer [N, D].
+
+    patch row = dropout(W . patch + bias + sum_c w_c * position[i_c]) + modality[m]      c over the 4 bilinear corners
+    CLS row   = dropout(cls_token + position[0])                      + modality[m]
+    text row  = copied
+
+Shapes as in `functional.patch_embed`: pixels [B, C, height, width] of any strides, weight [D, K] with K = C*ph*pw,
+n listed patches, T = 1 + G table rows.
+
+Forward. `_patch_embed_fwd_kernel` is the product [n, K] x [K, D]. There is no im2col: a tile of patches is an address
+per row (the patch's top left pixel) plus an address per column (channel, y, x), read straight from the pixels,
+normalised (uint8) and cast on the way in. With one split it finishes its rows itself. At batch 1 there are too few
+tiles for a GPU, so K is split; the partial sums go to a workspace [splits, n, D] and `_patch_embed_rows_kernel`, which
+writes the [CLS] and text rows anyway, adds them up in a fixed order and finishes the patch rows too.
+
+Backward: patch_embed_bwd.py. Nothing is kept for it but the inputs and the dropout seed.
+
+Products run in tensor cores in the dtype of `weight` (float32: three tf32 products, "tf32x3", on NVIDIA; "ieee"
+elsewhere) and accumulate in float32, everything else is float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _device
+
+# --- device side ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def patch_starts(source, i, gh, gw, stride_b, stride_h, stride_w, PH: tl.constexpr, PW: tl.constexpr):
+    """Offset of the top left pixel of patches i."""
+    flat = tl.load(source + i)
+    cell = flat % (gh * gw)
+    return (flat // (gh * gw)) * stride_b + (cell // gw) * PH * stride_h + (cell % gw) * PW * stride_w
+
+
+@triton.jit
+def load_patches(
+    pixels, starts, k, scale, shift, stride_c, stride_h, stride_w, K: tl.constexpr, PH: tl.constexpr,
+    PW: tl.constexpr, NORMALIZE: tl.constexpr, EVEN: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Columns k of the patches that begin at `starts`, [len(starts), len(k)] in `dtype`."""
+    c = k // (PH * PW)
+    offsets = c.to(tl.int64) * stride_c + (k // PW % PH).to(tl.int64) * stride_h + (k % PW) * stride_w
+    where = pixels + starts[:, None] + offsets[None, :]
+    if EVEN:
+        values = tl.load(where)
+    else:
+        values = tl.load(where, mask=k[None, :] < K, other=0)
+    if NORMALIZE:
+        inside = k < K
+        values = values.to(tl.float32) * tl.load(scale + c, mask=inside, other=0).to(tl.float32)[None, :]
+        values += tl.load(shift + c, mask=inside, other=0).to(tl.float32)[None, :]
+    return values.to(dtype)
+
+
+@triton.jit
+def kept(seed, rows, cols, D, p):
+    """Dropout factors 0 or 1/(1-p) of elements (row, column) of the packed buffer."""
+    uniform = tl.rand(tl.load(seed), rows[:, None].to(tl.int64) * D + cols[None, :])
+    return tl.where(uniform >= p, 1 / (1 - p), 0.0)
+
+
+@triton.jit
+def _halves(x):
+    """The left and the right half of the columns."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _finish_patches(
+    x, i, cols, bias, position, modality, rows, sample, pos_index, pos_weight, modality_index, seed, out, n, D, p,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Adds all that a patch row is besides its projection x (float32), and writes it."""
+    live, real = i < n, cols < D
+    mask = live[:, None] & real[None, :]
+    if HAS_BIAS:
+        x += tl.load(bias + cols, mask=real, other=0).to(tl.float32)[None, :]
+    for corner in range(4):
+        at = tl.load(pos_index + i * 4 + corner, mask=live, other=0)
+        share = tl.load(pos_weight + i * 4 + corner, mask=live, other=0).to(tl.float32)
+        x += share[:, None] * tl.load(position + at[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
+    to = tl.load(rows + i, mask=live, other=0)
+    if DROPOUT:
+        x *= kept(seed, to, cols, D, p)
+    kind = tl.load(modality_index + tl.load(sample + i, mask=live, other=0), mask=live, other=0)
+    x += tl.load(modality + kind[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
+    tl.store(out + to[:, None] * D + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _patch_embed_fwd_kernel(
+    pixels, weight, scale, shift, source, bias, position, modality, rows, sample, pos_index, pos_weight,
+    modality_index, seed, out, partial, n, gh, gw, stride_b, stride_c, stride_h, stride_w, p,
+    D: tl.constexpr, K: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Column blocks vary fastest: programs that run together read the same patches, and all weights fit in the L2 cache.
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    SPAN: tl.constexpr = (K + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    EVEN: tl.constexpr = K % (SPLITS * BLOCK_K) == 0
+    first = tl.program_id(2) * SPAN
+    # Rows past the end repeat the last one and are not written: no masks inside the loop.
+    starts = patch_starts(source, tl.minimum(i, n - 1), gh, gw, stride_b, stride_h, stride_w, PH, PW)
+    w_rows = weight + tl.minimum(cols, D - 1).to(tl.int64) * K
+    x = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(0, SPAN, BLOCK_K):
+        k = first + step + tl.arange(0, BLOCK_K)
+        a = load_patches(
+            pixels, starts, k, scale, shift, stride_c, stride_h, stride_w, K, PH, PW, NORMALIZE, EVEN,
+            weight.dtype.element_ty,
+        )  # fmt: skip
+        if EVEN:
+            w = tl.load(w_rows[None, :] + k[:, None])
+        else:
+            w = tl.load(w_rows[None, :] + k[:, None], mask=k[:, None] < K, other=0)
+        x = tl.dot(a, w, x, input_precision=PRECISION)
+    if SPLITS == 1:
+        # In four column slices: the gathers of a whole tile at once would not fit in registers.
+        left, right = _halves(x)
+        slices = _halves(left) + _halves(right)
+        for s in tl.static_range(4):
+            cols = tl.program_id(0) * BLOCK_N + s * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+            _finish_patches(
+                slices[s], i, cols, bias, position, modality, rows, sample, pos_index, pos_weight, modality_index, seed,
+                out, n, D, p, HAS_BIAS, DROPOUT,
+            )  # fmt: skip
+    else:
+        # A wide address for the tile, narrow ones within it: 64 bits for every element would not fit in registers.
+        tile = (tl.program_id(2).to(tl.int64) * n + tl.program_id(1) * BLOCK_M) * D + tl.program_id(0) * BLOCK_N
+        within = tl.arange(0, BLOCK_M)[:, None] * D + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(partial + tile + within, x, mask=(i < n)[:, None] & (cols < D)[None, :])
+
+
+@triton.jit
+def _patch_embed_rows_kernel(
+    text, text_rows, cls_token, cls_rows, bias, position, modality, rows, sample, pos_index, pos_weight,
+    modality_index, seed, out, partial, n_text, B, n, p, D: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Row blocks: first text, then [CLS], then (only launched with SPLITS > 1) patches from their partial sums."""
+    block, text_blocks, cls_blocks = tl.program_id(0), tl.cdiv(n_text, BLOCK_M), tl.cdiv(B, BLOCK_M)
+    lanes, cols = tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = cols < D
+    if block < text_blocks:
+        i = block * BLOCK_M + lanes
+        mask = (i < n_text)[:, None] & real[None, :]
+        to = tl.load(text_rows + i, mask=i < n_text, other=0)
+        x = tl.load(text + i.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
+        tl.store(out + to[:, None] * D + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
+    elif block < text_blocks + cls_blocks:
+        i = (block - text_blocks) * BLOCK_M + lanes
+        mask = (i < B)[:, None] & real[None, :]
+        x = tl.load(cls_token + cols, mask=real, other=0).to(tl.float32)
+        x = (x + tl.load(position + cols, mask=real, other=0).to(tl.float32))[None, :]
+        to = tl.load(cls_rows + i, mask=i < B, other=0)
+        if DROPOUT:
+            x = x * kept(seed, to, cols, D, p)
+        kind = tl.load(modality_index + i, mask=i < B, other=0)
+        x = x + tl.load(modality + kind[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
+        tl.store(out + to[:, None] * D + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
+    else:
+        i = (block - text_blocks - cls_blocks) * BLOCK_M + lanes
+        mask = (i < n)[:, None] & real[None, :]
+        x = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for split in tl.static_range(SPLITS):
+            at = (i.to(tl.int64) + split * n)[:, None] * D + cols[None, :]
+            x += tl.load(partial + at, mask=mask, other=0)
+        _finish_patches(
+            x, i, cols, bias, position, modality, rows, sample, pos_index, pos_weight, modality_index, seed, out, n, D,
+            p, HAS_BIAS, DROPOUT,
+        )  # fmt: skip
+
+
+# --- host side --------------------------------------------------------------------------------------------------------
+
+
+def supports(
+    op, device=None, dtype=None, pixel_dtype=None, text_dtype=None, out_dtype=None, table_dtypes=(), **facts
+):  # fmt: skip
+    """ "" when the Triton kernels can run this call, else why not."""
+    tables = {f"table {place}": table_dtype for place, table_dtype in enumerate(sorted(table_dtypes, key=str))}
+    pixels = None if pixel_dtype == torch.uint8 else pixel_dtype
+    return _device.problem(device, weight=dtype, pixels=pixels, text=text_dtype, out=out_dtype, **tables)
+
+
+def small(like):
+    """Little shared memory a block: 99 KiB on sm_86, sm_89 and sm_120, 64 KiB on AMD, 163 KiB and more elsewhere."""
+    return _device.arch(like) in (0, 86, 89, 120, 121)
+
+
+def fwd_config(n, dtype, little):
+    """Tiles of the forward product for n patches: (constexprs, launch options).
+
+    Aims at one to three waves of programs on 132 multiprocessors for D 768, K 3072. `little`: little shared memory.
+    """
+    if dtype == torch.float32:  # tf32x3 holds each operand twice in registers
+        splits = 8 if n <= 512 else 2 if n <= 4096 else 1
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, SPLITS=splits), dict(num_warps=4, num_stages=2 if little else 3)
+    if n <= 512:
+        stages = 2 if little else 4
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, SPLITS=4), dict(num_warps=4, num_stages=stages)
+    if n <= 4096:
+        stages = 2 if little else 4
+        return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, SPLITS=2), dict(num_warps=4, num_stages=stages)
+    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32 if little else 64, SPLITS=1), dict(num_warps=8, num_stages=3)
+
+
+ROWS = dict(BLOCK_M=4, BLOCK_N=256), dict(num_warps=4)
+
+
+def geometry(pixels, weight):
+    _, channels, ph, pw = weight.shape
+    return (pixels.shape[2] // ph, pixels.shape[3] // pw, *pixels.stride()), dict(K=channels * ph * pw, PH=ph, PW=pw)
+
+
+def patch_embed_fwd(
+    pixels, weight, bias, cls_token, position, modality, text,
+    text_rows, patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index, total_rows, *,
+    dropout_p=0.0, out_dtype=None, pixel_scale=None, pixel_shift=None, seed=None,
+):  # fmt: skip
+    """x [N, D]. seed: [1] int64 on the device, needed with dropout."""
+    n, n_text, images, width = len(patch_rows), len(text_rows), len(cls_rows), weight.shape[0]
+    make = torch.empty if n + n_text + images == total_rows else torch.zeros
+    out = make(total_rows, width, dtype=weight.dtype if out_dtype is None else out_dtype, device=weight.device)
+    weight, text, position, modality, cls_token = (
+        t.contiguous() for t in (weight, text, position, modality, cls_token)
+    )
+    places = [t.contiguous() for t in (patch_rows, patch_sample, pos_index, pos_weight, modality_index)]
+    epilogue = (None if bias is None else bias.contiguous(), position, modality, *places, seed, out)
+    flags = dict(HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0)
+    tiles, options = fwd_config(n, weight.dtype, small(weight))
+    splits, partial = tiles["SPLITS"], None
+    if splits > 1:
+        partial = torch.empty(splits, n, width, dtype=torch.float32, device=weight.device)
+    if n and width:
+        strides, patch = geometry(pixels, weight)
+        grid = (triton.cdiv(width, tiles["BLOCK_N"]), triton.cdiv(n, tiles["BLOCK_M"]), splits)
+        with _device.on(weight):
+            _patch_embed_fwd_kernel[grid](
+                pixels, weight, pixel_scale, pixel_shift, patch_source.contiguous(), *epilogue, partial, n, *strides,
+                dropout_p, D=width, **patch, **flags, NORMALIZE=pixel_scale is not None,
+                PRECISION=_device.dot_precision(weight), **tiles, **options,
+            )  # fmt: skip
+    tiles, options = ROWS
+    blocks = sum(triton.cdiv(rows, tiles["BLOCK_M"]) for rows in (n_text, images, n if splits > 1 else 0))
+    if blocks and width:
+        with _device.on(weight):
+            _patch_embed_rows_kernel[blocks, triton.cdiv(width, tiles["BLOCK_N"])](
+                text, text_rows.contiguous(), cls_token, cls_rows.contiguous(), *epilogue, partial, n_text, images, n,
+                dropout_p, D=width, **flags, SPLITS=splits, **tiles, **options,
+            )  # fmt: skip
+    return out
+
+
+# --- what is compiled ahead of time in our checks ---------------------------------------------------------------------
+
+PATCH = dict(K=3072, PH=32, PW=32, stride_w=1)
+BATCHES = (144, 1152, 9216)  # patches at batch 1, 8 and 64 of 384 x 384 pixels
+
+
+def aot_cases():
+    """Every shipped configuration on ViLT's shapes, dense pixels; dropout with float32, none with bfloat16."""
+    for dtype, short, arches, precision in aot_targets():
+        options = dict(HAS_BIAS=True, DROPOUT=short == "fp32", NORMALIZE=False, scale=None, shift=None)
+        if short == "bf16":
+            options["seed"] = None
+        little = arches[0] in (89, "gfx942")
+        for n in BATCHES:
+            tiles, launch = fwd_config(n, dtype, little)
+            constants = options | PATCH | tiles | dict(PRECISION=precision)
+            yield aot_case(f"fwd n={n}", _patch_embed_fwd_kernel, short, arches, True, launch, constants)
+            constants = options | ROWS[0] | dict(SPLITS=tiles["SPLITS"])
+            yield aot_case(f"rows n={n}", _patch_embed_rows_kernel, short, arches, False, ROWS[1], constants)
+        tiles, launch = fwd_config(BATCHES[0], dtype, little)
+        constants = options | PATCH | tiles | dict(PRECISION=precision)
+        if short == "bf16":
+            types = dict(pixels="*fp32")
+            yield aot_case("fwd fp32 pixels", _patch_embed_fwd_kernel, short, arches, True, launch, constants, **types)
+        constants["NORMALIZE"], types = True, dict(pixels="*u8")
+        del constants["scale"], constants["shift"]
+        yield aot_case("fwd uint8 pixels", _patch_embed_fwd_kernel, short, arches, True, launch, constants, **types)
+
+
+def aot_targets():
+    """(dtype, its name, architectures of one configuration, precision of float32 products)."""
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for arches in ((80, 90, 100), (89,), ("gfx942",)):
+            yield dtype, short, arches, "ieee" if arches == ("gfx942",) else "tf32x3"
+
+
+def aot_case(name, kernel, short, arches, matmul, launch, constants, **types):
+    names = kernel.arg_names
+    constants = {name: value for name, value in (constants | dict(D=768)).items() if name in names}
+    index = ("source", "rows", "sample", "pos_index", "modality_index", "text_rows", "cls_rows", "patch_rows", "seed")
+    wide = ("partial", "pos_weight", "scale", "shift", "sums")
+    sizes = ("n", "n_text", "B", "T", "table_rows", "gh", "gw", "stride_b", "stride_c", "stride_h")
+    known = dict.fromkeys(index, "*i64") | dict.fromkeys(wide, "*fp32") | dict.fromkeys(sizes, "i32") | dict(p="fp32")
+    signature = {arg: (known | types).get(arg, f"*{short}") for arg in names if arg not in constants}
+    return dict(
+        name=f"patch_embed {name} {short}", kernel=kernel, signature=signature, constexprs=constants, arches=arches,
+        matmul=matmul, **{"num_stages": 1} | launch,
+    )  # fmt: skip
