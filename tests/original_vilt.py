@@ -149,7 +149,8 @@ class ViLTransformerSS(nn.Module):
         width = text.shape[1]
         return {
             "text_feats": x[:, :width], "image_feats": x[:, width:], "cls_feats": self.pooler(x),
-            "raw_cls_feats": x[:, 0], "image_labels": labels, "image_masks": image_masks, "text_labels": batch[f"text_labels{suffix}"],
+            "raw_cls_feats": x[:, 0], "image_labels": labels, "image_masks": image_masks,
+            "text_labels": batch[f"text_labels{suffix}"],
             "text_ids": ids, "text_masks": text_masks, "patch_index": patch_index,
         }  # fmt: skip
 

@@ -50,7 +50,7 @@ def _configurations():
             yield kind, most_rows, most_columns
 
 
-@pytest.mark.parametrize("kind, most_rows, most_columns", _configurations())
+@pytest.mark.parametrize("kind, most_rows, most_columns", list(_configurations()))
 @torch.no_grad()
 def test_every_shipped_configuration(kind, most_rows, most_columns):
     dtype = torch.float32 if kind == "float32" else torch.float16

@@ -154,38 +154,56 @@ def test_what_is_not_listed_has_no_effect(tiles):
 
 def test_dropout(tiles):
     arguments = _arguments(torch.float32, grids=[(4, 5)] * 4, width=33)
-    floats = {name: arguments[name].requires_grad_() for name in FLOATS}
-    kind = arguments["modality"][1:2]
     arguments["modality_index"][:] = 1
-    torch.manual_seed(3)
-    drawn = functional.patch_embed(**arguments, dropout_p=0.25, backend="triton")
-    again = functional.patch_embed(**arguments, dropout_p=0.25, backend="triton")
-    image = torch.cat([arguments["patch_rows"], arguments["cls_rows"]])
-    factors = torch.ones_like(drawn)  # 0 or 4/3 where something is added before the modality row
-    factors[image] = torch.where((drawn - kind)[image].abs() < 1e-6, 0.0, 1 / 0.75)
-    assert 0.2 < (factors[image] == 0).double().mean() < 0.3
+    for name in FLOATS:
+        arguments[name].requires_grad_()
+    drawn, again = (functional.patch_embed(**arguments, dropout_p=0.25, backend="triton") for _ in range(2))
     assert not torch.equal(drawn, again)
-    # The same dropped elements, written out: forward and every gradient.
-    plain = functional.patch_embed(**arguments, backend="reference")
-    base = torch.zeros_like(plain).index_add(0, image, kind.expand(len(image), -1))
-    want = (plain - base) * factors + base
-    torch.testing.assert_close(drawn, want)
+    image = torch.cat([arguments["patch_rows"], arguments["cls_rows"]])
+    dropped = torch.zeros_like(drawn, dtype=torch.bool)
+    dropped[image] = drawn[image] == arguments["modality"][1]
+    assert 0.2 < dropped[image].double().mean() < 0.3
     incoming = torch.randn_like(drawn)
-    got, right = (torch.autograd.grad(x, list(floats.values()), incoming) for x in (drawn, want))
-    for name, a, b in zip(floats, got, right, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+    def written_out(dtype):
+        """The same elements dropped, forward and every gradient."""
+        given = arguments | {name: arguments[name].detach().to(dtype).requires_grad_() for name in FLOATS}
+        plain = functional.patch_embed(**given, backend="reference")
+        kind = torch.zeros_like(plain).index_add(0, image, given["modality"][1].expand(len(image), -1))
+        factors = torch.ones_like(plain)
+        factors[image] = (~dropped[image]).to(dtype) / 0.75
+        out = (plain - kind) * factors + kind
+        return out, *torch.autograd.grad(out, [given[name] for name in FLOATS], incoming.to(dtype))
+
+    got = (drawn, *torch.autograd.grad(drawn, [arguments[name] for name in FLOATS], incoming))
+    checks = zip(("out", *FLOATS), got, written_out(torch.float32), written_out(torch.float64), strict=True)
+    for name, actual, plain, exact in checks:
+        assert_within_budget(actual, plain, exact, what=name)
 
 
 def test_equal_seeds_drop_the_same_whatever_the_tiles(monkeypatch):
-    arguments = _arguments(torch.float32)
-    outputs = []
+    arguments, dropped = _arguments(torch.float32), []
+    arguments["modality"].zero_()
     for splits, block in ((1, 16), (2, 16), (1, 32)):
         config = dict(BLOCK_M=block, BLOCK_N=block, BLOCK_K=16, SPLITS=splits), dict(num_warps=1)
         monkeypatch.setattr(kernels, "fwd_config", lambda *_, config=config: config)
         torch.manual_seed(5)
-        outputs.append(functional.patch_embed(**arguments, dropout_p=0.5, backend="triton"))
-    for other in outputs[1:]:
-        torch.testing.assert_close(other, outputs[0])
+        dropped.append(functional.patch_embed(**arguments, dropout_p=0.5, backend="triton") == 0)
+    assert dropped[0].any() and all(torch.equal(other, dropped[0]) for other in dropped)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_cuda_graph():
+    arguments = _arguments(torch.float16)
+    functional.patch_embed(**arguments, backend="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = functional.patch_embed(**arguments, backend="triton")
+    arguments["pixels"].normal_()
+    graph.replay()
+    assert torch.equal(out, functional.patch_embed(**arguments, backend="triton"))
 
 
 def test_gradients_are_bitwise_repeatable():
