@@ -95,8 +95,10 @@ def with_patches(
     tables: Tables, plan: SequencePlan, text: torch.Tensor, pixels: torch.Tensor, modality: torch.Tensor
 ) -> torch.Tensor:
     """Packed rows [N, D] from embedded text [n, D] and pixels [images, C, H, W]; `modality` [B] is each image's row."""
+    if not pixels.is_floating_point():
+        pixels = pixels.to(tables.projection.weight.dtype)
     return functional.patch_embed(
-        pixels.to(tables.projection.weight.dtype),
+        pixels,
         tables.projection.weight,
         tables.projection.bias,
         tables.cls_token.reshape(-1),

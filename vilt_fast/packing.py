@@ -107,7 +107,7 @@ class SequencePlan:
         if self.dense:
             return flat
         rows = flat.new_zeros(self.total_rows, *flat.shape[1:])
-        rows = rows.index_copy(0, self.padded_rows, flat.index_select(0, self.padded_places))
+        rows = rows.index_copy_(0, self.padded_rows, flat.index_select(0, self.padded_places))
         extra = self._samples_with_query_row()
         return rows if extra is None else rows.index_copy(0, self.pool_rows[extra], padded[extra, 0])
 
@@ -122,7 +122,7 @@ class SequencePlan:
             return rows.reshape(self.batch, width, *rows.shape[1:])
         flat = rows.new_zeros(self.batch * width, *rows.shape[1:])
         real = rows if len(self.padded_rows) == len(rows) else rows.index_select(0, self.padded_rows)
-        flat = flat.index_copy(0, self.padded_places, real)
+        flat = flat.index_copy_(0, self.padded_places, real)
         extra = self._samples_with_query_row() if query_rows else None
         if extra is not None:
             flat = flat.index_copy(0, extra * width, rows.index_select(0, self.pool_rows[extra]))
