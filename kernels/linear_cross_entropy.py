@@ -48,8 +48,8 @@ def _linear_cross_entropy_compact_kernel(labels, kept, count, losses, picked, R,
 
 @triton.jit
 def _logits(
-    x, weight, bias, source, cols, V, stride_xm, stride_wn, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, bias, source, cols, V, D, stride_xm, stride_wn,
+    WHOLE_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """x[source] W[cols]^T + b[cols], float32; -inf past the vocabulary."""
     ks = tl.arange(0, BLOCK_K)
@@ -57,7 +57,7 @@ def _logits(
     w_at = weight + tl.where(cols < V, cols, 0).to(tl.int64)[None, :] * stride_wn + ks[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(0, D, BLOCK_K):
-        if D % BLOCK_K == 0:
+        if WHOLE_D:
             a, b = tl.load(x_at + k), tl.load(w_at + k)
         else:
             a = tl.load(x_at + k, mask=ks[None, :] < D - k, other=0.0)
@@ -70,8 +70,8 @@ def _logits(
 
 @triton.jit
 def _linear_cross_entropy_fwd_kernel(
-    x, weight, bias, labels, kept, count, picked, maxima, sums, R, V, stride_xm, stride_wn, D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, bias, labels, kept, count, picked, maxima, sums, R, V, D, stride_xm, stride_wn,
+    WHOLE_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     rows = tl.load(count)
     tiles_m = tl.cdiv(rows, BLOCK_M)
@@ -81,7 +81,7 @@ def _linear_cross_entropy_fwd_kernel(
         cols = n * BLOCK_N + tl.arange(0, BLOCK_N)
         source = tl.load(kept + places, mask=places < rows, other=0)
         logits = _logits(
-            x, weight, bias, source, cols, V, stride_xm, stride_wn, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            x, weight, bias, source, cols, V, D, stride_xm, stride_wn, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         top = tl.max(logits, 1)
         level = tl.where(top == float("-inf"), 0.0, top)
@@ -140,8 +140,8 @@ def _linear_cross_entropy_scale_kernel(grad, kept, count, scale, BLOCK: tl.const
 
 @triton.jit
 def _linear_cross_entropy_bwd_logits_kernel(
-    x, weight, bias, labels, kept, count, lse, grad, scale, e, V, start, width, stride_xm, stride_wn, stride_e,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    x, weight, bias, labels, kept, count, lse, grad, scale, e, V, D, start, width, stride_xm, stride_wn, stride_e,
+    WHOLE_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """e[place, v - start] = (p - onehot) g / scale for v in start .. start + width; 0 past the vocabulary."""
     rows = tl.load(count)
@@ -152,7 +152,7 @@ def _linear_cross_entropy_bwd_logits_kernel(
         cols = start + columns
         source = tl.load(kept + places, mask=places < rows, other=0)
         logits = _logits(
-            x, weight, bias, source, cols, V, stride_xm, stride_wn, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            x, weight, bias, source, cols, V, D, stride_xm, stride_wn, WHOLE_D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
         )
         p = tl.exp(logits - tl.load(lse + places, mask=places < rows, other=0.0)[:, None])
         label = tl.load(labels + source, mask=places < rows, other=-1)
@@ -286,8 +286,9 @@ def linear_cross_entropy_fwd(x, weight, bias, labels, ignore_index=-100):
     """((losses,), (lse, kept, count)); losses [R] float32, 0 where ignored. The reduction is left to the caller."""
     R, D = x.shape
     V = len(weight)
-    losses, picked, lse = (x.new_empty(R, dtype=torch.float32) for _ in range(3))
-    kept, count = x.new_empty(R, dtype=torch.int32), x.new_empty(1, dtype=torch.int32)
+    losses, picked = (x.new_empty(R, dtype=torch.float32) for _ in range(2))
+    kept, lse = x.new_zeros(R, dtype=torch.int32), x.new_zeros(R, dtype=torch.float32)  # zero past `count`
+    count = x.new_empty(1, dtype=torch.int32)
     x, weight, bias, labels = _rows(x), _rows(weight), _plain(bias), labels.contiguous()
     config, options = _chosen("logits", x)
     tiles = triton.cdiv(V, config["BLOCK_N"])
@@ -297,8 +298,8 @@ def linear_cross_entropy_fwd(x, weight, bias, labels, ignore_index=-100):
         _linear_cross_entropy_compact_kernel[(1,)](labels, kept, count, losses, picked, R, ignore_index, BLOCK=1024)
         if R:
             _linear_cross_entropy_fwd_kernel[(programs,)](
-                x, weight, bias, labels, kept, count, picked, maxima, sums, R, V, x.stride(0), weight.stride(0),
-                D=D, **options,
+                x, weight, bias, labels, kept, count, picked, maxima, sums, R, V, D, x.stride(0), weight.stride(0),
+                WHOLE_D=D % config["BLOCK_K"] == 0, **options,
             )  # fmt: skip
             _linear_cross_entropy_combine_kernel[(triton.cdiv(R, 32),)](
                 kept, count, picked, maxima, sums, lse, losses, R, tiles, BLOCK_R=32, BLOCK_T=32
@@ -339,8 +340,8 @@ def linear_cross_entropy_bwd(
         for start in range(0, V, chunk):
             m, n = tiles(of_logits, R, chunk)
             _linear_cross_entropy_bwd_logits_kernel[(min(most, m * n),)](
-                x, weight, bias, labels, kept, count, lse, grad, scale, e, V, start, chunk, x.stride(0),
-                weight.stride(0), chunk, D=D, **logits,
+                x, weight, bias, labels, kept, count, lse, grad, scale, e, V, D, start, chunk, x.stride(0),
+                weight.stride(0), chunk, WHOLE_D=D % of_logits["BLOCK_K"] == 0, **logits,
             )  # fmt: skip
             if needs_weight or needs_bias:
                 m, n = tiles(of_weight, chunk, D)
@@ -367,7 +368,7 @@ def linear_cross_entropy_bwd(
 def aot_cases():
     """Width 768; masked language modelling of a batch of 8 (320 text rows) and of 64 (2560)."""
     arches = (80, 89, 90, 100, "gfx942")
-    numbers = dict.fromkeys(("R", "V", "start", "width", "splits", "tiles"), "i32")
+    numbers = dict.fromkeys(("R", "V", "D", "start", "width", "splits", "tiles"), "i32")
     numbers |= dict.fromkeys(("stride_xm", "stride_wn", "stride_e"), "i32")
     tables = dict(labels="*i64", kept="*i32", count="*i32", ignore_index="i64")
     tables |= dict.fromkeys(("losses", "picked", "lse", "maxima", "sums", "grad", "scale", "partial"), "*fp32")
@@ -403,5 +404,5 @@ def aot_cases():
                 launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
                 config["PRECISION"] = "ieee" if amd else "tf32x3"
                 for kernel in kernels:
-                    extra = {"ADD": True} if what == "input" else {}
-                    yield case(kernel, dtype, dict(config, D=768, **extra), arch, matmul=True, **launch)
+                    extra = dict(logits=dict(WHOLE_D=True), weight=dict(D=768), input=dict(D=768, ADD=True))[what]
+                    yield case(kernel, dtype, config | extra, arch, matmul=True, **launch)

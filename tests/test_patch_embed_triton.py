@@ -153,7 +153,7 @@ def test_what_is_not_listed_has_no_effect(tiles):
 
 
 def test_dropout(tiles):
-    arguments = _arguments(torch.float32, grids=[(4, 5)] * 4, width=33)
+    arguments = _arguments(torch.float32, grids=[(3, 3)] * 4, width=20)
     arguments["modality_index"][:] = 1
     for name in FLOATS:
         arguments[name].requires_grad_()
