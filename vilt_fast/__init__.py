@@ -15,6 +15,7 @@ _PUBLIC = {
     "accelerate": "swap",
     "restore": "swap",
     "refresh": "swap",
+    "sequence_plan": "swap",
     "SequencePlan": "packing",
     "InputError": "errors",
 }

@@ -3,7 +3,8 @@
 Each block runs in the first of three ways that is right for it:
 
 1. *native*: runs of plain blocks in one call of the fused encoder (inference on a CPU);
-2. *packed*: the block's own submodules, called on packed rows (training, other devices, wrapped linears);
+2. *packed*: the block's steps on packed rows, one fused op each where its modules are the plain ones and else the
+   module itself (training, other devices, wrapped linears);
 3. *padded*: the block module itself, called on the padded tensor (hooks, replaced parts: whatever it does, it does).
 
 Nothing here knows a model class: adapters describe a transformer as `Block`s.
@@ -124,9 +125,10 @@ def encode(
         weights: quantised copies to compute with where no gradient is needed; None computes with the parameters.
     """
     result = Encoded(rows, [rows] if want_hidden else [], [])
+    branch = None  # of the last block, not added to the stream yet: the next norm does that in the same pass
     i = 0
     while i < len(blocks):
-        run = [] if want_attention else _native_run(blocks, i, result.rows, weights)
+        run = [] if want_attention or branch is not None else _native_run(blocks, i, result.rows, weights)
         if run:
             _encode_native(run, result, plan, want_hidden)
             i += len(run)
@@ -134,19 +136,24 @@ def encode(
         block = blocks[i]
         if block.packable:
             step = _packed_block(block, plan, want_attention)
-            if block.checkpoint is not None:
+            if block.checkpoint is None:
+                result.rows, branch, probabilities = step(_as_parameters(result.rows, block), branch)
+            else:
                 step = _checkpointed(block.checkpoint, step)
-            result.rows, probabilities = step(_as_parameters(result.rows, block))
+                result.rows, probabilities = step(_as_parameters(_added(result.rows, branch), block))
+                branch = None
         else:
-            padded = plan.unpack(_as_parameters(result.rows, block), query_rows=True)
+            padded = plan.unpack(_as_parameters(_added(result.rows, branch), block), query_rows=True)
             padded, probabilities = block.call_padded(padded, plan, want_attention)
             probabilities = of_real_queries(probabilities, plan)
-            result.rows = plan.pack(padded)
+            result.rows, branch = plan.pack(padded), None
         if want_hidden:
+            result.rows, branch = _added(result.rows, branch), None
             result.hidden_states.append(result.rows)
         if want_attention:
             result.attentions.append(probabilities)
         i += 1
+    result.rows = _added(result.rows, branch)
     return result
 
 
@@ -186,9 +193,30 @@ def _as_parameters(rows, block):
 # --- packed -----------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(slots=True)
+class _Branch:
+    """What a block adds to the residual stream, before its dropout."""
+
+    rows: torch.Tensor  #: [N, D]
+    dropout_p: float
+
+
+def _added(stream, branch: _Branch | None):
+    return stream if branch is None else F.dropout(branch.rows, branch.dropout_p) + stream
+
+
+def _norm(norm: nn.LayerNorm, stream, branch: _Branch | None):
+    """(the stream with the branch added, its norm)."""
+    if branch is None or type(norm) is not nn.LayerNorm or norm.normalized_shape != stream.shape[-1:]:
+        stream = _added(stream, branch)
+        return stream, norm(stream)
+    return functional.add_layer_norm(branch.rows, stream, norm.weight, norm.bias, norm.eps, dropout_p=branch.dropout_p)
+
+
 def _packed_block(block: Block, plan: SequencePlan, want_attention: bool):
-    def step(x):
-        normed = block.norm1(x)
+    def step(x, branch):
+        """(stream, branch of the block before) -> (stream, branch of this block, probabilities or None)."""
+        x, normed = _norm(block.norm1, x, branch)
         projected = [linear(normed) for linear in block.qkv]
         if len(projected) == 1:
             projected = projected[0].chunk(3, dim=-1)
@@ -214,18 +242,26 @@ def _packed_block(block: Block, plan: SequencePlan, want_attention: bool):
                 dropout_p=dropout_p,
                 scale=block.scale,
             )
-        x = x + block.out_dropout(block.out(context.flatten(-2)))
-        inner = block.activation(block.fc1(block.norm2(x)))
+        branch = _Branch(block.out(context.flatten(-2)), embedding.live(block.out_dropout))
+        x, normed = _norm(block.norm2, x, branch)
+        if type(block.fc1) is nn.Linear and block.exact_gelu:
+            inner = functional.linear_gelu(normed, block.fc1.weight, block.fc1.bias)
+        else:
+            inner = block.activation(block.fc1(normed))
         if block.activation_dropout is not None:
             inner = block.activation_dropout(inner)
-        return block.fc2_dropout(block.fc2(inner)) + x, probabilities
+        return x, _Branch(block.fc2(inner), embedding.live(block.fc2_dropout)), probabilities
 
     return step
 
 
 def _checkpointed(checkpoint, step):
+    def whole(x):
+        x, branch, probabilities = step(x, None)
+        return _added(x, branch), probabilities
+
     def recomputed(x):
-        return checkpoint(step, x)
+        return checkpoint(whole, x)
 
     return recomputed
 

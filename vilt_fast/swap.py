@@ -13,6 +13,7 @@ import inspect
 import torch
 from torch import nn
 
+from .packing import SequencePlan
 from .quantization import WeightCache
 
 
@@ -126,6 +127,30 @@ def refresh(model: nn.Module) -> nn.Module:
         if swapped.weights is not None:
             swapped.weights.clear()
     return model
+
+
+def sequence_plan(model: nn.Module, **inputs) -> SequencePlan:
+    """Where the tokens of these inputs go; pass it to calls with the same masks and sizes as `sequence_plan=`.
+
+    Making a plan is the only part of a forward that waits for the device. With one made ahead, a forward runs without
+    any wait, and `torch.compile(model, fullgraph=True)`, `torch.export` and replayed CUDA graphs see all of it.
+
+    Args:
+        model: accelerated, one of HuggingFace's classes.
+        inputs: keyword arguments of the model's forward that say what is real: `input_ids` or `inputs_embeds`,
+            `attention_mask`, `pixel_values`, `pixel_mask`, `image_embeds`. `max_image_length` draws its patches now.
+
+    Raises:
+        TypeError: `model` is not accelerated, or takes no plan (the original `ViLTransformerSS`).
+        InputError: inputs that the model cannot be computed on.
+    """
+    for swapped in _swaps(model, "sequence_plan"):
+        if hasattr(swapped, "plan"):
+            return swapped.plan(**inputs)
+    raise TypeError(
+        f"{type(model).__name__} takes no sequence_plan: pass one of transformers' Vilt* models, after "
+        "vilt_fast.accelerate(model)."
+    )
 
 
 def _swaps(model, verb) -> list[Swapped]:

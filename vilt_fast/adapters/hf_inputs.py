@@ -12,6 +12,7 @@ from transformers.models.vilt import modeling_vilt as hf
 
 from .. import embedding, engine
 from ..errors import InputError
+from ..ops._check import readable
 from ..packing import SequencePlan
 from ..swap import Options
 
@@ -20,14 +21,19 @@ from ..swap import Options
 class Inputs:
     """Validated inputs of one image per sample."""
 
-    input_ids: torch.Tensor | None
-    attention_mask: torch.Tensor | None
-    token_type_ids: torch.Tensor | None
-    pixel_values: torch.Tensor | None
-    pixel_mask: torch.Tensor | None
-    inputs_embeds: torch.Tensor | None
-    image_embeds: torch.Tensor | None
-    modality: int
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    pixel_mask: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    modality: int = 1
+
+    @staticmethod
+    def among(given: dict) -> dict:
+        """What `given` holds for `checked`, of the keyword arguments of a model's forward."""
+        return {name: value for name, value in given.items() if name in Inputs.__slots__}
 
     @property
     def text(self) -> torch.Tensor:
@@ -40,13 +46,13 @@ class Inputs:
         return tuple(self.text.shape[:2])
 
     @staticmethod
-    def checked(model: hf.ViltModel, **given) -> Inputs:
+    def checked(model: hf.ViltModel, *, modality: int | None = None, **given) -> Inputs:
         """The inputs of `ViltModel.forward`, after every check that needs no plan.
 
         Raises:
             InputError: (a `ValueError`, `RuntimeError` and `IndexError`) naming what was given and what to do.
         """
-        inputs = Inputs(**given | {"modality": 1 if given["modality"] is None else given["modality"]})
+        inputs = Inputs(**given, modality=1 if modality is None else modality)
         inputs._check_text(model)
         inputs._check_image(model)
         modalities = _table_size(model, "token_type_embeddings")
@@ -110,12 +116,13 @@ class Inputs:
                 f"{embeds.shape[1]}] (1 where a token is real), got {shape}."
             )
 
-    def layout(self, model: hf.ViltModel) -> tuple:
-        """What a `SequencePlan` for these inputs has as its `layout`."""
+    def layout(self, model: hf.ViltModel, images: int = 1) -> tuple:
+        """What a `SequencePlan` for a sample's so many images like this one has as its `layout`."""
+        batch, length = self.text_shape
         if self.pixel_values is None:
-            return (*self.text_shape, (1, self.image_embeds.shape[1]), False)
+            return batch * images, length, (1, self.image_embeds.shape[1]), False
         sides = zip(self.pixel_values.shape[2:], model.embeddings.patch_embeddings.patch_size, strict=True)
-        return (*self.text_shape, tuple(pixels // patch for pixels, patch in sides), True)
+        return batch * images, length, tuple(pixels // patch for pixels, patch in sides), True
 
     def plan(self, model: hf.ViltModel, options: Options, cells=None) -> SequencePlan:
         """Where the tokens go; the only device-to-host copy of a forward."""
@@ -153,8 +160,8 @@ def _table_size(model, name):
 
 
 def _check_range(ids, size, name):
-    """Out-of-range ids, where looking does not wait for a device."""
-    if size is None or ids.device.type != "cpu" or ids.numel() == 0:
+    """Out-of-range ids, where they may be looked at."""
+    if size is None or ids.numel() == 0 or not readable(ids):
         return
     low, high = torch.aminmax(ids)
     if low < 0 or high >= size:
@@ -172,13 +179,16 @@ def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, 
     tables = _tables(model.embeddings)
     first = images[0]
     if plan is None:
-        plan = _joined([inputs.plan(model, options) for inputs in images])
-    elif plan.layout != first.layout(model):
-        raise InputError(f"sequence_plan is for {plan.layout}, the inputs are {first.layout(model)}.")
+        plan = joined([inputs.plan(model, options) for inputs in images])
+    elif plan.layout != (layout := first.layout(model, len(images))):
+        raise InputError(f"sequence_plan is for {plan.layout}, the inputs are {layout}.")
     text = embedding.text_rows(
         tables, plan, ids=first.input_ids, embeds=first.inputs_embeds, token_types=first.token_type_ids
     )
-    modality = torch.tensor([i.modality for i in images for _ in range(first.text_shape[0])], device=text.device)
+    batch = first.text_shape[
+        :1
+    ]  # filled on the device: a tensor made from a list would be copied there, and waited for
+    modality = torch.cat([torch.full(batch, i.modality, device=text.device) for i in images])
     # In the flattened images of NLVR2, image i of sample b is number b * images + i; the plan looks them up there.
     if first.pixel_values is None:
         return embedding.with_image_embeds(
@@ -192,7 +202,7 @@ def _stacked(tensors):
     if len(tensors) == 1:
         return tensors[0]
     first, step = tensors[0], tensors[0].stride(0) // len(tensors)
-    adjacent = all(
+    adjacent = not torch.compiler.is_compiling() and all(  # a tensor that is traced has no address
         t.stride() == first.stride() and t.data_ptr() == first.data_ptr() + i * step * t.element_size()
         for i, t in enumerate(tensors)
     )
@@ -295,8 +305,9 @@ def _embed_padded(model, images, options):
             plan, packed = plan.raster(packed)
         plans.append(plan)
         rows.append(packed)
-    return torch.cat(rows), _joined(plans)
+    return torch.cat(rows), joined(plans)
 
 
-def _joined(plans):
+def joined(plans: list[SequencePlan]) -> SequencePlan:
+    """One plan for the images that share a text."""
     return plans[0] if len(plans) == 1 else SequencePlan.concatenate(plans, len(plans))

@@ -1,4 +1,6 @@
-"""Checks of shapes and dtypes at the public edge. Nothing here reads what a tensor on an accelerator holds."""
+"""Checks of shapes and dtypes at the public edge; values are looked at only where `readable` says so."""
+
+import os
 
 import torch
 
@@ -85,8 +87,16 @@ def counts(op, **numbers):
 
 
 def readable(tensor):
-    """May its values be looked at? Only on the CPU, and not while torch.compile is tracing."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """May its values be looked at?
+
+    On the CPU; elsewhere it would wait for the device, so only under VILT_FAST_CHECK=1. Never while torch.compile is
+    tracing or a CUDA graph is being captured.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    return os.environ.get("VILT_FAST_CHECK") == "1" and not torch.cuda.is_current_stream_capturing()
 
 
 def needs_grad(*tensors):
