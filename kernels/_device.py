@@ -52,6 +52,12 @@ def arch(tensor):
     return 10 * major + minor
 
 
+@torch.compiler.assume_constant_result
+def has_e4m3():
+    """Whether the current device multiplies e4m3 as torch and NVIDIA define it."""
+    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
 def multiprocessors(tensor):
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
 

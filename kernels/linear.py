@@ -1,7 +1,8 @@
 """Linear layer for Triton: out = act(x W^T + b) + residual, one pass; act is the identity or the exact GELU.
 
 Shapes: x [M, K]; weight [N, K]; bias [N] or None; residual [M, N] or None, of any floating dtype; out [M, N], and for
-the backward of a GELU the rounded pre-activation x W^T + b, [M, N].
+the backward of a GELU the rounded pre-activation x W^T + b, [M, N]. With x_scale [M] and weight_scale [N], float32, x
+and weight are e4m3 and stand for x * x_scale[:, None] and weight * weight_scale[:, None] (kernels/linear_fp8.py).
 
 One kernel, two ways of reading the operands:
   * TMA (sm_90, sm_100): host-side tensor descriptors, tiles land in shared memory without passing through registers. On
@@ -56,8 +57,12 @@ def _store(out, acc, m0, n0, M, N, TMA: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU: tl.constexpr, TMA: tl.constexpr):
+def _finish(acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU: tl.constexpr, TMA: tl.constexpr):
     cols = n0 + tl.arange(0, acc.shape[1])
+    if scales[0] is not None:
+        lines = m0 + tl.arange(0, acc.shape[0])
+        acc *= tl.load(scales[0] + lines, mask=lines < M, other=0.0)[:, None]
+        acc *= tl.load(scales[1] + cols, mask=cols < N, other=0.0)[None, :]
     if bias is not None:
         acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     if pre is not None:
@@ -72,19 +77,22 @@ def _finish(acc, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU: tl.con
 
 
 @triton.jit
-def _finish_halves(acc, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU: tl.constexpr, TMA: tl.constexpr):
+def _finish_halves(
+    acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU: tl.constexpr, TMA: tl.constexpr
+):  # fmt: skip
     left, right = _halves(acc)
-    _finish(left, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
-    _finish(right, m0, n0 + acc.shape[1] // 2, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+    _finish(left, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+    _finish(right, m0, n0 + acc.shape[1] // 2, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
 
 
 @triton.jit
 def _linear_fwd_kernel(
-    x, weight, bias, residual, pre, out, M, N, K, stride_xm, stride_wn, stride_rm,
+    x, weight, x_scale, weight_scale, bias, residual, pre, out, M, N, K, stride_xm, stride_wn, stride_rm,
     GELU: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    scales = (x_scale, weight_scale)
     for tile in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=SPECIALIZE, warp_specialize=SPECIALIZE
     ):
@@ -108,10 +116,10 @@ def _linear_fwd_kernel(
         if PARTS == 4:
             left, right = _halves(acc)
             half: tl.constexpr = BLOCK_N // 2
-            _finish_halves(left, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
-            _finish_halves(right, m0, n0 + half, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+            _finish_halves(left, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+            _finish_halves(right, m0, n0 + half, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
         else:
-            _finish(acc, m0, n0, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+            _finish(acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
@@ -140,6 +148,17 @@ _CONFIGS = {
         (4096, 1024, 64, 64, 32, 1, 4, 3, 2),
         (_ANY, _ANY, 128, 64, 32, 4, 8, 3, 1),
     ),
+    "tma fp8": (  # e4m3: half the bytes of bfloat16, so twice the depth
+        (512, 1024, 64, 32, 128, 1, 4, 4, 2),
+        (512, _ANY, 64, 64, 128, 1, 4, 4, 2),
+        (4096, 1024, 128, 64, 128, 1, 4, 3, 2),
+        (_ANY, _ANY, 128, 128, 128, 4, 8, 3, 2),
+    ),
+    "pointer fp8": (
+        (512, 1024, 64, 32, 128, 1, 4, 3, 2),
+        (512, _ANY, 64, 64, 128, 1, 4, 3, 2),
+        (_ANY, _ANY, 128, 64, 64, 1, 4, 3, 2),
+    ),
 }
 _GROUP = 8
 
@@ -151,7 +170,7 @@ def _config(kind, M, N, *, arch=90, amd=False, residual=False):
         row = _CONFIGS[kind][4]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
     config = dict(zip(names, row[2:], strict=True), GROUP=_GROUP)
-    config["SPECIALIZE"] = kind == "tma" and arch >= 100
+    config["SPECIALIZE"] = kind.startswith("tma") and arch >= 100
     if amd:
         config["num_stages"] = 2
     return config
@@ -160,8 +179,12 @@ def _config(kind, M, N, *, arch=90, amd=False, residual=False):
 def _kind(x, weight):
     if x.dtype == torch.float32:
         return "float32"
-    reachable = all(t.stride(0) % 8 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] > 0 for t in (x, weight))
-    return "tma" if 90 <= _device.arch(x) < 120 and reachable and weight.shape[0] % 8 == 0 else "pointer"
+    bytes_each = x.element_size()
+    reachable = all(
+        t.stride(0) * bytes_each % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] > 0 for t in (x, weight)
+    )
+    how = "tma" if 90 <= _device.arch(x) < 120 and reachable and weight.shape[0] % 8 == 0 else "pointer"
+    return how if bytes_each == 2 else f"{how} fp8"
 
 
 def supports(op, device=None, dtype=None, residual_dtype=None, **facts):
@@ -178,10 +201,11 @@ def _rows(tensor):
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
 
 
-def launch(x, weight, bias, residual, *, gelu, save, out_dtype, kind=None, config=None):
+def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, None), kind=None, config=None):
     """(out, pre): out = act(x W^T + b) + residual, pre = x W^T + b in the dtype of x where ``save``, else empty [0].
 
-    ``kind`` and ``config`` override the choice, for tests and benchmarks.
+    ``scales`` are those of the rows of x and of weight, for e4m3. ``kind`` and ``config`` override the choice, for
+    tests and benchmarks.
     """
     shape = (*x.shape[:-1], weight.shape[0])
     x, weight = _rows(x), _rows(weight)
@@ -196,11 +220,12 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, kind=None, confi
         config = dict(config or _config(kind, M, N, arch=_device.arch(x), amd=amd, residual=residual is not None))
         programs = config.pop("per_multiprocessor") * _device.multiprocessors(x)
         block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
-        tma = kind == "tma"
+        tma = kind.startswith("tma")
         with _device.on(x):
             _linear_fwd_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(N, block_n)),)](
                 TensorDescriptor.from_tensor(x, [block_m, block_k]) if tma else x,
                 TensorDescriptor.from_tensor(weight, [block_n, block_k]) if tma else weight,
+                *scales,
                 bias,
                 residual,
                 _output(pre, config, tma),
@@ -227,14 +252,17 @@ def linear_fwd(x, weight, bias, residual=None):
 
 ROWS = (185, 1720, 13880)  # batch 1, 8, 64
 ALL_ARCHES = (80, 89, 90, 100, "gfx942")
+FP8_ARCHES = (89, 90, 100)
 
 
-def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,)):
+def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,), fp8=False):
     """Every configuration that ``launch`` can choose for these (N, K) and ViLT's row counts, once each."""
     seen = set()
-    for arch in ALL_ARCHES:
+    for arch in FP8_ARCHES if fp8 else ALL_ARCHES:
         amd = not isinstance(arch, int)
-        kinds = [("pointer", "bf16"), ("float32", "fp32")] + ([("tma", "bf16")] if arch in (90, 100) else [])
+        kinds = [("pointer fp8", "fp8e4nv")] if fp8 else [("pointer", "bf16"), ("float32", "fp32")]
+        if arch in (90, 100):
+            kinds.append(("tma fp8", "fp8e4nv") if fp8 else ("tma", "bf16"))
         for kind, dtype in kinds:
             for M, (N, K), save, extra in itertools.product(ROWS, shapes, pre, residual):
                 config = _config(kind, M, N, arch=0 if amd else arch, amd=amd, residual=extra is not None)
@@ -246,27 +274,27 @@ def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,)):
 
 
 def _aot_case(op, arch, kind, dtype, gelu, save, residual, M, N, K, config):
-    config, tma = dict(config), kind == "tma"
+    config, tma, fp8 = dict(config), kind.startswith("tma"), dtype == "fp8e4nv"
     warps, stages = config.pop("num_warps"), config.pop("num_stages")
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
-    out = residual or dtype
+    result = "bf16" if fp8 else dtype
+    out = residual or result
 
     def matrix(kind_of, rows, columns):
         return f"tensordesc<{kind_of}[{rows}, {columns}]>" if tma else f"*{kind_of}"
 
     part = block_n // config["PARTS"]
     signature = {
-        "x": matrix(dtype, block_m, block_k), "weight": matrix(dtype, block_n, block_k), "bias": f"*{dtype}",
+        "x": matrix(dtype, block_m, block_k), "weight": matrix(dtype, block_n, block_k), "bias": f"*{result}",
         "out": matrix(out, block_m, part), **dict.fromkeys(("M", "N", "K"), "i32"),
         **dict.fromkeys(("stride_xm", "stride_wn", "stride_rm"), "i32"),
     }  # fmt: skip
     precision = "tf32x3" if isinstance(arch, int) else "ieee"
     constexprs = dict(config, GELU=gelu, TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=precision)
-    for name, given in (("pre", matrix(dtype, block_m, part) if save else None), ("residual", residual)):
-        if given is None:
-            constexprs[name] = None
-        else:
-            signature[name] = given if name == "pre" else f"*{given}"
+    optional = dict.fromkeys(("x_scale", "weight_scale"), "*fp32" if fp8 else None)
+    optional |= dict(pre=matrix(result, block_m, part) if save else None, residual=residual and f"*{residual}")
+    for name, given in optional.items():
+        (constexprs if given is None else signature)[name] = given
     extras = ("+pre" if save else "") + (f"+residual {residual}" if residual else "")
     return dict(
         name=f"{op} {kind} M<={M} N={N} K={K} {block_m}x{block_n}x{block_k}{extras}", kernel=_linear_fwd_kernel,

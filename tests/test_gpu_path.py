@@ -137,7 +137,7 @@ def test_the_stream_is_added_once_whatever_comes_between(device):
         assert_within_budget(mine, torch.where(real, theirs, 0), torch.where(mask, truth, 0))
 
 
-# --- compiled and exported ----------------------------------------------------------------------------------------------
+# --- compiled and exported -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

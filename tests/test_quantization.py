@@ -183,7 +183,7 @@ def test_each_matrix_is_watched(place):
 def test_a_row_edited_through_data_is_seen_at_full_size(width, inner, dtype):
     """`.data` bumps no version counter: whatever row is edited, the sampled fingerprint must notice."""
     parameters = encoder_parameters(1, width, inner, dtype=dtype)
-    cache = WeightCache()
+    cache = WeightCache("int8")
     kept = cache.quantized(parameters)
     assert all(a is b for a, b in zip(cache.quantized(parameters), kept, strict=True))
     for place in MATRICES:
@@ -198,7 +198,7 @@ def test_a_row_edited_through_data_is_seen_at_full_size(width, inner, dtype):
 
 def test_equal_address_is_not_equal_weight():
     """A freed weight's address may come back with other values and the same version."""
-    cache = WeightCache()
+    cache = WeightCache("int8")
     parameters = encoder_parameters(1, 32, 64)
     weight = parameters[2]
     first = cache.quantized(parameters)[2]
@@ -255,3 +255,70 @@ def test_switching_between_int8_and_float():
     moved_to_float64(model)
     assert engine.registry.why_unavailable("encoder", "cpp") == ""
     assert same(inference(model.float()), int8)
+
+
+# --- fp8 --------------------------------------------------------------------------------------------------------------
+
+
+def as_e4m3(linear):
+    """Let a linear multiply its weight and its rows as e4m3."""
+    weight, scale = functional.quantize_fp8(linear.weight.detach(), backend="reference")
+    linear.forward = lambda x: functional.linear_fp8(x, weight, scale, linear.bias.detach(), backend="reference")
+
+
+@pytest.mark.parametrize("kind", ["trunk", "nlvr2", "masked_lm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fp8_is_the_model_with_its_linears_rounded_to_e4m3(kind, dtype):
+    model = vilt_fast.accelerate(build(kind, dtype), quantize="fp8")
+    theirs = vilt_fast.accelerate(build(kind, dtype))
+    for holder, name in linears(theirs):
+        as_e4m3(getattr(holder, name))
+    exact = vilt_fast.accelerate(build(kind, dtype).double())
+    for holder, name in linears(exact):
+        as_e4m3(getattr(holder, name))
+    with torch.no_grad():
+        mine, other = (call(m, batch(kind, dtype)) for m in (model, theirs))
+        right = call(exact, as_dtype(batch(kind, dtype), torch.float64))
+        full = call(vilt_fast.accelerate(build(kind, dtype).double()), as_dtype(batch(kind, dtype), torch.float64))
+    for (path, a), (_, b), (_, c), (_, d) in zip(*map(leaves, (mine, other, right, full)), strict=True):
+        # A rounding to 8 bits that falls the other way is a large error: only the norms of both can be compared.
+        error, plain = ((t.double() - c).norm() for t in (a, b))
+        assert error <= 2 * plain + 0.1 * (c - d).norm(), path
+        assert 1e-4 * d.norm() < (a.double() - d).norm() < 0.3 * d.norm(), path
+
+
+def test_fp8_copies_are_made_once_and_follow_their_weights(monkeypatch):
+    made = []
+    quantize_fp8 = functional.quantize_fp8
+    monkeypatch.setattr(functional, "quantize_fp8", lambda w, **k: made.append(tuple(w.shape)) or quantize_fp8(w, **k))
+    model = vilt_fast.accelerate(build("trunk", torch.float32), quantize="fp8")
+    call(model, batch("trunk", torch.float32))
+    assert made == []  # with autograd on, the float weights compute
+    first = inference(model)
+    assert made == [(96, 32), (32, 32), (64, 32), (32, 64)] * 3
+    assert same(first, inference(model)) and len(made) == 12
+    with torch.no_grad():
+        model.encoder.layer[1].attention.attention.key.bias.add_(1.0)
+        model.encoder.layer[2].output.dense.weight.mul_(2.0)
+    changed = inference(model)
+    assert made[12:] == [(96, 32), (32, 64)]
+    fresh = vilt_fast.accelerate(copy.deepcopy(vilt_fast.restore(model)), quantize="fp8")
+    assert same(changed, inference(fresh)) and not same(changed, first)
+
+
+def test_fp8_leaves_wrapped_linears_alone():
+    model = vilt_fast.accelerate(build("trunk", torch.float32), quantize="fp8")
+    other = vilt_fast.accelerate(build("trunk", torch.float32))
+    for m in (model, other):
+        for layer in m.encoder.layer:
+            layer.output.dense = Wrapped(layer.output.dense)
+    assert same(inference(model), inference(other))
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return self.base_layer(x)

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules import module as module_internals
 
-from . import embedding, functional, registry
+from . import embedding, functional, graphs, registry
 from .packing import SequencePlan
 from .quantization import WeightCache
 
@@ -116,6 +116,7 @@ def encode(
     plan: SequencePlan,
     *,
     weights: WeightCache | None = None,
+    captured: graphs.EncoderGraphs | None = None,
     want_hidden: bool = False,
     want_attention: bool = False,
 ) -> Encoded:
@@ -123,8 +124,17 @@ def encode(
 
     Args:
         weights: quantised copies to compute with where no gradient is needed; None computes with the parameters.
+        captured: CUDA graphs to run plain blocks with, where no gradient is needed.
     """
+    if torch.is_grad_enabled():
+        weights = captured = None
+    if weights is not None and weights.kind == "int8" and rows.is_cuda:
+        raise RuntimeError("quantize='int8' computes on CPUs; on a GPU, accelerate with quantize='fp8' or without.")
+    if captured is not None and not (want_hidden or want_attention) and len(blocks) and graphs.usable(rows):
+        if all(map(_is_plain, blocks)):
+            return Encoded(_replayed(blocks, _as_parameters(rows, blocks[0]), plan, weights, captured), [], [])
     result = Encoded(rows, [rows] if want_hidden else [], [])
+    spans = graphs.Spans.of(plan)
     branch = None  # of the last block, not added to the stream yet: the next norm does that in the same pass
     i = 0
     while i < len(blocks):
@@ -135,7 +145,7 @@ def encode(
             continue
         block = blocks[i]
         if block.packable:
-            step = _packed_block(block, plan, want_attention)
+            step = _packed_block(block, i, spans, weights, plan if want_attention else None)
             if block.checkpoint is None:
                 result.rows, branch, probabilities = step(_as_parameters(result.rows, block), branch)
             else:
@@ -213,44 +223,58 @@ def _norm(norm: nn.LayerNorm, stream, branch: _Branch | None):
     return functional.add_layer_norm(branch.rows, stream, norm.weight, norm.bias, norm.eps, dropout_p=branch.dropout_p)
 
 
-def _packed_block(block: Block, plan: SequencePlan, want_attention: bool):
+def _packed_block(
+    block: Block, number: int, spans: graphs.Spans, weights: WeightCache | None, plan: SequencePlan | None = None
+):
+    """The step of one block; with a plan, attention's probabilities are wanted."""
+    linears = (*block.qkv, block.out, block.fc1, block.fc2)
+    fp8 = weights is not None and weights.kind == "fp8" and all(type(linear) is nn.Linear for linear in linears)
+
+    def multiply(name, x, *modules, gelu=False):
+        if fp8:
+            return functional.linear_fp8(x, *weights.fp8((number, name), modules), gelu=gelu)
+        if gelu:
+            return functional.linear_gelu(x, modules[0].weight, modules[0].bias)
+        return modules[0](x)
+
     def step(x, branch):
         """(stream, branch of the block before) -> (stream, branch of this block, probabilities or None)."""
         x, normed = _norm(block.norm1, x, branch)
-        projected = [linear(normed) for linear in block.qkv]
-        if len(projected) == 1:
-            projected = projected[0].chunk(3, dim=-1)
+        if fp8 or len(block.qkv) == 1:
+            projected = multiply("qkv", normed, *block.qkv).chunk(3, dim=-1)
+        else:
+            projected = [linear(normed) for linear in block.qkv]
         query, key, value = (t.unflatten(-1, (block.num_heads, -1)) for t in projected)
         dropout_p = embedding.live(block.attention_dropout)
-        if want_attention:
+        probabilities = None
+        if plan is not None:
             # The reference adds a mask, if any, in the dtype of its stream: under autocast that is not the scores'.
             dtype = query.dtype if plan.dense else torch.promote_types(query.dtype, x.dtype)
             context, probabilities = _attention_with_probabilities(
                 query, key, value, plan, block.scale, dropout_p, dtype
             )
         else:
-            probabilities = None
             context = functional.attention(
                 query,
                 key,
                 value,
-                plan.cu_seqlens,
-                plan.cu_seqlens,
-                plan.max_seqlen,
-                plan.max_seqlen,
-                seqused_k=None if plan.lengths == plan.key_lengths else plan.seqused_k,
+                spans.cu_seqlens,
+                spans.cu_seqlens,
+                spans.max_seqlen,
+                spans.max_seqlen,
+                seqused_k=spans.seqused_k,
                 dropout_p=dropout_p,
                 scale=block.scale,
             )
-        branch = _Branch(block.out(context.flatten(-2)), embedding.live(block.out_dropout))
+        branch = _Branch(multiply("out", context.flatten(-2), block.out), embedding.live(block.out_dropout))
         x, normed = _norm(block.norm2, x, branch)
         if type(block.fc1) is nn.Linear and block.exact_gelu:
-            inner = functional.linear_gelu(normed, block.fc1.weight, block.fc1.bias)
+            inner = multiply("fc1", normed, block.fc1, gelu=True)
         else:
             inner = block.activation(block.fc1(normed))
         if block.activation_dropout is not None:
             inner = block.activation_dropout(inner)
-        return x, _Branch(block.fc2(inner), embedding.live(block.fc2_dropout)), probabilities
+        return x, _Branch(multiply("fc2", inner, block.fc2), embedding.live(block.fc2_dropout)), probabilities
 
     return step
 
@@ -264,6 +288,29 @@ def _checkpointed(checkpoint, step):
         return checkpoint(whole, x)
 
     return recomputed
+
+
+def _replayed(blocks, rows, plan, weights, captured):
+    """The plain `blocks` as one CUDA graph."""
+
+    def encode(x, spans):
+        branch = None
+        for i, block in enumerate(blocks):
+            x, branch, _ = _packed_block(block, i, spans, weights)(x, branch)
+        return _added(x, branch)
+
+    fixed = [t.data_ptr() for block in blocks for t in _parameters(block)]
+    fixed += [n for b in blocks for n in (b.norm1.eps, b.norm2.eps, b.scale, b.num_heads)]
+    if weights is not None:  # the copies must be there before a capture, and up to date before a replay
+        for i, block in enumerate(blocks):
+            for name, modules in _side_by_side(block).items():
+                fixed += [0 if t is None else t.data_ptr() for t in weights.fp8((i, name), modules)]
+    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return captured.run(encode, rows, plan, (*fixed, autocast))
+
+
+def _side_by_side(block):
+    return {"qkv": block.qkv, "out": (block.out,), "fc1": (block.fc1,), "fc2": (block.fc2,)}
 
 
 def _attention_with_probabilities(query, key, value, plan, scale, dropout_p, dtype):
@@ -322,6 +369,8 @@ class _Run:
 def _native_run(blocks: Sequence[Block], first: int, rows: torch.Tensor, weights: WeightCache | None):
     """The longest run of blocks from `first` on that the native encoder can take, or an empty one."""
     run = _Run([], [], "", 0)
+    if weights is not None and weights.kind != "int8":
+        return run
     if torch.is_grad_enabled() or rows.device.type != "cpu" or registry.why_unavailable("encoder", "cpp"):
         return run
     for block in blocks[first:]:

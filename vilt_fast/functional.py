@@ -14,6 +14,7 @@ from .ops import encoder as _encoder
 from .ops import ipot as _ipot
 from .ops import linear as _linear
 from .ops import linear_cross_entropy as _linear_cross_entropy
+from .ops import linear_fp8 as _linear_fp8
 from .ops import linear_gelu as _linear_gelu
 from .ops import patch_embed as _patch_embed
 from .ops import sinkhorn as _sinkhorn
@@ -22,8 +23,8 @@ from .ops import word_patch_distance as _word_patch_distance
 from .reference.sinkhorn import SinkhornResult
 
 __all__ = [
-    "SinkhornResult", "add_layer_norm", "attention", "encoder", "ipot", "linear", "linear_cross_entropy", "linear_gelu",
-    "patch_embed", "quantize_linear", "sinkhorn", "text_embed", "word_patch_distance",
+    "SinkhornResult", "add_layer_norm", "attention", "encoder", "ipot", "linear", "linear_cross_entropy", "linear_fp8",
+    "linear_gelu", "patch_embed", "quantize_fp8", "quantize_linear", "sinkhorn", "text_embed", "word_patch_distance",
 ]  # fmt: skip
 
 
@@ -154,7 +155,8 @@ def attention(
     Args:
         q: [Nq, H, d]; k, v: [Nk, H, d], one floating dtype, any strides.
         cu_seqlens_q, cu_seqlens_k: [B + 1] int32, first row of each sample and the total; query and key lengths of a
-            sample may differ. max_seqlen_q, max_seqlen_k: upper bounds of those lengths.
+            sample may differ. max_seqlen_q, max_seqlen_k: upper bounds of those lengths. On a GPU, where it cannot be
+            looked at, the total may be less than the rows there are; the rest of the result is undefined then.
         seqused_k: [B] int32, only that many leading rows of each sample are keys (default: all).
         causal_start: [B] int32, prefix language modelling: key rows at index >= start are visible only to query rows
             with index >= theirs (indices within the sample).
@@ -230,6 +232,35 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     Source: Hendrycks and Gimpel 2016, eq. 1.
     """
     return _linear_gelu.linear_gelu(x, weight, bias, backend)
+
+
+def linear_fp8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    gelu: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """``x W^T + b`` on 8-bit floats (e4m3), then the exact GELU if wanted; no gradient.
+
+    Args:
+        x: [..., K], rounded here to e4m3 with one scale a row, max|row| / 448.
+        weight: [N, K] float8_e4m3fn and weight_scale: [N] float32, from :func:`quantize_fp8`. bias: [N] or None.
+
+    Returns:
+        [..., N] in the dtype of x, summed in float32. Triton needs an NVIDIA GPU from sm_89 on; elsewhere the reference
+        gives the same numbers without the speed.
+
+    Source: Micikevicius et al. 2022.
+    """
+    return _linear_fp8.linear_fp8(x, weight, weight_scale, bias, gelu, backend)
+
+
+def quantize_fp8(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """Rows [..., K] as e4m3: (q [..., K] float8_e4m3fn, scale [...] float32), x = q * scale; scale 1 for zero rows."""
+    return _linear_fp8.quantize_fp8(x, backend)
 
 
 def encoder(

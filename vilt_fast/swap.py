@@ -13,8 +13,9 @@ import inspect
 import torch
 from torch import nn
 
+from .graphs import EncoderGraphs
 from .packing import SequencePlan
-from .quantization import WeightCache
+from .quantization import KINDS, WeightCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,15 @@ class Options:
     """How an accelerated model computes."""
 
     quantize: str | None = None
+    cuda_graphs: bool = False
     patch_order: str = "raster"
     generator: torch.Generator | None = None
 
     def __post_init__(self):
-        if self.quantize not in (None, "int8"):
-            raise ValueError(f"quantize must be None or 'int8', got {self.quantize!r}.")
+        if self.quantize not in (None, *KINDS):
+            raise ValueError(f"quantize must be None, {' or '.join(map(repr, KINDS))}, got {self.quantize!r}.")
+        if not isinstance(self.cuda_graphs, bool):
+            raise ValueError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}.")
         if self.patch_order not in ("raster", "reference"):
             raise ValueError(f"patch_order must be 'raster' or 'reference', got {self.patch_order!r}.")
         if self.generator is not None and not isinstance(self.generator, torch.Generator):
@@ -44,7 +48,8 @@ class Swapped:
     def __init__(self, module: nn.Module, options: Options):
         self.module = module
         self.options = options
-        self.weights = WeightCache() if options.quantize else None
+        self.weights = WeightCache(options.quantize) if options.quantize else None
+        self.graphs = EncoderGraphs() if options.cuda_graphs else None
 
     @property
     def __signature__(self):
@@ -63,6 +68,7 @@ def accelerate(
     model: nn.Module,
     *,
     quantize: str | None = None,
+    cuda_graphs: bool = False,
     patch_order: str = "raster",
     generator: torch.Generator | None = None,
 ) -> nn.Module:
@@ -70,8 +76,11 @@ def accelerate(
 
     Args:
         model: any of HuggingFace's `Vilt*` models, the original `ViLTransformerSS`, or a module that contains one.
-        quantize: "int8" computes the linear layers of inference with 8-bit weights (a scale a channel) and activations
-            (a scale a token). Keeps a quantised copy of these weights; training is not touched.
+        quantize: "int8" (on a CPU) or "fp8" (on a GPU from sm_89 on; elsewhere emulated, with no gain) computes the
+            linear layers of inference with 8-bit weights (a scale a channel) and activations (a scale a token). Keeps a
+            quantised copy of these weights; training is not touched.
+        cuda_graphs: on a GPU, capture the blocks once per bucket of sizes and replay them as one launch, in inference:
+            for low latency at small batches. Keeps buffers of the captured sizes. A CPU is not touched.
         patch_order: "raster" gives image tokens row by row. "reference" reproduces the random order that the reference
             draws, under the same torch seed, so that outputs can be compared element by element.
         generator: for the patches that a positive `config.max_image_length` samples.
@@ -85,7 +94,7 @@ def accelerate(
     """
     from .adapters import find
 
-    options = Options(quantize, patch_order, generator)
+    options = Options(quantize, cuda_graphs, patch_order, generator)
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}.")
     swaps = find(model)
@@ -118,7 +127,8 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def refresh(model: nn.Module) -> nn.Module:
-    """Quantise again at the next call. Needed only after single elements of a weight were edited through `.data`.
+    """Quantise again at the next call. Needed only after single elements of a weight, or any on a GPU, were edited
+    through `.data`.
 
     Raises:
         TypeError: `model` is no `torch.nn.Module`.

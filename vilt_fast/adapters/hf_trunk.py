@@ -92,6 +92,7 @@ class TrunkForward(Swapped):
                 rows,
                 plan,
                 weights=self.weights,
+                captured=self.graphs,
                 want_hidden=want_hidden,
                 want_attention=want_attention,
             )

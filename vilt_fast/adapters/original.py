@@ -64,7 +64,8 @@ class InferSwap(Swapped):
             rows = embedding.with_image_embeds(tables, plan, text, image_embeds, modality)
         else:
             rows = embedding.with_patches(tables, plan, text, pixels, modality)
-        encoded = engine.encode([_block(b) for b in model.transformer.blocks], rows, plan, weights=self.weights)
+        blocks = [_block(b) for b in model.transformer.blocks]
+        encoded = engine.encode(blocks, rows, plan, weights=self.weights, captured=self.graphs)
         rows = engine.final_norm(model.transformer.norm, encoded.rows, plan)
         padded = plan.unpack(rows)
         if not ready:

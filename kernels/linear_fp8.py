@@ -1,0 +1,87 @@
+"""Linear layer on e4m3 for Triton (inference): out = act(x^ W^^T + b), x^ and W^ rounded to 8 bits, one scale a row.
+
+Shapes: x [M, K] float32, float16 or bfloat16; weight [N, K] float8_e4m3fn with weight_scale [N] float32 from
+``quantize_fp8``; bias [N] or None; out [M, N] in the dtype of x. NVIDIA from sm_89 on.
+
+Two kernels: a pass over x that finds max|row| and writes row / scale, scale = max|row| / 448, the largest e4m3; then
+the product of kernels/linear.py, whose epilogue multiplies the float32 sums by both scales before bias and GELU. A row
+of zeros has scale 1. A NaN or an infinity makes its own row NaN and no other.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import _device, linear
+
+LARGEST = tl.constexpr(448.0)  # of e4m3
+_ROWS, _COLUMNS = 4, 1024
+
+
+@triton.jit
+def _quantize_fp8_kernel(
+    x, q, scale, M, K, stride_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
+):  # fmt: skip
+    """q = x / scale as e4m3, scale = max|x| / 448 of each row; WHOLE: a row is one block, read once."""
+    rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    wide, valid = rows.to(tl.int64)[:, None], (rows < M)[:, None]
+    most = tl.zeros((ROWS,), tl.float32)
+    v = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, K, COLUMNS):
+        v = tl.load(x + wide * stride_x + k + cols[None, :], mask=valid & (k + cols < K)[None, :], other=0.0)
+        v = v.to(tl.float32)
+        most = tl.maximum(most, tl.max(tl.abs(v), 1)) + tl.sum(v * 0.0, 1)  # NaN once anything is not finite
+    step = tl.where(most == 0.0, 1.0, most / LARGEST)
+    tl.store(scale + rows, step, mask=rows < M)
+    for k in range(0, K, COLUMNS):
+        inside = valid & (k + cols < K)[None, :]
+        if not WHOLE:
+            v = tl.load(x + wide * stride_x + k + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+        r = v / step[:, None]
+        r = tl.where(r > LARGEST, LARGEST, tl.where(r < -LARGEST, -LARGEST, r))  # a NaN passes through
+        tl.store(q + wide * K + k + cols[None, :], r.to(q.dtype.element_ty), mask=inside)
+
+
+def supports(op, device=None, dtype=None, **facts):
+    """ "" when Triton can run this, else why not."""
+    reason = _device.problem(device, x=dtype)
+    if not reason and not _device.interpreted() and not _device.has_e4m3():
+        reason = "e4m3 needs an NVIDIA GPU of compute capability 8.9 or newer."
+    return reason
+
+
+def quantize_fp8(x):
+    """(q [..., K] float8_e4m3fn, scale [...] float32)."""
+    rows = linear._rows(x)
+    M, K = rows.shape
+    q = x.new_empty(M, K, dtype=torch.float8_e4m3fn)
+    scale = x.new_empty(M, dtype=torch.float32)
+    if q.numel():
+        columns = min(triton.next_power_of_2(K), _COLUMNS)
+        with _device.on(x):
+            _quantize_fp8_kernel[(triton.cdiv(M, _ROWS),)](
+                rows, q, scale, M, K, rows.stride(0), ROWS=_ROWS, COLUMNS=columns, WHOLE=columns >= K, num_warps=4
+            )
+    return q.view(x.shape), scale.view(x.shape[:-1])
+
+
+def linear_fp8_fwd(x, weight, weight_scale, bias, gelu=False):
+    """act(x W^T + b) in the dtype of x."""
+    q, scale = quantize_fp8(x)
+    out, _ = linear.launch(
+        q, weight, bias, None, gelu=gelu, save=False, out_dtype=x.dtype,
+        scales=(scale.view(-1), weight_scale.contiguous()),
+    )  # fmt: skip
+    return out
+
+
+def aot_cases():
+    for gelu, shapes in ((False, ((2304, 768), (768, 768), (768, 3072))), (True, ((3072, 768),))):
+        yield from linear.aot_variants("linear_fp8", shapes, gelu=gelu, fp8=True)
+    for K, columns in ((768, 1024), (3072, 1024)):
+        yield dict(
+            name=f"quantize_fp8 K={K}", kernel=_quantize_fp8_kernel,
+            signature=dict(x="*bf16", q="*fp8e4nv", scale="*fp32", M="i32", K="i32", stride_x="i32"),
+            constexprs=dict(ROWS=_ROWS, COLUMNS=columns, WHOLE=columns >= K), num_warps=4, num_stages=1,
+            arches=linear.FP8_ARCHES, matmul=False,
+        )  # fmt: skip

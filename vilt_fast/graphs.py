@@ -1,0 +1,162 @@
+"""CUDA graphs of the packed encoder: one launch for all blocks, captured per bucket of sizes and replayed.
+
+At batch 1 a forward is some hundred kernels of a few microseconds each, and launching them takes longer than running
+them. A graph has fixed shapes, so a batch is put into the next larger bucket: rows that belong to no sample are
+computed and thrown away, samples that are not there are empty. What attention reads about lengths lies in buffers that
+are written before each replay; parameters are read where they are, so that updating one in place needs no new capture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+
+from .packing import SequencePlan
+
+MAX_GRAPHS = 32  #: kept at a time, the least recently used goes first
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spans:
+    """What attention needs to know of a plan (see `functional.attention`)."""
+
+    cu_seqlens: torch.Tensor  #: int32 [B + 1]
+    seqused_k: torch.Tensor | None  #: int32 [B]
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, plan: SequencePlan) -> Spans:
+        """Those of a plan; no `seqused_k` where every row is a key."""
+        whole = plan.lengths == plan.key_lengths
+        return cls(plan.cu_seqlens, None if whole else plan.seqused_k, plan.max_seqlen)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sizes that a graph is captured for."""
+
+    rows: int
+    samples: int
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, plan: SequencePlan) -> Bucket:
+        """The smallest that holds a plan: at most an eighth more rows, or 63, than are real."""
+        rows, longest = plan.total_rows, plan.max_seqlen
+        step = max(64, _power_of_two(rows) // 8)
+        return cls(_multiple(rows, step), _power_of_two(plan.batch), _multiple(longest, 64))
+
+
+def _multiple(n, step):
+    return -(-n // step) * step
+
+
+def _power_of_two(n):
+    return 1 << (n - 1).bit_length()
+
+
+class EncoderGraphs:
+    """The graphs of one model. Calls from several threads and streams take turns."""
+
+    def __init__(self):
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pool = None
+
+    def __len__(self):
+        return len(self._graphs)
+
+    def run(self, encode: Callable, rows: torch.Tensor, plan: SequencePlan, identity: tuple) -> torch.Tensor:
+        """`encode(rows, spans)`, captured the first time and replayed from then on.
+
+        Args:
+            encode: [N, D] -> [N, D] on the current device, without host synchronisation.
+            identity: everything that a captured graph holds fixed besides sizes: addresses of parameters, options.
+        """
+        key = (Bucket.of(plan), rows.dtype, rows.device, identity)
+        with self._lock:
+            graph = self._graphs.get(key)
+            if graph is None:
+                if self._pool is None and rows.is_cuda:
+                    self._pool = torch.cuda.graph_pool_handle()  # one for all: no two graphs run at the same time
+                for stale in [k for k in self._graphs if k[3] != identity]:
+                    del self._graphs[stale]
+                while len(self._graphs) >= MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+                graph = self._graphs[key] = _Graph(encode, rows, plan, key[0], self._pool)
+            self._graphs.move_to_end(key)
+            return graph(rows, plan)
+
+    def __getstate__(self):
+        return {}
+
+    def __setstate__(self, state):
+        self.__init__()
+
+
+class _Graph:
+    def __init__(self, encode, rows, plan, bucket, pool):
+        self.rows = rows.new_zeros(bucket.rows, rows.shape[1])
+        self.cu_seqlens = plan.cu_seqlens.new_zeros(bucket.samples + 1)
+        self.seqused_k = plan.seqused_k.new_zeros(bucket.samples)
+        self._fill(rows, plan)
+        spans = Spans(self.cu_seqlens, self.seqused_k, bucket.max_seqlen)
+        self.recording = Recording(lambda: encode(self.rows, spans), rows.device, pool)
+
+    def __call__(self, rows, plan):
+        with self.recording.turn():
+            self._fill(rows, plan)
+            self.recording.replay()
+            return self.recording.result[: len(rows)].clone()  # the next replay writes over it
+
+    def _fill(self, rows, plan):
+        self.rows[: len(rows)].copy_(rows)
+        self.cu_seqlens[: plan.batch + 1].copy_(plan.cu_seqlens)
+        self.cu_seqlens[plan.batch + 1 :].fill_(len(rows))
+        self.seqused_k[: plan.batch].copy_(plan.seqused_k)
+        self.seqused_k[plan.batch :].zero_()
+
+
+class Recording:
+    """What a function launches, to be launched again as one: `result` is what it returned, and keeps its place."""
+
+    def __init__(self, function: Callable, device: torch.device, pool):
+        kind = device.type
+        with (
+            torch.cuda.device(device),
+            # A weight that autocast has cast and cached would be read where it no longer is.
+            torch.autocast(
+                kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+            ),
+        ):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compilation, workspaces: what must not happen while capturing
+                for _ in range(2):
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self.result = function()
+            self._done = torch.cuda.Event()
+            self._done.record()
+        self.replay = self._graph.replay
+        self._device = device
+
+    @contextlib.contextmanager
+    def turn(self):
+        """The buffers are this stream's own within."""
+        with torch.cuda.device(self._device):
+            self._done.wait()
+            yield
+            self._done.record()
+
+
+def usable(rows: torch.Tensor) -> bool:
+    """Whether a graph can be captured or replayed here and now."""
+    return rows.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
