@@ -16,6 +16,8 @@ _PUBLIC = {
     "restore": "swap",
     "refresh": "swap",
     "sequence_plan": "swap",
+    "align": "alignment",
+    "Alignment": "alignment",
     "SequencePlan": "packing",
     "InputError": "errors",
 }

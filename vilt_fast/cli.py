@@ -1,6 +1,6 @@
-"""The command `vilt-fast`: info, demo, check, bench.
+"""The command `vilt-fast`: info, demo, check, align, bench.
 
-Exit status: 0 fine; 1 an error budget is broken; 2 bad arguments or a checkpoint that cannot be used.
+Exit status: 0 fine; 1 an error budget is broken; 2 bad arguments, or a checkpoint or file that cannot be used.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main(argv=None):
 
 def _parser():
     parser = argparse.ArgumentParser(prog="vilt-fast", description="Fast ViLT with the same answers.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | check | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | check | align | bench")
 
     info = commands.add_parser("info", help="versions, backends, CPU features and GPUs of this machine")
     info.set_defaults(run=_info)
@@ -60,6 +60,20 @@ def _parser():
     check.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
     check.set_defaults(run=_check)
 
+    align = commands.add_parser("align", help="which patches of an image each word of a text belongs to: a picture")
+    align.add_argument("image", metavar="IMAGE", help="file: JPEG, PNG, ...")
+    align.add_argument("text", metavar="TEXT", help="in quotes")
+    align.add_argument("-o", "--out", default="alignment.png", help="picture to write: .png, .pdf, .svg, .jpg")
+    align.add_argument(
+        "--model", default=os.environ.get("MODEL") or None, help="folder or hub id (default: random weights)"
+    )
+    align.add_argument("--task", choices=sorted(checkpoints.TASKS), help="class to load, as for check")
+    align.add_argument("--words", action="store_true", help="a panel a word, not a word piece")
+    align.add_argument("--beta", type=_above_zero, default=0.1, help="proximal step of IPOT (default: 0.1)")
+    align.add_argument("--iterations", type=_positive, default=1000, help="of IPOT (default: 1000)")
+    align.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    align.set_defaults(run=_align)
+
     bench = commands.add_parser("bench", help="the model benchmark, from a source tree; takes benchmarks.run's options")
     bench.set_defaults(run=_bench)
     return parser
@@ -69,6 +83,13 @@ def _positive(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
+    return value
+
+
+def _above_zero(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
     return value
 
 
@@ -122,6 +143,27 @@ def _check(arguments, rest):
         console.print(f"[bold red]Over budget:[/] {names}", soft_wrap=True)
         return 1
     console.print("[green]Every error budget holds.[/]")
+    return 0
+
+
+def _align(arguments, rest):
+    from . import heatmaps
+
+    _set_threads(arguments.threads)
+    try:
+        heatmaps.run(
+            arguments.image,
+            arguments.text,
+            arguments.out,
+            checkpoint=arguments.model,
+            task=arguments.task,
+            whole_words=arguments.words,
+            beta=arguments.beta,
+            iterations=arguments.iterations,
+        )
+    except (OSError, ValueError) as error:
+        print(f"vilt-fast align: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
