@@ -223,3 +223,10 @@ def test_bad_input():
                 functional.attention(q, k, v, rows_q, _int32(wrong), *longest, backend="cpp")
         with pytest.raises(ValueError, match="seqused_k"):
             functional.attention(q, k, v, rows_q, rows_k, *longest, seqused_k=_int32([4, 2]), backend="cpp")
+
+
+def test_more_rows_than_int32_counts():
+    rows = torch.empty(1, 1, 16).expand(2**31, 1, 16)
+    bounds = torch.tensor([0, 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match="split the batch"):
+        functional.attention(rows, rows, rows, bounds, bounds, 1, 1)

@@ -18,7 +18,7 @@ from torch import nn
 
 from . import functional
 from .errors import InputError
-from .packing import sampled_mask
+from .patches import sampled_mask
 from .swap import Options, Swapped
 
 

@@ -15,12 +15,12 @@ the same masks. It depends on no parameter of the model.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from . import patches
 from .errors import InputError
 
 
@@ -196,14 +196,14 @@ class SequencePlan:
                 f"pixel_values of {height}x{width} hold no whole patch of {patch_size[0]}x{patch_size[1]}: "
                 "resize the image."
             )
-        grids = _patch_grids(pixel_mask, batch, grid)
+        grids = patches.patch_grids(pixel_mask, batch, grid)
         if cells is None:
-            cells = _choose_patches(grids, grid, max_image_length, patch_order, generator)
+            cells = patches.choose_patches(grids, grid, max_image_length, patch_order, generator)
         if device is None:
             masks = [m for m in (attention_mask, pixel_mask) if m is not None]
             device = masks[0].device if masks else "cpu"
         exact = position_dtype == torch.float64
-        positions = [_bilinear(h, w, position_grid, grid[1], exact) for h, w in grids]
+        positions = [patches.bilinear(h, w, position_grid, grid[1], exact) for h, w in grids]
         index = np.concatenate([i[p] for (i, _), p in zip(positions, cells, strict=True)])
         weight = np.concatenate([w[p] for (_, w), p in zip(positions, cells, strict=True)])
         return _assemble(text, text_shape[1], cells, grid, max(map(len, cells)), grids, (index, weight), True, device)
@@ -294,117 +294,6 @@ def _text_positions(attention_mask, text_shape) -> list[np.ndarray]:
     return [np.flatnonzero(row) for row in (attention_mask != 0).cpu().numpy()]
 
 
-def _patch_grids(pixel_mask, batch, grid) -> tuple[tuple[int, int], ...]:
-    """(h, w) in patches of each image; the mask is sampled at the reference's nearest-neighbour positions."""
-    if pixel_mask is None:
-        return ((grid[0], grid[1]),) * batch
-    if pixel_mask.ndim != 3 or pixel_mask.shape[0] != batch:
-        raise InputError(
-            f"pixel_mask must be [{batch}, height, width] like pixel_values, got {list(pixel_mask.shape)}."
-        )
-    rows = torch.from_numpy(_nearest(pixel_mask.shape[1], grid[0])).to(pixel_mask.device, non_blocking=True)
-    columns = torch.from_numpy(_nearest(pixel_mask.shape[2], grid[1])).to(pixel_mask.device, non_blocking=True)
-    sampled = pixel_mask[:, rows[:, None], columns].cpu()
-    mask = (sampled.float() if sampled.dtype == torch.bfloat16 else sampled).numpy()
-    if not ((mask == 0) | (mask == 1)).all():
-        raise InputError("pixel_mask must hold 0 (padding) and 1 (image) only.")
-    mask = mask != 0
-    heights, widths = mask[:, :, 0].sum(1), mask[:, 0, :].sum(1)
-    for b, (h, w) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
-        if h == 0 or w == 0:
-            what = "is empty" if not mask[b].any() else "does not start at the top left corner (0, 0)"
-            raise InputError(f"pixel_mask of sample {b} {what}: every image needs a rectangle of ones from (0, 0).")
-        if not mask[b, :h, :w].all() or mask[b].sum() != h * w:
-            raise InputError(
-                f"pixel_mask of sample {b} is not one rectangle of ones from the top left corner: ViLT takes the "
-                "image's height and width from its first column and row, so holes or loose pieces would be computed "
-                "wrongly."
-            )
-    return tuple(zip(heights.tolist(), widths.tolist(), strict=True))
-
-
-def sampled_mask(pixels: torch.Tensor, grid: Sequence[int], is_image) -> torch.Tensor:
-    """A patch-grid mask bool [B, gh, gw]: `is_image` of the pixels [B, C, gh, gw] where a full mask is sampled."""
-    rows, columns = (
-        torch.from_numpy(_nearest(s, g)).to(pixels.device) for s, g in zip(pixels.shape[2:], grid, strict=True)
-    )
-    return is_image(pixels[:, :, rows[:, None], columns])
-
-
-@functools.lru_cache(maxsize=256)
-def _nearest(size: int, out: int) -> np.ndarray:
-    """Source positions that `torch.nn.functional.interpolate(mode="nearest")` reads."""
-    if size < 1:
-        raise InputError("pixel_mask has a side of length 0.")
-    line = torch.arange(size, dtype=torch.float32)[None, None, :, None]
-    return torch.nn.functional.interpolate(line, size=(out, 1))[0, 0, :, 0].long().numpy()
-
-
-def _choose_patches(grids, grid, max_image_length, patch_order, generator):
-    """Flat cells (y * gw + x) of the kept patches of each image."""
-    if patch_order not in ("raster", "reference"):
-        raise InputError(f"patch_order must be 'raster' or 'reference', got {patch_order!r}.")
-    counts = [h * w for h, w in grids]
-    limit = max(counts)
-    if isinstance(max_image_length, int) and max_image_length >= 0:
-        if max_image_length == 0:
-            raise InputError("max_image_length 0 keeps no patch: use -1 for all, or a positive number.")
-        limit = min(limit, max_image_length)
-    cells = [(np.arange(h)[:, None] * grid[1] + np.arange(w)).reshape(-1) for h, w in grids]
-    if patch_order == "reference":
-        return _reference_draws(cells, grid, limit)
-    for b, count in enumerate(counts):
-        if count > limit:
-            keep = torch.randperm(count, generator=generator, device=generator.device if generator else "cpu")[:limit]
-            cells[b] = cells[b][np.sort(keep.cpu().numpy())]
-    return cells
-
-
-def _reference_draws(cells, grid, limit):
-    """The reference's own random draws, call for call, from torch's default CPU generator.
-
-    Images at the limit or above it are permuted (sampled); the others draw padding cells, which nobody attends to: that
-    draw only moves the generator on.
-    """
-    chosen = []
-    for own in cells:
-        if len(own) >= limit:
-            chosen.append(own[torch.multinomial(torch.ones(len(own)), limit).numpy()])
-        else:
-            torch.multinomial(torch.ones(grid[0] * grid[1] - len(own)), limit - len(own), replacement=True)
-            chosen.append(own)
-    return chosen
-
-
-@functools.lru_cache(maxsize=1024)
-def _bilinear(h: int, w: int, side: int, row_width: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Table rows [cells, 4] and weights [cells, 4] of the bilinear (align_corners) resize of a side x side table.
-
-    Indexed by the cell number y * row_width + x that `_choose_patches` uses (cells outside the image are zero).
-    Arithmetic is float32 (float64 if `exact`) in the order of `torch.nn.functional.interpolate`, so that weights agree
-    to the last bit.
-    """
-    real_type = np.float64 if exact else np.float32
-
-    def axis(n):
-        scale = real_type(side - 1) / real_type(n - 1) if n > 1 else real_type(0)
-        real = scale * np.arange(n, dtype=real_type)
-        low = np.minimum(real.astype(np.int64), side - 1)
-        fraction = real - low.astype(real_type)
-        return low, np.minimum(low + 1, side - 1), fraction
-
-    y0, y1, fy = axis(h)
-    x0, x1, fx = axis(w)
-    index = np.zeros((h, row_width, 4), np.int64)
-    weight = np.zeros((h, row_width, 4), real_type)
-    one = real_type(1)
-    corners = ((y0, x0, one - fy, one - fx), (y0, x1, one - fy, fx), (y1, x0, fy, one - fx), (y1, x1, fy, fx))
-    for corner, (ys, xs, wy, wx) in enumerate(corners):
-        index[:, :w, corner] = 1 + ys[:, None] * side + xs
-        weight[:, :w, corner] = wy[:, None] * wx
-    return index.reshape(-1, 4), weight.reshape(-1, 4)
-
-
 def _assemble(text, text_length, image, grid, image_tokens, grids, positions, has_cls, device) -> SequencePlan:
     """Lay the samples end to end."""
     head = 1 if has_cls else 0
@@ -440,14 +329,22 @@ def _assemble(text, text_length, image, grid, image_tokens, grids, positions, ha
         places.append(b * width + np.concatenate([t, text_length + image_places]))
         start += keys + extra
 
-    def tensor(parts):
-        array = np.concatenate(parts) if isinstance(parts[0], np.ndarray) else np.array(parts)
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device, non_blocking=True)
-
-    def int32(values):
-        return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
-
-    index, weight = positions if positions is not None else (np.zeros((0, 4)), np.zeros((0, 4), np.float32))
+    index, weight = positions if positions is not None else (np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32))
+    host = {
+        "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32),
+        "seqused_k": np.array(key_lengths, np.int32),
+        "text_source": np.concatenate(text_source),
+        "text_rows": np.concatenate(text_rows),
+        "patch_source": np.concatenate(patch_source),
+        "patch_rows": np.concatenate(patch_rows),
+        "patch_sample": np.concatenate(patch_sample),
+        "pos_index": index,
+        "pos_weight": weight,
+        "cls_rows": np.array(cls_rows if has_cls else [], np.int64),
+        "pool_rows": np.array(pool_rows, np.int64),
+        "padded_rows": np.concatenate(padded_rows),
+        "padded_places": np.concatenate(places),
+    }
     return SequencePlan(
         text_length=text_length,
         image_length=image_length,
@@ -455,22 +352,29 @@ def _assemble(text, text_length, image, grid, image_tokens, grids, positions, ha
         key_lengths=tuple(key_lengths),
         grids=tuple(grids),
         patch_grid=tuple(grid),
-        cu_seqlens=int32(np.cumsum([0] + lengths).tolist()),
-        seqused_k=int32(key_lengths),
-        text_source=tensor(text_source),
-        text_rows=tensor(text_rows),
-        patch_source=tensor(patch_source),
-        patch_rows=tensor(patch_rows),
-        patch_sample=tensor(patch_sample),
-        pos_index=tensor([np.asarray(index, dtype=np.int64)]),
-        pos_weight=torch.from_numpy(np.ascontiguousarray(weight)).to(device, non_blocking=True),
-        cls_rows=tensor(cls_rows if has_cls else [np.zeros(0)]),
-        pool_rows=tensor(pool_rows),
-        padded_rows=tensor(padded_rows),
-        padded_places=tensor(places),
         dense=start == len(text) * width and list(lengths) == list(key_lengths) and _in_order(places),
         widths=(width,),
+        **_on_device(host, torch.device(device)),
     )
+
+
+def _on_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """The arrays as tensors on `device`, by one copy that nobody waits for."""
+    starts, size = [], 0
+    for array in arrays.values():
+        starts.append(size)
+        size += -(-array.nbytes // 16) * 16
+    whole = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for array, start in zip(arrays.values(), starts, strict=True):
+        whole[start : start + array.nbytes] = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    whole = whole.to(device, non_blocking=True)
+    return {
+        name: whole[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
+        for (name, array), start in zip(arrays.items(), starts, strict=True)
+    }
+
+
+_DTYPES = {name: getattr(torch, name) for name in ("int32", "int64", "float32", "float64")}
 
 
 def _in_order(places) -> bool:

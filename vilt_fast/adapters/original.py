@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from .. import embedding, engine
 from ..errors import InputError
-from ..packing import SequencePlan, sampled_mask
+from ..packing import SequencePlan
+from ..patches import sampled_mask
 from ..swap import Swapped
 
 

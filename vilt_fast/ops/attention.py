@@ -99,6 +99,10 @@ def attention(
     )  # fmt: skip
     if sizes["B"] < 1:
         raise ValueError("attention: cu_seqlens_q has one entry, so there is no sample; expected B + 1 >= 2 entries.")
+    if max(sizes["Nq"], sizes["Nk"]) >= 2**31:
+        raise ValueError(
+            f"attention: {max(sizes['Nq'], sizes['Nk'])} rows; int32 cu_seqlens reach 2^31 - 1: split the batch."
+        )
     _check.dtypes("attention", _check.FLOATS, q=q)
     _check.same_dtype("attention", q=q, k=k, v=v)
     _check.dtypes(
