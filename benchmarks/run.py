@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run model | linear | attention | block`: medians, ratios, errors and floors, to CSV and screen.
+"""`python -m benchmarks.run model | linear | attention | block | transport`: medians, ratios, errors, floors, to CSV.
 
 A speed-up is a ratio of medians of interleaved runs in one process, against HuggingFace's eager float32 on the same
 input. The floor is what the counted FLOPs and bytes need at the matmul peak and the copy bandwidth measured in the same
@@ -20,7 +20,7 @@ import torch
 from vilt_fast import report
 
 from . import cases as shapes
-from . import measure, ops, providers
+from . import measure, ops, providers, transport
 
 FIELDS = (
     "subject",
@@ -77,6 +77,8 @@ def main(argv=None):
         before = measure.machine(dtypes, step)
         if arguments.what == "model":
             rows = model_rows(_trunk(), arguments, step)
+        elif arguments.what == "transport":
+            rows = transport.rows(arguments.repeats, step)
         else:
             rows = ops.rows(arguments.what, arguments.dtypes, arguments.repeats, step)
         # What else ran meanwhile cannot make a machine faster: the better of two measurements is the nearer one.
@@ -91,7 +93,7 @@ def main(argv=None):
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
     parser.add_argument(
-        "what", choices=("model", *ops.SUBJECTS, "memory"), help="what to time (memory: used internally)"
+        "what", choices=("model", *ops.SUBJECTS, "transport", "memory"), help="what to time (memory: used internally)"
     )
     parser.add_argument("--dtypes", nargs="+", default=list(report.PRECISIONS), choices=report.PRECISIONS)
     parser.add_argument("--cases", nargs="+", default=list(shapes.CASES), choices=list(shapes.CASES))

@@ -4,10 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/kernels.h"
+#ifdef VF_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -185,6 +189,144 @@ void patch_embed(Address pixels, const std::string& dtype, const std::array<int6
   k.patch_embed(a);
 }
 
+vf::Masks masks_of(Address text_pad, Address image_pad, int64_t B, int64_t M, int64_t N) {
+  require(B >= 1 && M >= 0 && N >= 0, "needs B >= 1 and M, N >= 0");
+  return {pointer<uint8_t>(text_pad), pointer<uint8_t>(image_pad), B, M, N};
+}
+
+void check_steps(double step, int64_t iterations, int64_t inner) {
+  require(step > 1e-30 && step < 1e30 && iterations >= 1 && inner >= 1,
+          "needs 1e-30 < beta or epsilon < 1e30, iterations >= 1 and inner >= 1");
+}
+
+void check_costs(const char* op, const std::vector<uint8_t>& broken) {
+  std::string samples;
+  for (size_t b = 0; b < broken.size(); ++b)
+    if (broken[b]) samples += (samples.empty() ? "" : ", ") + std::to_string(b);
+  if (!samples.empty())
+    fail(std::string(op) + ": cost is NaN or infinite on real entries of samples [" + samples + "]; expected finite.");
+}
+
+void ipot(Address cost, Address text_pad, Address image_pad, Address plan, int64_t B, int64_t M, int64_t N, double beta, int64_t iterations,
+          int64_t inner, int num_threads) {
+  vf::IpotArgs a{pointer<float>(cost), pointer<float>(plan), nullptr, masks_of(text_pad, image_pad, B, M, N), beta, iterations, inner,
+                 threads_of(num_threads)};
+  check_steps(beta, iterations, inner);
+  std::vector<uint8_t> broken(static_cast<size_t>(B));
+  a.broken = broken.data();
+  const vf::Kernels& k = kernels();
+  {
+    py::gil_scoped_release release;
+    k.ipot(a);
+  }
+  check_costs("ipot", broken);
+}
+
+void sinkhorn(Address cost, Address text_pad, Address image_pad, Address text_marginal, Address image_marginal, Address plan, Address value,
+              Address error, Address used, int64_t B, int64_t M, int64_t N, double epsilon, double tolerance, int64_t iterations,
+              int num_threads) {
+  vf::SinkhornArgs a{};
+  a.cost = pointer<float>(cost), a.text_marginal = pointer<float>(text_marginal), a.image_marginal = pointer<float>(image_marginal);
+  a.plan = pointer<float>(plan), a.value = pointer<float>(value), a.error = pointer<float>(error), a.used = pointer<int64_t>(used);
+  a.masks = masks_of(text_pad, image_pad, B, M, N);
+  a.epsilon = epsilon, a.tolerance = tolerance, a.iterations = iterations, a.threads = threads_of(num_threads);
+  check_steps(epsilon, iterations, 1);
+  std::vector<uint8_t> broken(static_cast<size_t>(B));
+  a.broken = broken.data();
+  const vf::Kernels& k = kernels();
+  {
+    py::gil_scoped_release release;
+    k.sinkhorn(a);
+  }
+  check_costs("sinkhorn", broken);
+}
+
+// text and image are (address, stride of samples, stride of rows), both of dtype.
+using Strided = std::array<int64_t, 3>;
+
+vf::WordPatch word_patch(const Strided& text, const Strided& image, const std::string& dtype, Address text_pad, Address image_pad, int64_t B,
+                         int64_t M, int64_t N, int64_t D, int num_threads) {
+  require(D >= 1, "needs D >= 1");
+  const vf::Rows3 rows[2] = {{param(static_cast<Address>(text[0]), dtype, "dtype"), text[1], text[2]},
+                             {param(static_cast<Address>(image[0]), dtype, "dtype"), image[1], image[2]}};
+  return {rows[0], rows[1], masks_of(text_pad, image_pad, B, M, N), D, threads_of(num_threads)};
+}
+
+void word_patch_distance(const Strided& text, const Strided& image, const std::string& dtype, Address text_pad, Address image_pad,
+                         Address distance, Address plan, int64_t B, int64_t M, int64_t N, int64_t D, double beta, int64_t iterations,
+                         int64_t inner, int num_threads) {
+  const vf::WordPatchArgs a{word_patch(text, image, dtype, text_pad, image_pad, B, M, N, D, num_threads), pointer<float>(distance),
+                            pointer<float>(plan), beta, iterations, inner};
+  check_steps(beta, iterations, inner);
+  const vf::Kernels& k = kernels();
+  py::gil_scoped_release release;
+  k.word_patch_distance(a);
+}
+
+void word_patch_gradient(const Strided& text, const Strided& image, const std::string& dtype, Address text_pad, Address image_pad,
+                         Address grad, Address plan, Address text_grad, Address image_grad, int64_t B, int64_t M, int64_t N, int64_t D,
+                         int num_threads) {
+  const vf::WordPatchGradientArgs a{word_patch(text, image, dtype, text_pad, image_pad, B, M, N, D, num_threads), pointer<float>(grad),
+                                    pointer<float>(plan), param(text_grad, dtype, "dtype"), param(image_grad, dtype, "dtype")};
+  const vf::Kernels& k = kernels();
+  py::gil_scoped_release release;
+  k.word_patch_gradient(a);
+}
+
+#ifdef VF_CUDA
+// Device addresses and a stream come as integers; what they hold is never looked at here.
+void cuda_check(int error) {
+  if (error) throw std::runtime_error(vf::cuda_message(error));
+}
+
+int cuda_devices() {
+  int count = 0;
+  cuda_check(vf::cuda_devices(&count));
+  return count;
+}
+
+vf::CudaPairs cuda_pairs(Address text_pad, Address image_pad, int64_t B, int M, int N) {
+  require(B >= 0 && B < (int64_t(1) << 31) && M >= 1 && N >= 1 && int64_t(M) * N < (int64_t(1) << 31), "B, M or N is out of range");
+  return {pointer<const uint8_t>(text_pad), pointer<const uint8_t>(image_pad), B, M, N};
+}
+
+void check_iterations(double unit, int iterations, int inner) {
+  require(unit > 0 && iterations >= 1 && inner >= 1, "beta or epsilon must be > 0, iterations and inner >= 1");
+}
+
+void cuda_ipot(Address text_pad, Address image_pad, int64_t B, int M, int N, Address cost, Address plan, double beta, int iterations, int inner,
+               Address stream) {
+  check_iterations(beta, iterations, inner);
+  cuda_check(vf::cuda_ipot(cuda_pairs(text_pad, image_pad, B, M, N), pointer<const float>(cost), pointer<float>(plan), beta, iterations, inner,
+                           pointer<void>(stream)));
+}
+
+void cuda_sinkhorn(Address text_pad, Address image_pad, int64_t B, int M, int N, Address cost, Address text_weight, Address image_weight, Address plan,
+                   Address value, Address used, Address error, double epsilon, int iterations, double tolerance, Address stream) {
+  check_iterations(epsilon, iterations, 1);
+  cuda_check(vf::cuda_sinkhorn(cuda_pairs(text_pad, image_pad, B, M, N), pointer<const float>(cost), pointer<const float>(text_weight),
+                               pointer<const float>(image_weight), pointer<float>(plan), pointer<float>(value), pointer<int64_t>(used),
+                               pointer<float>(error), epsilon, iterations, tolerance, pointer<void>(stream)));
+}
+
+void cuda_word_patch_distance(Address text_pad, Address image_pad, int64_t B, int M, int N, Address text, Address image, const std::string& dtype, int D,
+                              Address distance, Address plan, Address scratch, double beta, int iterations, int inner, Address stream) {
+  check_iterations(beta, iterations, inner);
+  require(dtype == "f32" || dtype == "f16" || dtype == "bf16", "dtype must be \"f32\", \"f16\" or \"bf16\"");
+  require(D >= 1 && D % (dtype == "f32" ? 4 : 8) == 0, "rows of D entries must be multiples of 16 bytes");
+  const int code = dtype == "f32" ? vf::CUDA_F32 : dtype == "f16" ? vf::CUDA_F16 : vf::CUDA_BF16;
+  cuda_check(vf::cuda_word_patch_distance(cuda_pairs(text_pad, image_pad, B, M, N), pointer<const void>(text), pointer<const void>(image), code, D,
+                                          pointer<float>(distance), pointer<float>(plan), pointer<float>(scratch), beta, iterations, inner,
+                                          pointer<void>(stream)));
+}
+
+bool cuda_word_patch_scratch(int M, int N) {
+  int needed = 0;
+  cuda_check(vf::cuda_word_patch_scratch(M, N, &needed));
+  return needed != 0;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -231,4 +373,36 @@ PYBIND11_MODULE(_C, m) {
         "pixels [B, C, H, W] with any 4 element strides; weight [D, C*P*P]; patch_source int64 [n] = b*(gh*gw) + y*gw + x; patch_rows int64 [n] and\n"
         "cls_rows int64 [B]: rows of out; pos_index int64 [n, 4] and pos_weight f32 [n, 4]: rows of position [G*G+1, D] (row 0 is [CLS]) and their\n"
         "weights; modality: table [*, D] with modality_rows int64 [B], or 0; sample_of_patch int64 [n]: index into modality_rows.");
+
+  // Transport: masks are uint8 [B, M] and [B, N], 1 where padded; everything is dense unless strides are given.
+  m.def("ipot", &ipot, arg("cost"), arg("text_pad"), arg("image_pad"), arg("plan"), arg("B"), arg("M"), arg("N"), arg("beta"),
+        arg("iterations"), arg("inner"), arg("num_threads"), "cost f32 [B, M, N] -> plan f32 [B, M, N], 0 on padding.");
+  m.def("sinkhorn", &sinkhorn, arg("cost"), arg("text_pad"), arg("image_pad"), arg("text_marginal"), arg("image_marginal"), arg("plan"),
+        arg("value"), arg("error"), arg("used"), arg("B"), arg("M"), arg("N"), arg("epsilon"), arg("tolerance"), arg("iterations"),
+        arg("num_threads"),
+        "cost f32 [B, M, N] -> plan f32 [B, M, N], value and error f32 [B], used int64 [B]. Marginals f32 [B, M] and [B, N], any scale, or 0:\n"
+        "uniform. tolerance < 0: none.");
+  m.def("word_patch_distance", &word_patch_distance, arg("text"), arg("image"), arg("dtype"), arg("text_pad"), arg("image_pad"),
+        arg("distance"), arg("plan"), arg("B"), arg("M"), arg("N"), arg("D"), arg("beta"), arg("iterations"), arg("inner"), arg("num_threads"),
+        "text [B, M, D] and image [B, N, D] as (address, stride of samples, stride of rows) -> distance f32 [B], plan f32 [B, M, N] or 0.");
+  m.def("word_patch_gradient", &word_patch_gradient, arg("text"), arg("image"), arg("dtype"), arg("text_pad"), arg("image_pad"), arg("grad"),
+        arg("plan"), arg("text_grad"), arg("image_grad"), arg("B"), arg("M"), arg("N"), arg("D"), arg("num_threads"),
+        "grad f32 [B] and the plan of word_patch_distance -> gradients [B, M, D] and [B, N, D] of dtype, either address 0: not wanted.");
+
+#ifdef VF_CUDA
+  // On the current device and the given stream, without waiting. RuntimeError with what to do when CUDA refuses. Pairs: pads are uint8, device.
+  m.attr("cuda_archs") = VF_CUDA_ARCHS;
+  m.def("cuda_devices", &cuda_devices, "-> number of visible GPUs; RuntimeError without a driver.");
+  m.def("cuda_ipot", &cuda_ipot, arg("text_pad"), arg("image_pad"), arg("B"), arg("M"), arg("N"), arg("cost"), arg("plan"), arg("beta"),
+        arg("iterations"), arg("inner"), arg("stream"), "plan f32 [B, M, N] from cost f32 [B, M, N], both dense.");
+  m.def("cuda_sinkhorn", &cuda_sinkhorn, arg("text_pad"), arg("image_pad"), arg("B"), arg("M"), arg("N"), arg("cost"), arg("text_weight"),
+        arg("image_weight"), arg("plan"), arg("value"), arg("used"), arg("error"), arg("epsilon"), arg("iterations"), arg("tolerance"), arg("stream"),
+        "weights f32 [B, M], [B, N] or 0; tolerance < 0: none; plan f32 [B, M, N], value and error f32 [B], used int64 [B].");
+  m.def("cuda_word_patch_distance", &cuda_word_patch_distance, arg("text_pad"), arg("image_pad"), arg("B"), arg("M"), arg("N"), arg("text"),
+        arg("image"), arg("dtype"), arg("D"), arg("distance"), arg("plan"), arg("scratch"), arg("beta"), arg("iterations"), arg("inner"),
+        arg("stream"), "distance f32 [B] from text [B, M, D], image [B, N, D], dense; plan f32 [B, M, N] or 0; scratch f32 [B, M, N] if needed, else 0.");
+  m.def("cuda_word_patch_scratch", &cuda_word_patch_scratch, arg("M"), arg("N"), "Do M x N costs not fit into shared memory of the current device?");
+#else
+  m.attr("cuda_archs") = py::none();
+#endif
 }

@@ -82,6 +82,57 @@ struct PatchEmbedArgs {
   int compute, threads;
 };
 
+struct Masks {  // which tokens and patches of each sample count; 1 where padded
+  const uint8_t *text_pad, *image_pad;  // [B, M], [B, N]
+  int64_t B, M, N;
+};
+
+struct IpotArgs {
+  const float* cost;  // [B, M, N]
+  float* plan;        // [B, M, N]
+  uint8_t* broken;    // [B], set to 1 where a real cost is NaN or infinite: no plan for that sample
+  Masks masks;
+  double beta;
+  int64_t iterations, inner;
+  int threads;
+};
+
+struct SinkhornArgs {
+  const float *cost, *text_marginal, *image_marginal;  // [B, M, N]; [B, M], [B, N] or null (uniform)
+  float *plan, *value, *error;                         // [B, M, N], [B], [B]
+  int64_t* used;                                       // [B]
+  uint8_t* broken;                                     // [B], see IpotArgs
+  Masks masks;
+  double epsilon, tolerance;  // tolerance < 0: none
+  int64_t iterations;
+  int threads;
+};
+
+struct Rows3 {  // [B, rows, D], the last dimension dense
+  Param x;
+  int64_t by_sample, by_row;  // strides in elements
+};
+
+struct WordPatch {
+  Rows3 text, image;
+  Masks masks;
+  int64_t D;
+  int threads;
+};
+
+struct WordPatchArgs {
+  WordPatch in;
+  float *distance, *plan;  // [B]; [B, M, N] or null
+  double beta;
+  int64_t iterations, inner;
+};
+
+struct WordPatchGradientArgs {
+  WordPatch in;
+  const float *grad, *plan;  // [B], [B, M, N]
+  Param text, image;         // gradients, dense; data == nullptr: not wanted
+};
+
 struct Kernels {
   const char* isa;
   void (*linear)(const LinearArgs&);
@@ -89,6 +140,10 @@ struct Kernels {
   void (*attention)(const AttentionArgs&);
   void (*encoder)(const EncoderArgs&);
   void (*patch_embed)(const PatchEmbedArgs&);
+  void (*ipot)(const IpotArgs&);
+  void (*sinkhorn)(const SinkhornArgs&);
+  void (*word_patch_distance)(const WordPatchArgs&);
+  void (*word_patch_gradient)(const WordPatchGradientArgs&);
 };
 
 // ---- dispatch.cpp -------------------------------------------------------------------------------------------------

@@ -1,0 +1,355 @@
+// What IPOT and Sinkhorn share: a plan of one sample, kept as potentials and, for a while, as a scaled matrix.
+//
+//   log2 T'_ij = phi_i + psi_j - k c_ij        T' = m n T, c = cost * unit (bits), m x n real entries, compacted
+//   T'_ij      = u_i G_ij v_j                  between two `open`s; G holds everything else
+//
+// phi and psi are doubles; u, v and G are floats. A step reads G once or twice and touches nothing but vectors besides:
+// given weights x of the rows, v_j = nu_j / sum_i G_ij x_i and r_i = sum_j G_ij v_j come out of one sweep, a block of
+// columns at a time: the block is in L1 when its second half reads it. Column sums lie across lanes, so no sum needs a
+// shuffle but the m sums of rows, whose partial sums are kept by lane.
+//
+// Floats stay safe because u and v are watched: a step that takes them out of 2^-60 .. 2^60 (or their product above
+// 2^60) is not accepted; the caller moves u and v into the potentials and opens G anew from the *costs*. So an entry of
+// G that has underflowed is lost only until the next `open`, where it counted for less than 2^-30 of a row; nothing is
+// lost for good, errors do not pile up in G, and 2^-100 000 is as good a value as any. Should even the first step after
+// an `open` fail, `rows_lse` and `columns_lse` take it in logarithms.
+//
+// Memory: 3 m n floats a thread (costs, kernel, G), in L2 for ViLT's sizes (115 KB at 40 x 241).
+#pragma once
+#include <stdlib.h>
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+#include "rows.h"
+#include "team.h"
+
+namespace vf::VF_ISA {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr float kLimit = 0x1p60f;
+constexpr float kFar = 1e30f;    // cost of a column that is not there
+constexpr double kNever = -1e30;  // and log2 of its weight
+constexpr int kSweep = VF_LEVEL >= 2 ? 4 : 8;  // vectors of columns in a block
+
+typedef double D __attribute__((vector_size(sizeof(F))));
+typedef float H __attribute__((vector_size(sizeof(F) / 2)));
+
+struct FlushDenormals {  // entries of G that no longer matter must not cost 100 cycles each
+#if defined(__SSE__)
+  unsigned saved = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(saved | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(saved); }
+#endif
+};
+
+struct Transport {
+  int64_t m, n, width, ld;   // real rows and columns, columns in whole vectors, from row to row
+  double unit;               // bits a unit of cost
+  float *c, *a, *g;          // [m, ld]: costs, kernel of one proximal step (IPOT), plan without u and v
+  float *u[3], *x, *r, *mu;  // [m, rounded up]: scalings of this step, the last and the one before; weights; row sums
+  float *v[3], *nu, *hole;   // [width]: hole is 1 where there is no column
+  float* least;              // [width]: smallest cost of the column, 0 where there is none
+  float* partial;            // [m, kLanes]
+  double *phi, *psi, *alpha, *gamma, *last_phi, *last_psi, *lift;
+  int64_t *rows, *columns;   // which positions of the sample are real
+};
+
+// Rows lie an odd number of cache lines apart, so that a block of columns spreads over all sets of L1.
+VF_INLINE int64_t row_stride(int64_t width) { return round_up(width, 16) + (width > 16 && round_up(width, 16) % 32 == 0 ? 16 : 0); }
+
+// Lays out a Transport for at most m x n; the kernel matrix only if asked for.
+static size_t lay_out(Transport& t, Arena arena, int64_t m, int64_t n, bool kernel) {
+  const int64_t mr = round_up(m, kLanes), width = round_up(n, kLanes), ld = row_stride(width);
+  t.c = arena.take<float>(m * ld);
+  t.a = arena.take<float>(kernel ? m * ld : 0);
+  t.g = arena.take<float>(m * ld);
+  t.partial = arena.take<float>(m * kLanes);
+  float **of_rows[] = {&t.u[0], &t.u[1], &t.u[2], &t.x, &t.r, &t.mu}, **of_columns[] = {&t.v[0], &t.v[1], &t.v[2], &t.nu, &t.hole, &t.least};
+  double **row_logs[] = {&t.phi, &t.alpha, &t.last_phi}, **column_logs[] = {&t.psi, &t.gamma, &t.last_psi, &t.lift};
+  for (float** p : of_rows) *p = arena.take<float>(mr);
+  for (float** p : of_columns) *p = arena.take<float>(width);
+  for (double** p : row_logs) *p = arena.take<double>(mr);
+  for (double** p : column_logs) *p = arena.take<double>(width);
+  t.rows = arena.take<int64_t>(m);
+  t.columns = arena.take<int64_t>(n);
+  return arena.used;
+}
+
+// ---- samples ------------------------------------------------------------------------------------------------------
+struct Sample {
+  int64_t index, m, n;  // m = n = 0 when there is no real row or no real column
+};
+
+static int larger_first(const void* a, const void* b) {
+  const Sample *p = (const Sample*)a, *q = (const Sample*)b;
+  const int64_t x = p->m * p->n, y = q->m * q->n;
+  return x != y ? (x < y) - (x > y) : (p->index > q->index) - (p->index < q->index);
+}
+
+VF_INLINE bool is_real(const uint8_t* pad, const float* weight, int64_t i) {
+  return !pad[i] && !(weight && weight[i] == 0);
+}
+
+// Calls work(b, t, extra) for every sample, the largest first so that no thread is left with a big one at the end.
+// t.m, t.n, t.ld, t.rows and t.columns are set; `extra` points to extra_floats(largest m, largest n) floats.
+template <class Extra, class Work>
+static void for_samples(const Masks& k, const float* row_weight, const float* column_weight, int threads, bool kernel,
+                        Extra extra_floats, Work work) {
+  Sample* samples = (Sample*)malloc(sizeof(Sample) * (size_t)k.B);
+  int64_t most_m = 0, most_n = 0;
+  for (int64_t b = 0; b < k.B; ++b) {
+    int64_t m = 0, n = 0;
+    for (int64_t i = 0; i < k.M; ++i) m += is_real(k.text_pad + b * k.M, row_weight ? row_weight + b * k.M : nullptr, i);
+    for (int64_t j = 0; j < k.N; ++j) n += is_real(k.image_pad + b * k.N, column_weight ? column_weight + b * k.N : nullptr, j);
+    if (!m || !n) m = n = 0;
+    samples[b] = {b, m, n};
+    if (m > most_m) most_m = m;
+    if (n > most_n) most_n = n;
+  }
+  qsort(samples, (size_t)k.B, sizeof(Sample), larger_first);
+  if (threads > k.B) threads = (int)k.B;
+  Transport probe;
+  const size_t own = lay_out(probe, {nullptr, 0}, most_m, most_n, kernel);
+  const size_t each = own + (size_t)round_up(extra_floats(most_m, most_n), 16) * sizeof(float);
+  char* buffer = (char*)scratch_acquire(each * (size_t)threads);
+  int64_t next = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushDenormals flush;
+    const int rank = team_rank();
+    char* mine = buffer + each * (size_t)rank;
+    for (int64_t s; (s = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < k.B;) {
+      const Sample& sample = samples[s];
+      Transport t;
+      lay_out(t, {mine, 0}, most_m, most_n, kernel);
+      t.m = sample.m, t.n = sample.n, t.width = round_up(sample.n, kLanes), t.ld = row_stride(t.width);
+      const int64_t b = sample.index;
+      if (t.m) {
+        int64_t i = 0, j = 0;
+        for (int64_t p = 0; p < k.M; ++p)
+          if (is_real(k.text_pad + b * k.M, row_weight ? row_weight + b * k.M : nullptr, p)) t.rows[i++] = p;
+        for (int64_t p = 0; p < k.N; ++p)
+          if (is_real(k.image_pad + b * k.N, column_weight ? column_weight + b * k.N : nullptr, p)) t.columns[j++] = p;
+      }
+      work(b, t, (float*)(mine + own));
+    }
+  }
+  scratch_release(buffer);
+  free(samples);
+}
+
+// Compacts the costs [M, N] of a sample.
+[[maybe_unused]] static void gather_costs(const Transport& t, const float* cost, int64_t N) {
+  const bool dense = t.columns[t.n - 1] == t.n - 1;
+  for (int64_t i = 0; i < t.m; ++i) {
+    const float* from = cost + t.rows[i] * N;
+    float* to = t.c + i * t.ld;
+    if (dense) memcpy(to, from, (size_t)t.n * sizeof(float));
+    else for (int64_t j = 0; j < t.n; ++j) to[j] = from[t.columns[j]];
+    for (int64_t j = t.n; j < t.width; ++j) to[j] = kFar;
+  }
+}
+
+// Sets t.least; false if a cost is NaN or infinite.
+static bool column_minima(const Transport& t) {
+  F poison = set1(0);
+  for (int64_t j = 0; j < t.width; j += kLanes) {
+    F low = load(t.c + j);
+    for (int64_t i = 0; i < t.m; ++i) {
+      const F x = load(t.c + i * t.ld + j);
+      poison = fma(x, set1(0), poison);
+      low = min(low, x);
+    }
+    store(t.least + j, keep_first(low, (int)min64(kLanes, t.n - j)));
+  }
+  return reduce_add(poison) == 0;
+}
+
+// plan [M, N] = u G v / (m n) at the real places, 0 elsewhere (everywhere for a sample with nothing real).
+static void scatter_plan(const Transport& t, const float* u, const float* v, float* plan, int64_t M, int64_t N) {
+  const float scale = t.m ? 1.f / ((float)t.m * (float)t.n) : 0.f;
+  for (int64_t p = 0, i = 0; p < M; ++p) {
+    float* to = plan + p * N;
+    memset(to, 0, (size_t)N * sizeof(float));
+    if (i == t.m || t.rows[i] != p) continue;
+    const float* g = t.g + i * t.ld;
+    const float share = u[i++] * scale;
+    if (t.columns[t.n - 1] == t.n - 1) {
+      const F weight = set1(share);
+      for (int64_t j = 0; j < t.n; j += kLanes) store_any(to, F32, j, load(g + j) * load(v + j) * weight, (int)min64(kLanes, t.n - j));
+    } else {
+      for (int64_t j = 0; j < t.n; ++j) to[t.columns[j]] = g[j] * v[j] * share;
+    }
+  }
+}
+
+// ---- exponents ----------------------------------------------------------------------------------------------------
+// out_j = a + b_j - k c_j for one row, summed in double: terms of 1e5 bits cancel to what matters.
+VF_INLINE void exponents(const float* c, int64_t width, double a, const double* b, double k, float* out) {
+  for (int64_t j = 0; j < width; j += kLanes / 2) {
+    H h;
+    D d;
+    memcpy(&h, c + j, sizeof h);
+    memcpy(&d, b + j, sizeof d);
+    d = (a + d) - k * __builtin_convertvector(h, D);
+    h = __builtin_convertvector(d, H);
+    memcpy(out + j, &h, sizeof h);
+  }
+}
+
+// 2^x to 1 ulp (it is raised to powers: shared exp2_clamped is less exact), 0 below -126; x > 126 counts as 126.
+VF_INLINE F exp2_or_zero(F x) {
+  F f, n;
+  split_exp2(max(set1(-126.f), min(set1(126.f), x)), f, n);
+  F p = fma(fma(set1(1.535336188319500e-4f), f, set1(1.339887440266574e-3f)), f, set1(9.618437357674640e-3f));
+  p = fma(fma(p, f, set1(5.550332471162809e-2f)), f, set1(2.402264791363012e-1f));
+  p = fma(fma(p, f, set1(6.931472028550421e-1f)), f, set1(1.f));
+  return select_lt(x, set1(-126.f), set1(0), scale_exp2(p, n));
+}
+
+// G = 2^(phi + psi - k c), u = v = 1.
+static void open_plan(const Transport& t, double k) {
+  for (int64_t i = 0; i < t.m; ++i) {
+    float* g = t.g + i * t.ld;
+    exponents(t.c + i * t.ld, t.width, t.phi[i], t.psi, k * t.unit, g);
+    for (int64_t j = 0; j < t.width; j += kLanes) store(g + j, exp2_or_zero(load(g + j)));
+  }
+}
+
+// psi_j = log2 nu_j - log2 sum_i 2^(phi_i - k c_ij), in logarithms; G is overwritten.
+static void columns_lse(const Transport& t, double k) {
+  float *top = t.v[0], *sum = t.v[1];
+  for (int64_t j = 0; j < t.width; ++j) t.lift[j] = 0, top[j] = -INFINITY, sum[j] = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int64_t i = 0; i < t.m; ++i) {
+      exponents(t.c + i * t.ld, t.width, t.phi[i], t.lift, k * t.unit, t.g);
+      for (int64_t j = 0; j < t.width; j += kLanes)
+        if (pass == 0) store(top + j, max(load(top + j), load(t.g + j)));
+        else store(sum + j, load(sum + j) + exp2_or_zero(load(t.g + j)));
+    }
+    for (int64_t j = 0; pass == 0 && j < t.width; ++j) t.lift[j] = -(double)top[j];
+  }
+  for (int64_t j = 0; j < t.n; ++j) t.psi[j] = log2((double)t.nu[j]) + t.lift[j] - log2((double)sum[j]);
+}
+
+// phi_i = log2 mu_i - log2 sum_j 2^(psi_j - k c_ij), in logarithms; G is overwritten.
+static void rows_lse(const Transport& t, double k) {
+  for (int64_t i = 0; i < t.m; ++i) {
+    const float* c = t.c + i * t.ld;
+    F top = set1(-INFINITY), sum = set1(0);
+    exponents(c, t.width, 0, t.psi, k * t.unit, t.g);
+    for (int64_t j = 0; j < t.width; j += kLanes) top = max(top, load(t.g + j));
+    const double lift = -(double)reduce_max(top);
+    exponents(c, t.width, lift, t.psi, k * t.unit, t.g);
+    for (int64_t j = 0; j < t.width; j += kLanes) sum = sum + exp2_or_zero(load(t.g + j));
+    t.phi[i] = log2((double)t.mu[i]) + lift - log2((double)reduce_add(sum));
+  }
+}
+
+// ---- sweeps -------------------------------------------------------------------------------------------------------
+struct Range {
+  F low, high;
+  void add(F x) { low = min(low, x), high = max(high, x); }
+  float least() const { return -reduce_max(set1(0) - low); }
+  float most() const { return reduce_max(high); }
+};
+
+template <bool kMultiply, bool kColumns, int kWidth>
+VF_INLINE void sweep_block(const Transport& t, int64_t j, const float* x, float* v, bool first, Range& range) {
+  const int64_t m = t.m, ld = t.ld;
+  const float* a = t.a + j;
+  float *g = t.g + j, *partial = t.partial;
+  F sum[kWidth];
+  if (kColumns) {
+    for (int w = 0; w < kWidth; ++w) sum[w] = set1(0);
+    for (int64_t i = 0; i < m; ++i, a += ld, g += ld) {
+      const F xi = set1(x[i]);
+      for (int w = 0; w < kWidth; ++w) {
+        F q = load(g + w * kLanes);
+        if (kMultiply) {
+          q = q * load(a + w * kLanes);
+          store(g + w * kLanes, q);
+        }
+        sum[w] = fma(q, xi, sum[w]);
+      }
+    }
+    for (int w = 0; w < kWidth; ++w) {
+      const int64_t p = j + w * kLanes;
+      sum[w] = load(t.nu + p) / (sum[w] + load(t.hole + p));
+      store(v + p, sum[w]);
+      range.add(sum[w]);
+    }
+  } else {
+    for (int w = 0; w < kWidth; ++w) sum[w] = load(v + j + w * kLanes);
+  }
+  g = t.g + j;
+  for (int64_t i = 0; i < m; ++i, g += ld, partial += kLanes) {
+    F s = first ? set1(0) : load(partial);
+    for (int w = 0; w < kWidth; ++w) s = fma(load(g + w * kLanes), sum[w], s);
+    store(partial, s);
+  }
+}
+
+// `count` blocks of kWidth vectors from column j on, or before it if backwards; moves j.
+template <bool kMultiply, bool kColumns, int kWidth>
+static void sweep_blocks(const Transport& t, int64_t count, bool backwards, const float* x, float* v, int64_t& j, Range& range) {
+  for (; count > 0; --count) {
+    const bool first = j == (backwards ? t.width : 0);
+    if (backwards) j -= kWidth * kLanes;
+    sweep_block<kMultiply, kColumns, kWidth>(t, j, x, v, first, range);
+    if (!backwards) j += kWidth * kLanes;
+  }
+}
+
+// kMultiply: G *= A first. kColumns: v_j = nu_j / sum_i G_ij x_i, else v is given. Then r_i = sum_j G_ij v_j. Callers turn
+// round after every sweep: what one has touched last is still in L1 when the next begins with it.
+template <bool kMultiply, bool kColumns>
+static Range sweep(const Transport& t, bool backwards, const float* x, float* v) {
+  Range range{set1(INFINITY), set1(0)};
+  const int64_t vecs = t.width / kLanes;
+  int64_t j = backwards ? t.width : 0;
+  for (int k = 0; k < 4; ++k) {
+    switch (backwards ? 3 - k : k) {
+      case 0: sweep_blocks<kMultiply, kColumns, kSweep>(t, vecs / kSweep, backwards, x, v, j, range); break;
+      case 1: if (kSweep > 4) sweep_blocks<kMultiply, kColumns, 4>(t, vecs / 4 % 2, backwards, x, v, j, range); break;
+      case 2: sweep_blocks<kMultiply, kColumns, 2>(t, vecs / 2 % 2, backwards, x, v, j, range); break;
+      default: sweep_blocks<kMultiply, kColumns, 1>(t, vecs % 2, backwards, x, v, j, range);
+    }
+  }
+  for (int64_t i = 0; i < t.m; ++i) t.r[i] = reduce_add(load(t.partial + i * kLanes));
+  return range;
+}
+
+// u = mu / r
+static Range scale_rows(const Transport& t, float* u) {
+  Range range{set1(INFINITY), set1(0)};
+  for (int64_t i = 0; i < t.m; i += kLanes) {
+    const F y = load(t.mu + i) / load(t.r + i);
+    store(u + i, y);
+    range.add(y);
+  }
+  return range;
+}
+
+VF_INLINE bool safe(const Range& u, const Range& v) {
+  const float high_u = u.most(), high_v = v.most();
+  return u.least() > 1 / kLimit && v.least() > 1 / kLimit && high_u < kLimit && high_v < kLimit && high_u * high_v < kLimit;
+}
+
+static void fill(float* p, int64_t n, float x) {
+  for (int64_t i = 0; i < n; ++i) p[i] = x;
+}
+
+// What every sample starts from: marginals uniform, potentials 0, nothing in the holes.
+static void start(Transport& t, double unit) {
+  t.unit = unit;
+  const int64_t mr = round_up(t.m, kLanes);
+  fill(t.mu, mr, (float)t.n), fill(t.nu, t.width, (float)t.m), fill(t.r, mr, 1.f), fill(t.hole, t.width, 0.f);
+  for (int64_t i = t.m; i < mr; ++i) t.mu[i] = 1;
+  for (int64_t j = t.n; j < t.width; ++j) t.hole[j] = t.nu[j] = 1;
+  for (int64_t i = 0; i < t.m; ++i) t.phi[i] = t.alpha[i] = 0;
+  for (int64_t j = 0; j < t.width; ++j) t.psi[j] = t.gamma[j] = j < t.n ? 0 : kNever;
+}
+
+}  // namespace vf::VF_ISA

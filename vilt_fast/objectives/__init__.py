@@ -1,0 +1,1 @@
+"""The losses ViLT is trained with, on the ops of `vilt_fast.functional`."""
