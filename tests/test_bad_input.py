@@ -9,6 +9,7 @@ from torch import nn
 
 import vilt_fast
 from vilt_fast import InputError
+from vilt_fast.ops._check import readable
 
 
 def without(*names):
@@ -276,6 +277,7 @@ def test_models_that_are_no_vilt_are_refused():
         ({"patch_order": "random"}, ValueError),
         ({"generator": 3}, TypeError),
         ({"generator": torch.Generator(), "patch_order": "reference"}, ValueError),
+        ({"cuda_graphs": 1}, ValueError),
         ({"nonsense": 1}, TypeError),
     ],
 )
@@ -299,3 +301,28 @@ def test_a_forward_that_somebody_else_has_wrapped_is_not_overwritten():
         vilt_fast.accelerate(model)
     assert model.vilt.__dict__["forward"] is wrapper and "forward" not in model.__dict__
     assert vilt_fast.restore(model).vilt.__dict__["forward"] is wrapper
+
+
+# --- values on a device -----------------------------------------------------------------------------------------------
+
+
+def test_values_are_looked_at_where_that_waits_for_nothing(monkeypatch):
+    here, elsewhere = torch.zeros(2), torch.zeros(2, device="meta")
+    monkeypatch.delenv("VILT_FAST_CHECK", raising=False)
+    assert readable(here) and not readable(elsewhere)
+    for value, looked_at in (("0", False), ("1", True)):
+        monkeypatch.setenv("VILT_FAST_CHECK", value)
+        assert readable(here) and readable(elsewhere) is looked_at
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not readable(elsewhere)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["input_ids", "token_type_ids"])
+def test_ids_out_of_range_on_a_gpu_are_found_on_request(name, monkeypatch):
+    model = vilt_fast.accelerate(build("trunk", torch.float32)).cuda()
+    inputs = {k: v.cuda() for k, v in batch("trunk", torch.float32).items()}
+    inputs[name][1, 2] = 50
+    monkeypatch.setenv("VILT_FAST_CHECK", "1")
+    with pytest.raises(vilt_fast.InputError, match=f"{name} must be in"):
+        model(**inputs)
