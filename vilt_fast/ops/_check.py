@@ -96,7 +96,8 @@ def readable(tensor):
         return False
     if tensor.device.type == "cpu":
         return True
-    return os.environ.get("VILT_FAST_CHECK") == "1" and not torch.cuda.is_current_stream_capturing()
+    capturing = tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+    return os.environ.get("VILT_FAST_CHECK") == "1" and not capturing
 
 
 def needs_grad(*tensors):
