@@ -18,57 +18,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules import module as module_internals
 
 from . import embedding, functional, graphs, registry
+from .blocks import Block, any_hooked, is_plain, parameters, stamp
 from .packing import SequencePlan
 from .quantization import WeightCache
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Block:
-    """One pre-norm transformer block, as an adapter describes it."""
-
-    module: nn.Module
-    norm1: nn.Module
-    qkv: tuple[nn.Module, ...]  #: query, key, value; or one fused module
-    attention_dropout: nn.Dropout
-    out: nn.Module
-    out_dropout: nn.Dropout
-    norm2: nn.Module
-    fc1: nn.Module
-    activation: Callable
-    activation_dropout: nn.Dropout | None
-    fc2: nn.Module
-    fc2_dropout: nn.Dropout
-    num_heads: int
-    scale: float
-    exact_gelu: bool  #: `activation` is x * Phi(x)
-    checkpoint: Callable | None  #: `checkpoint(function, x)` where gradient checkpointing is on
-    call_padded: Callable  #: (x [B, L, D], plan, want probabilities) -> (x, probabilities or None)
-
-    @classmethod
-    def opaque(cls, module: nn.Module, call_padded: Callable) -> Block:
-        """A block of unknown make, which can only be called as it is."""
-        unknown = dict.fromkeys((f.name for f in dataclasses.fields(cls)), None)
-        return cls(**unknown | {"module": module, "call_padded": call_padded})
-
-    @property
-    def packable(self) -> bool:
-        """No hooks, no replaced parts: calling the submodules on packed rows is calling the block."""
-        return (
-            self.norm1 is not None
-            and all(isinstance(norm, nn.LayerNorm) for norm in (self.norm1, self.norm2))
-            and all(map(is_tokenwise, (*self.qkv, self.out, self.fc1, self.fc2)))
-            and all(type(d) in (nn.Dropout, nn.Identity) for d in self.dropouts)
-            and not any_hooked(self.module)
-        )
-
-    @property
-    def dropouts(self) -> list[nn.Module]:
-        """The dropouts that the block has."""
-        every = (self.attention_dropout, self.out_dropout, self.activation_dropout, self.fc2_dropout)
-        return [d for d in every if d is not None]
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,38 +34,9 @@ class Encoded:
     attentions: list[torch.Tensor]  #: padded [B, H, L, L] of each block, if asked for
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to the calls of `module`, or of all modules."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module_internals._has_any_global_hook()
-    )
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does more (or other) than its class's `forward`."""
-    return has_hooks(module) or "forward" in module.__dict__
-
-
-def any_hooked(module: nn.Module) -> bool:
-    """`is_hooked` of the module or anything inside it."""
-    return any(map(is_hooked, module.modules()))
-
-
-def is_tokenwise(module: nn.Module) -> bool:
-    """Whether `module` maps each row on its own, so that padding makes no difference: a linear, plain or wrapped."""
-    while not isinstance(module, nn.Linear):
-        module = getattr(module, "base_layer", None)
-        if module is None:
-            return False
-    return True
-
-
 def encode(
-    blocks: Sequence[Block],
+    modules: Sequence[nn.Module],
+    describe: Callable[[nn.Module], Block],
     rows: torch.Tensor,
     plan: SequencePlan,
     *,
@@ -120,9 +45,10 @@ def encode(
     want_hidden: bool = False,
     want_attention: bool = False,
 ) -> Encoded:
-    """Run the blocks over packed rows [N, D].
+    """Run transformer blocks over packed rows [N, D].
 
     Args:
+        modules: the blocks; `describe` says what each is made of.
         weights: quantised copies to compute with where no gradient is needed; None computes with the parameters.
         captured: CUDA graphs to run plain blocks with, where no gradient is needed.
     """
@@ -130,9 +56,11 @@ def encode(
         weights = captured = None
     if weights is not None and weights.kind == "int8" and rows.is_cuda:
         raise RuntimeError("quantize='int8' computes on CPUs; on a GPU, accelerate with quantize='fp8' or without.")
-    if captured is not None and not (want_hidden or want_attention) and len(blocks) and graphs.usable(rows):
-        if all(map(_is_plain, blocks)):
-            return Encoded(_replayed(blocks, _as_parameters(rows, blocks[0]), plan, weights, captured), [], [])
+    if captured is not None and not (want_hidden or want_attention) and graphs.usable(rows):
+        replayed = _replayed(modules, describe, rows, plan, weights, captured)
+        if replayed is not None:
+            return Encoded(replayed, [], [])
+    blocks = list(map(describe, modules))
     result = Encoded(rows, [rows] if want_hidden else [], [])
     spans = graphs.Spans.of(plan)
     branch = None  # of the last block, not added to the stream yet: the next norm does that in the same pass
@@ -290,23 +218,37 @@ def _checkpointed(checkpoint, step):
     return recomputed
 
 
-def _replayed(blocks, rows, plan, weights, captured):
-    """The plain `blocks` as one CUDA graph."""
-
-    def encode(x, spans):
-        branch = None
-        for i, block in enumerate(blocks):
-            x, branch, _ = _packed_block(block, i, spans, weights)(x, branch)
-        return _added(x, branch)
-
-    fixed = [t.data_ptr() for block in blocks for t in _parameters(block)]
-    fixed += [n for b in blocks for n in (b.norm1.eps, b.norm2.eps, b.scale, b.num_heads)]
+def _replayed(modules, describe, rows, plan, weights, captured):
+    """The blocks as one CUDA graph; None where they are not plain."""
+    identity = stamp(modules)
+    if identity is None:
+        return None
     if weights is not None:  # the copies must be there before a capture, and up to date before a replay
-        for i, block in enumerate(blocks):
-            for name, modules in _side_by_side(block).items():
-                fixed += [0 if t is None else t.data_ptr() for t in weights.fp8((i, name), modules)]
+        blocks = list(map(describe, modules))
+        if not all(map(is_plain, blocks)):
+            return None
+        copies = (
+            weights.fp8((i, name), linears)
+            for i, block in enumerate(blocks)
+            for name, linears in _side_by_side(block).items()
+        )
+        identity += tuple(0 if t is None else t.data_ptr() for copy in copies for t in copy)
+
+    def prepare():
+        blocks = list(map(describe, modules))
+        if not all(map(is_plain, blocks)):
+            return None
+
+        def encode(x, spans):
+            x, branch = _as_parameters(x, blocks[0]), None
+            for i, block in enumerate(blocks):
+                x, branch, _ = _packed_block(block, i, spans, weights)(x, branch)
+            return _added(x, branch)
+
+        return encode
+
     autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return captured.run(encode, rows, plan, (*fixed, autocast))
+    return captured.run(prepare, rows, plan, (identity, autocast))
 
 
 def _side_by_side(block):
@@ -374,13 +316,13 @@ def _native_run(blocks: Sequence[Block], first: int, rows: torch.Tensor, weights
     if torch.is_grad_enabled() or rows.device.type != "cpu" or registry.why_unavailable("encoder", "cpp"):
         return run
     for block in blocks[first:]:
-        if not _is_plain(block):
+        if not is_plain(block):
             break
         compute = _compute_type(block)
         if compute is None or (len(run) and (compute, block.num_heads) != (run.compute, run.num_heads)):
             break
         run.compute, run.num_heads = compute, block.num_heads
-        run.parameters += _parameters(block)
+        run.parameters += parameters(block)
         run.eps += [block.norm1.eps, block.norm2.eps]
         run.blocks += 1
     if len(run) and weights is not None:
@@ -388,47 +330,17 @@ def _native_run(blocks: Sequence[Block], first: int, rows: torch.Tensor, weights
     return run
 
 
-def _is_plain(block: Block) -> bool:
-    """Whether the block is exactly the textbook block: its parameters tell all that it computes."""
-    if not (block.packable and block.exact_gelu):
-        return False
-    if any(type(norm) is not nn.LayerNorm or norm.weight is None for norm in (block.norm1, block.norm2)):
-        return False
-    if any(type(m) is not nn.Linear for m in (*block.qkv, block.out, block.fc1, block.fc2)):
-        return False
-    if any(map(embedding.live, block.dropouts)):
-        return False
-    head_dim = block.out.in_features // block.num_heads
-    return abs(block.scale * head_dim**0.5 - 1) < 1e-6
-
-
-_NO_BIAS = torch.empty(0)
 _NATIVE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-
-
-def _parameters(block: Block) -> list[torch.Tensor]:
-    """The 16 tensors of a plain block in the order that `functional.encoder` documents."""
-
-    def pair(module):
-        return [module.weight, _NO_BIAS if module.bias is None else module.bias]
-
-    if len(block.qkv) == 3:
-        qkv = [t for module in block.qkv for t in pair(module)]
-    else:
-        weights = block.qkv[0].weight.chunk(3)
-        biases = [_NO_BIAS] * 3 if block.qkv[0].bias is None else block.qkv[0].bias.chunk(3)
-        qkv = [t for two in zip(weights, biases, strict=True) for t in two]
-    return [*pair(block.norm1), *qkv, *pair(block.out), *pair(block.norm2), *pair(block.fc1), *pair(block.fc2)]
 
 
 def _compute_type(block: Block) -> str | None:
     """What the native encoder computes this block in, or None where torch is to do it."""
-    parameters = _parameters(block)
-    if any(type(t) not in (nn.Parameter, torch.Tensor) or not t.is_contiguous() for t in parameters):
+    tensors = parameters(block)
+    if any(type(t) not in (nn.Parameter, torch.Tensor) or not t.is_contiguous() for t in tensors):
         return None
-    if any(t.dtype not in _NATIVE for t in parameters):
+    if any(t.dtype not in _NATIVE for t in tensors):
         return None
-    dtypes = {t.dtype for t in parameters if t.dim() == 2}
+    dtypes = {t.dtype for t in tensors if t.dim() == 2}
     if torch.is_autocast_enabled("cpu"):
         dtypes = {torch.get_autocast_dtype("cpu")}
     return _NATIVE.get(dtypes.pop()) if len(dtypes) == 1 else None

@@ -71,17 +71,20 @@ class EncoderGraphs:
     def __len__(self):
         return len(self._graphs)
 
-    def run(self, encode: Callable, rows: torch.Tensor, plan: SequencePlan, identity: tuple) -> torch.Tensor:
-        """`encode(rows, spans)`, captured the first time and replayed from then on.
+    def run(self, prepare: Callable, rows: torch.Tensor, plan: SequencePlan, identity: tuple) -> torch.Tensor | None:
+        """`prepare()(rows, spans)`, captured the first time and replayed from then on; None where it gives None.
 
         Args:
-            encode: [N, D] -> [N, D] on the current device, without host synchronisation.
+            prepare: makes the function [N, D] -> [N, D] that is captured; that one must not wait for the device.
             identity: everything that a captured graph holds fixed besides sizes: addresses of parameters, options.
         """
         key = (Bucket.of(plan), rows.dtype, rows.device, identity)
         with self._lock:
             graph = self._graphs.get(key)
             if graph is None:
+                encode = prepare()
+                if encode is None:
+                    return None
                 if self._pool is None and rows.is_cuda:
                     self._pool = torch.cuda.graph_pool_handle()  # one for all: no two graphs run at the same time
                 for stale in [k for k in self._graphs if k[3] != identity]:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.models.vilt import modeling_vilt as hf
 
-from .. import engine
+from .. import blocks
 from ..errors import InputError
 from ..packing import SequencePlan
 from ..swap import Swapped
@@ -58,7 +58,7 @@ class TaskForward(Swapped):
         model, config = self.module, self.module.config
         trunk_forward = model.vilt.__dict__.get("forward")
         # The trunk is called past its hooks, so there must be none.
-        if not isinstance(trunk_forward, TrunkForward) or engine.has_hooks(model.vilt) or not self.packable():
+        if not isinstance(trunk_forward, TrunkForward) or blocks.has_hooks(model.vilt) or not self.packable():
             return self.own(**given)
         self.check(given)
         images = self.images(given)
@@ -134,13 +134,13 @@ class MaskedLMForward(TaskForward):
 
     def packable(self):
         head = self.module.mlm_score
-        if engine.any_hooked(head) or type(head) is not hf.ViltMLMHead:
+        if blocks.any_hooked(head) or type(head) is not hf.ViltMLMHead:
             return False
         transform = head.transform
         return (
             type(transform) is hf.ViltPredictionHeadTransform
             and isinstance(transform.LayerNorm, nn.LayerNorm)
-            and all(map(engine.is_tokenwise, (transform.dense, head.decoder)))
+            and all(map(blocks.is_tokenwise, (transform.dense, head.decoder)))
         )
 
     def logits(self, trunk, images):
@@ -154,7 +154,7 @@ class TokenClassificationForward(TaskForward):
 
     def packable(self):
         head = (self.module.dropout, self.module.classifier)
-        return engine.is_tokenwise(head[1]) and not any(map(engine.any_hooked, head))
+        return blocks.is_tokenwise(head[1]) and not any(map(blocks.any_hooked, head))
 
     def logits(self, trunk, images):
         model = self.module
@@ -168,7 +168,7 @@ class ImagesAndTextForward(TaskForward):
 
     def packable(self):
         # A hook within the trunk is to see the images one after the other, as in the reference.
-        return not any(map(engine.any_hooked, self.module.vilt.children()))
+        return not any(map(blocks.any_hooked, self.module.vilt.children()))
 
     def images(self, given):
         pixel_values, pixel_mask, image_embeds = (given.get(k) for k in ("pixel_values", "pixel_mask", "image_embeds"))

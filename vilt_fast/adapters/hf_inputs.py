@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.models.vilt import modeling_vilt as hf
 
-from .. import embedding, engine
+from .. import blocks, embedding
 from ..errors import InputError
 from ..ops._check import readable
 from ..packing import SequencePlan
@@ -215,7 +215,7 @@ def _stacked(tensors):
 
 def _is_known(embeddings) -> bool:
     """Whether the tables tell all that the embedding module computes."""
-    if engine.any_hooked(embeddings) or type(embeddings) is not hf.ViltEmbeddings:
+    if blocks.any_hooked(embeddings) or type(embeddings) is not hf.ViltEmbeddings:
         return False
     if "visual_embed" in embeddings.__dict__:
         return False

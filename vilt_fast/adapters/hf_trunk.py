@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vilt import modeling_vilt as hf
 
 from .. import engine
+from ..blocks import Block, is_hooked
 from ..packing import SequencePlan
 from ..swap import Swapped
 from .hf_inputs import Inputs, embed
@@ -84,11 +85,12 @@ class TrunkForward(Swapped):
         """Embed, encode, normalise and pool; several images share one text and run as one packed batch."""
         model = self.module
         rows, plan = embed(model, images, plan, self.options)
-        if engine.is_hooked(model.encoder) or type(model.encoder) is not hf.ViltEncoder:
+        if is_hooked(model.encoder) or type(model.encoder) is not hf.ViltEncoder:
             encoded = _call_encoder(model.encoder, rows, plan, want_hidden, want_attention)
         else:
             encoded = engine.encode(
-                [_block(layer) for layer in model.encoder.layer],
+                model.encoder.layer,
+                _block,
                 rows,
                 plan,
                 weights=self.weights,
@@ -124,15 +126,15 @@ _PARTS = {
 }
 
 
-def _block(layer: nn.Module) -> engine.Block:
+def _block(layer: nn.Module) -> Block:
     """A `ViltLayer` as the engine sees it."""
     call_padded = functools.partial(_call_layer, layer)
     if type(layer) is not hf.ViltLayer or any(type(layer.get_submodule(p)) is not kind for p, kind in _PARTS.items()):
-        return engine.Block.opaque(layer, call_padded)
+        return Block.opaque(layer, call_padded)
     attention, self_attention = layer.attention, layer.attention.attention
     checkpoint = layer._gradient_checkpointing_func if layer.gradient_checkpointing and layer.training else None
     activation = layer.intermediate.intermediate_act_fn
-    return engine.Block(
+    return Block(
         module=layer,
         norm1=layer.layernorm_before,
         qkv=(self_attention.query, self_attention.key, self_attention.value),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .. import embedding, engine
+from .. import blocks, embedding, engine
 from ..errors import InputError
 from ..packing import SequencePlan
 from ..patches import sampled_mask
@@ -50,7 +50,7 @@ class InferSwap(Swapped):
         ready = image_embeds is not None or image_masks is not None
         # A norm before the blocks and masked patches are the original's own business.
         other = mask_image or model.transformer.add_norm_before_transformer
-        if other or not tables.plain or any(map(engine.any_hooked, _embedding_modules(model))):
+        if other or not tables.plain or any(map(blocks.any_hooked, _embedding_modules(model))):
             return self.own(batch, mask_text, mask_image, image_token_type_idx, image_embeds, image_masks)
         suffix = "_mlm" if mask_text else ""
         ids, text_masks = batch[f"text_ids{suffix}"], batch["text_masks"]
@@ -65,8 +65,9 @@ class InferSwap(Swapped):
             rows = embedding.with_image_embeds(tables, plan, text, image_embeds, modality)
         else:
             rows = embedding.with_patches(tables, plan, text, pixels, modality)
-        blocks = [_block(b) for b in model.transformer.blocks]
-        encoded = engine.encode(blocks, rows, plan, weights=self.weights, captured=self.graphs)
+        encoded = engine.encode(
+            model.transformer.blocks, _block, rows, plan, weights=self.weights, captured=self.graphs
+        )
         rows = engine.final_norm(model.transformer.norm, encoded.rows, plan)
         padded = plan.unpack(rows)
         if not ready:
@@ -151,7 +152,7 @@ def _embedding_modules(model):
     return model.text_embeddings, model.token_type_embeddings, model.transformer.patch_embed, model.transformer.pos_drop
 
 
-def _block(block: nn.Module) -> engine.Block:
+def _block(block: nn.Module) -> blocks.Block:
     """One of the original's transformer blocks as the engine sees it."""
     call_padded = functools.partial(_call_block, block)
     attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
@@ -161,8 +162,8 @@ def _block(block: nn.Module) -> engine.Block:
     )
     # Stochastic depth drops whole samples, which only the block itself knows how to do.
     if not usual or (block.training and type(block.drop_path) is not nn.Identity):
-        return engine.Block.opaque(block, call_padded)
-    return engine.Block(
+        return blocks.Block.opaque(block, call_padded)
+    return blocks.Block(
         module=block,
         norm1=block.norm1,
         qkv=(attention.qkv,),
