@@ -15,6 +15,7 @@ the same masks. It depends on no parameter of the model.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -188,7 +189,7 @@ class SequencePlan:
             InputError: wrong shapes, a mask that is no anchored rectangle of 0 and 1, an image without patches, or
                 `max_image_length` 0.
         """
-        text = _text_positions(attention_mask, text_shape)
+        text = _real_text(attention_mask, text_shape)
         batch, _, height, width = pixel_shape
         grid = (height // patch_size[0], width // patch_size[1])
         if min(grid) < 1:
@@ -202,11 +203,13 @@ class SequencePlan:
         if device is None:
             masks = [m for m in (attention_mask, pixel_mask) if m is not None]
             device = masks[0].device if masks else "cpu"
-        exact = position_dtype == torch.float64
-        positions = [patches.bilinear(h, w, position_grid, grid[1], exact) for h, w in grids]
-        index = np.concatenate([i[p] for (i, _), p in zip(positions, cells, strict=True)])
-        weight = np.concatenate([w[p] for (_, w), p in zip(positions, cells, strict=True)])
-        return _assemble(text, text_shape[1], cells, grid, max(map(len, cells)), grids, (index, weight), True, device)
+        device = torch.device(device)
+        # A copy that one stream has ordered may not have arrived when another looks.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return _with_pixels(
+            text.tobytes(), text.shape, tuple(np.ascontiguousarray(c, np.int64).tobytes() for c in cells), grids, grid,
+            position_grid, position_dtype == torch.float64, device, stream,
+        )  # fmt: skip
 
     @staticmethod
     @torch.compiler.disable
@@ -222,10 +225,10 @@ class SequencePlan:
         Raises:
             InputError: wrong shapes, or a sample without a single real token.
         """
-        text = _text_positions(attention_mask, text_shape)
+        text = _positions(_real_text(attention_mask, text_shape))
         if keep.ndim != 2 or keep.shape[0] != text_shape[0]:
             raise InputError(f"the keep-mask of image_embeds must be [{text_shape[0]}, P], got {list(keep.shape)}.")
-        kept = [np.flatnonzero(row) for row in (keep != 0).cpu().numpy()]
+        kept = _positions((keep != 0).cpu().numpy())
         empty = [b for b, (t, k) in enumerate(zip(text, kept, strict=True)) if len(t) + len(k) == 0]
         if empty:
             raise InputError(f"samples {empty} have neither a real text token nor a real image token.")
@@ -282,16 +285,34 @@ class SequencePlan:
         )
 
 
-def _text_positions(attention_mask, text_shape) -> list[np.ndarray]:
-    """Real text positions of each sample."""
+def _real_text(attention_mask, text_shape) -> np.ndarray:
+    """bool [B, T]: the real text positions."""
     batch, length = text_shape
     if batch < 1:
         raise InputError("the batch is empty: ViLT needs at least one sample.")
     if attention_mask is None:
-        return [np.arange(length)] * batch
+        return np.ones((batch, length), bool)
     if tuple(attention_mask.shape) != (batch, length):
         raise InputError(f"attention_mask must be [{batch}, {length}] like the text, got {list(attention_mask.shape)}.")
-    return [np.flatnonzero(row) for row in (attention_mask != 0).cpu().numpy()]
+    return (attention_mask != 0).cpu().numpy()
+
+
+def _positions(mask: np.ndarray) -> list[np.ndarray]:
+    """Where each row of a mask is True."""
+    return [np.flatnonzero(row) for row in mask]
+
+
+@functools.lru_cache(
+    maxsize=32
+)  # of plans that are in use again and again: making one takes longer than a small kernel
+def _with_pixels(text, text_shape, cells, grids, grid, position_grid, exact, device, stream) -> SequencePlan:
+    """The plan of text (the bytes of a mask) and patches (those of the cells of each image, int64)."""
+    text = _positions(np.frombuffer(text, bool).reshape(text_shape))
+    cells = [np.frombuffer(c, np.int64) for c in cells]
+    positions = [patches.bilinear(h, w, position_grid, grid[1], exact) for h, w in grids]
+    index = np.concatenate([i[p] for (i, _), p in zip(positions, cells, strict=True)])
+    weight = np.concatenate([w[p] for (_, w), p in zip(positions, cells, strict=True)])
+    return _assemble(text, text_shape[1], cells, grid, max(map(len, cells)), grids, (index, weight), True, device)
 
 
 def _assemble(text, text_length, image, grid, image_tokens, grids, positions, has_cls, device) -> SequencePlan:
@@ -359,19 +380,21 @@ def _assemble(text, text_length, image, grid, image_tokens, grids, positions, ha
 
 
 def _on_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
-    """The arrays as tensors on `device`, by one copy that nobody waits for."""
+    """The arrays as tensors on `device`, by one copy that nobody waits for; good for autograd in any case."""
     starts, size = [], 0
     for array in arrays.values():
         starts.append(size)
         size += -(-array.nbytes // 16) * 16
-    whole = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-    for array, start in zip(arrays.values(), starts, strict=True):
-        whole[start : start + array.nbytes] = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    whole = whole.to(device, non_blocking=True)
-    return {
-        name: whole[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
-        for (name, array), start in zip(arrays.items(), starts, strict=True)
-    }
+    with torch.inference_mode(False):
+        whole = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        host = whole.numpy()
+        for array, start in zip(arrays.values(), starts, strict=True):
+            host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        whole = whole.to(device, non_blocking=True)
+        return {
+            name: whole[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
+            for (name, array), start in zip(arrays.items(), starts, strict=True)
+        }
 
 
 _DTYPES = {name: getattr(torch, name) for name in ("int32", "int64", "float32", "float64")}

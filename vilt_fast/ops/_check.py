@@ -1,5 +1,6 @@
 """Checks of shapes and dtypes at the public edge; values are looked at only where `readable` says so."""
 
+import functools
 import os
 
 import torch
@@ -20,21 +21,19 @@ def shapes(op, **expected):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a tensor [{spec}].")
-        dims = spec.split()
+        dims, leading = _dims(spec)
         shape = tuple(tensor.shape)
-        if dims and dims[0] == "...":
-            dims = dims[1:]
+        if leading:
             shape = shape[len(shape) - len(dims) :] if len(shape) >= len(dims) else shape
         fits = len(shape) == len(dims)
-        for dim, size in zip(dims, shape, strict=False):
-            symbol, _, extra = dim.partition("+")
-            if symbol.isdigit():
-                fits = fits and size == int(symbol)
+        for (symbol, number), size in zip(dims, shape, strict=False):
+            if symbol is None:
+                fits = fits and size == number
             elif symbol not in sizes:
-                sizes[symbol] = size - int(extra or 0)
+                sizes[symbol] = size - number
                 fits = fits and sizes[symbol] >= 0
             else:
-                fits = fits and size == sizes[symbol] + int(extra or 0)
+                fits = fits and size == sizes[symbol] + number
         if not fits:
             known = ", ".join(f"{key}={value}" for key, value in sizes.items())
             raise ValueError(
@@ -42,6 +41,15 @@ def shapes(op, **expected):
                 "(sizes taken from the arguments before it)."
             )
     return sizes
+
+
+@functools.cache
+def _dims(spec):
+    """([(symbol, what is added) or (None, number), ...], whether any dimensions may come before)."""
+    names = spec.split()
+    leading = names[:1] == ["..."]
+    parts = [name.partition("+") for name in names[leading:]]
+    return [(None, int(s)) if s.isdigit() else (s, int(extra or 0)) for s, _, extra in parts], leading
 
 
 def dtypes(op, allowed, **tensors):
