@@ -1,0 +1,107 @@
+"""What the tests of transport kernels on GPUs share: hard batches, and the error budget against the float64 reference.
+
+Kernels are called through torch.ops, below the validation of `functional`, which refuses NaN and devices of others.
+"""
+
+import torch
+
+from vilt_fast import functional
+from vilt_fast.testing import assert_within_budget, padding_masks
+
+# ViLT's largest sample, then ragged ones: of one, of none, of just more than some tile.
+TEXTS = (40, 1, 7, 0)
+IMAGES = (240, 9, 1, 20)
+
+
+def costs(texts=TEXTS, images=IMAGES):
+    """(cost [B, M, N] in 0..2, text_pad, image_pad) with so many real tokens each."""
+    return torch.rand(len(texts), max(texts), max(images)) * 2, padding_masks(texts), padding_masks(images)
+
+
+def hidden(dtype=torch.float32, width=40, texts=TEXTS, images=IMAGES):
+    """(text, image, text_pad, image_pad) whose costs spread over 0..2; one word is zero, one shorter than the clamp."""
+    centre = torch.randn(len(texts), 1, width)
+    text = torch.randn(len(texts), max(texts), width) + centre
+    image = torch.randn(len(texts), max(images), width) - centre / 2
+    if max(texts) > 2:
+        text[0, 1], text[0, 2] = 0, text[0, 2] * 1e-7
+    return text.to(dtype), image.to(dtype), padding_masks(texts), padding_masks(images)
+
+
+def on(device, tensors):
+    return [t.to(device) if torch.is_tensor(t) else t for t in tensors]
+
+
+def ipot(backend, cost, text_pad, image_pad, beta=0.5, iterations=50, inner=1):
+    return torch.ops.vilt_fast.ipot(cost, text_pad, image_pad, beta, iterations, inner, backend)
+
+
+def assert_ipot(backend, arguments, device="cpu", **options):
+    """The plan is within the budget and zero on padding; returns it."""
+    cost, *pads = arguments
+    plan = ipot(backend, *on(device, arguments), **options).cpu()
+    plain = functional.ipot(*arguments, **options, backend="reference")
+    assert_within_budget(
+        plan, plain, functional.ipot(cost.double(), *pads, **options, backend="reference"), what="plan"
+    )
+    assert not plan[pads[0].unsqueeze(2) | pads[1].unsqueeze(1)].any()
+    return plan
+
+
+def sinkhorn(backend, cost, text_pad, image_pad, epsilon=0.1, iterations=100, tolerance=None, weights=(None, None)):
+    return torch.ops.vilt_fast.sinkhorn(
+        cost, text_pad, image_pad, epsilon, iterations, tolerance, weights[0], weights[1], backend
+    )
+
+
+def assert_sinkhorn(backend, arguments, device="cpu", weights=(None, None), **options):
+    """Plan, value and error are within the budget, as many iterations as float64 needs; returns the four."""
+    cost, *pads = arguments
+    got = [x.cpu() for x in sinkhorn(backend, *on(device, arguments), **options, weights=on(device, weights))]
+    plain, exact = (
+        functional.sinkhorn(
+            cost.to(dtype), *pads, **options, backend="reference",
+            **{name: w for name, w in zip(("text_marginal", "image_marginal"), weights, strict=True) if w is not None},
+        )
+        for dtype in (torch.float32, torch.float64)
+    )  # fmt: skip
+    for name, place in (("plan", 0), ("value", 1), ("marginal_error", 3)):
+        assert_within_budget(got[place], getattr(plain, name), getattr(exact, name), what=name)
+    assert torch.equal(got[2], exact.iterations)
+    return got
+
+
+def distance(backend, text, image, text_pad, image_pad, beta=0.5, iterations=50, inner=1, return_plan=False):
+    """(distance, plan) of the op."""
+    operation = torch.ops.vilt_fast.word_patch_distance
+    return operation(text, image, text_pad, image_pad, beta, iterations, inner, return_plan, backend)[:2]
+
+
+def with_gradients(function, text, image, text_pad, image_pad):
+    """distance [B] and the gradients of text and image, for weights that differ between samples."""
+    states = [x.detach().clone().requires_grad_() for x in (text, image)]
+    found = function(*states, text_pad, image_pad)
+    weights = torch.linspace(-2, 3, len(text), dtype=found.dtype, device=found.device)
+    return [found.detach(), *torch.autograd.grad((found * weights).sum(), states)]
+
+
+def assert_distance(backend, arguments, device="cpu", gradients=False, **options):
+    """Distance and plan, or distance and gradients, are within the budget; returns them."""
+    text, image, *pads = arguments
+    wide = text.double(), image.double(), *pads
+
+    def reference(*tensors):
+        return functional.word_patch_distance(*tensors, **options, backend="reference", return_plan=not gradients)
+
+    if gradients:
+        got = with_gradients(lambda *x: distance(backend, *x, **options)[0], *on(device, arguments))
+        plain, exact = (with_gradients(reference, *x) for x in (arguments, wide))
+        names = ("distance", "text", "image")
+    else:
+        got = distance(backend, *on(device, arguments), **options, return_plan=True)
+        plain, exact, names = reference(*arguments), reference(*wide), ("distance", "plan")
+    got = [x.cpu() for x in got]
+    for name, *three in zip(names, got, plain, exact, strict=True):
+        assert three[0].dtype == three[1].dtype
+        assert_within_budget(*three, what=name)
+    return got
