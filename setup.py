@@ -1,7 +1,7 @@
 """Builds vilt_fast, with its native module _C if a C++ compiler is at hand.
 
 Environment:
-    VILT_FAST_CUDA=auto|0|1     CUDA kernels: auto builds them when nvcc is there and works, 1 insists, 0 leaves them out
+    VILT_FAST_CUDA=auto|0|1     CUDA kernels: auto builds them when nvcc is there and works, 1 insists, 0 omits them
     VILT_FAST_CUDA_ARCHS="90"   only for these GPUs (compute capability 9.0); default: 8.x, 9.0, 10.0 and newer
     MAX_JOBS=<n>                parallel compile jobs
 """
