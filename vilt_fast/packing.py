@@ -302,9 +302,7 @@ def _positions(mask: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(row) for row in mask]
 
 
-@functools.lru_cache(
-    maxsize=32
-)  # of plans that are in use again and again: making one takes longer than a small kernel
+@functools.lru_cache(maxsize=32)  # a server sees the same sizes again and again, and making a plan takes a while
 def _with_pixels(text, text_shape, cells, grids, grid, position_grid, exact, device, stream) -> SequencePlan:
     """The plan of text (the bytes of a mask) and patches (those of the cells of each image, int64)."""
     text = _positions(np.frombuffer(text, bool).reshape(text_shape))
