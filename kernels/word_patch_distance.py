@@ -177,7 +177,8 @@ def _word_patch_distance_bwd_kernel(
             words = _rows(text, rows, text_real, depth, stride_d)
             cos = tl.dot(words, tl.trans(patches), cos, input_precision=PRECISION)
         per_image = _per_norm(squares)
-        cos *= per_text[:, None] * per_image[None, :]
+        # Rounded as in the forward: u and v belong to those costs, and t / beta magnifies what differs.
+        cos = cos * per_text[:, None] * per_image[None, :]
         v_exponent, v = _load_scaling(scaling, pair * (M + N) + M, columns, N)
         plan = plan_of(1.0 - cos, step, u_exponent, u, v_exponent, v)
         plan = tl.where(text_real[:, None] & image_real[None, :], plan, 0.0)
