@@ -34,7 +34,6 @@ info: $(VENV)/.installed
 
 # Installed again whenever native sources or metadata change; Python files are used where they lie.
 $(VENV)/.installed: $(NATIVE) | $(BIN)/python
-	@echo "Installing vilt_fast, torch and the rest into $(VENV): minutes the first time"
 	@echo "Installing vilt_fast, torch and the rest into $(VENV): a few minutes the first time"
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev,demo]"

@@ -125,6 +125,19 @@ def test_results_are_the_callers_own(device):
     assert torch.equal(first, before)
 
 
+def test_captured_in_one_mode_and_replayed_in_another(device):
+    plain, model = small(device)
+    inputs = inputs_of(device)
+    for context in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(call(model, inputs).pooler_output, call(plain, inputs).pooler_output)
+    _, other = small(device)
+    with torch.no_grad():
+        call(other, inputs)
+    with torch.inference_mode():
+        torch.testing.assert_close(call(other, inputs).pooler_output, call(plain, inputs).pooler_output)
+
+
 def test_one_capture_a_bucket_and_none_in_training(device):
     _, model = small(device)
     call(model, inputs_of(device))

@@ -104,12 +104,13 @@ class EncoderGraphs:
 
 class _Graph:
     def __init__(self, encode, rows, plan, bucket, pool):
-        self.rows = rows.new_zeros(bucket.rows, rows.shape[1])
-        self.cu_seqlens = plan.cu_seqlens.new_zeros(bucket.samples + 1)
-        self.seqused_k = plan.seqused_k.new_zeros(bucket.samples)
-        self._fill(rows, plan)
-        spans = Spans(self.cu_seqlens, self.seqused_k, bucket.max_seqlen)
-        self.recording = Recording(lambda: encode(self.rows, spans), rows.device, pool)
+        with torch.inference_mode(False), torch.no_grad():  # tensors that a call in either mode may write to
+            self.rows = torch.zeros(bucket.rows, rows.shape[1], dtype=rows.dtype, device=rows.device)
+            self.cu_seqlens = torch.zeros(bucket.samples + 1, dtype=torch.int32, device=rows.device)
+            self.seqused_k = torch.zeros(bucket.samples, dtype=torch.int32, device=rows.device)
+            self._fill(rows, plan)
+            spans = Spans(self.cu_seqlens, self.seqused_k, bucket.max_seqlen)
+            self.recording = Recording(lambda: encode(self.rows, spans), rows.device, pool)
 
     def __call__(self, rows, plan):
         with self.recording.turn():

@@ -69,7 +69,8 @@ class Inputs:
         if ids is not None:
             if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
                 raise InputError(f"input_ids must be int32 or int64 [B, T], got {ids.dtype} {list(ids.shape)}.")
-            model.warn_if_padding_and_no_attention_mask(ids, self.attention_mask)
+            if readable(ids):
+                model.warn_if_padding_and_no_attention_mask(ids, self.attention_mask)
             _check_range(ids, _table_size(model, "text_embeddings.word_embeddings"), "input_ids")
         elif embeds.ndim != 3 or embeds.shape[2] != model.config.hidden_size:
             raise InputError(f"inputs_embeds must be [B, T, {model.config.hidden_size}], got {list(embeds.shape)}.")
