@@ -241,7 +241,7 @@ def transport(c, d, text_c, text_d, image_real, step, iterations, inner, LOOP: t
 
 @triton.jit
 def store_scaling(out, first, at, size, exponent, factor):
-    """u or v of a pair into rows first + at of [rows, 2], unless nobody wants it."""
+    """(exponent, factor) pairs into rows first + at of [rows, 2], unless nobody wants them."""
     if out is not None:
         out += (first.to(tl.int64) + at) * 2
         tl.store(out, exponent, mask=at < size)
@@ -275,7 +275,6 @@ def _ipot_fwd_kernel(
     )
     store_scaling(scaling, pair * (M + N), c_rows, M, uc_exponent, uc)
     store_scaling(scaling, pair * (M + N), d_rows, M, ud_exponent, ud)
-    store_scaling(scaling, pair * (M + N) + M, columns, N, v_exponent, v)
     plan += pair.to(tl.int64) * M * N
     store_plan(plan, c_rows, columns, M, N, plan_of(c, step * iterations, uc_exponent, uc, v_exponent, v))
     store_plan(plan, d_rows, columns, M, N, plan_of(d, step * iterations, ud_exponent, ud, v_exponent, v))
@@ -326,7 +325,6 @@ def _ipot_fwd_streamed_kernel(
         tile = load_cost(cost, rows, columns, stride_m, text_real, is_real(image_pad, pair, columns, N))
         top = image_top(tile, now, used_exponent)
         v = 1.0 / (n * some(image_total(tile, now, used_exponent, used, top)))
-        store_scaling(scaling, pair * (M + N) + M, columns, N, -top, v)
         store_plan(plan, rows, columns, M, N, plan_of(tile, now, u_exponent, u, -top, v))
 
 
@@ -377,7 +375,8 @@ def pads(*masks):
 
 
 def ipot_fwd(cost, text_pad, image_pad, *, beta=0.5, iterations=50, inner=1, scaling=None):
-    """plan [B, M, N] float32. scaling: a tensor [B, M + N, 2] for u and v as (exponent, factor) pairs."""
+    """plan [B, M, N] float32. scaling: a tensor [B, M + N, 2] whose first M rows are to hold u, as
+    (exponent, factor) pairs."""
     B, M, N = cost.shape
     plan = torch.empty(cost.shape, dtype=torch.float32, device=cost.device)
     if plan.numel() == 0:

@@ -8,13 +8,17 @@
 Shapes: text [B, M, D], image [B, N, D] float32, float16 or bfloat16, dense rows, stride_d = D apart; M at most 48 and
 N at most 256.
 Memory. Forward: tiles of D go through `tl.dot`, cosines stay in registers (two tiles of rows, as in `kernels/ipot.py`),
-where all iterations happen: neither costs nor plan are written. Kept for the backward are u and v, M + N pairs of
-numbers instead of M N: the backward computes the cosines again, a tile of patches at a time, and gets
-T = diag(u) A^t diag(v) from them without iterating. A program has a share of D: its part of the text gradient stays in
-registers, the image gradient is complete after each tile. Half precision takes T as the sum of two halves, so that
-nothing is lost. Larger pairs write their costs: torch for the products, the streamed `ipot` kernel for the plan. No
-atomics; padding is never read.
+where all iterations happen: neither costs nor plan are written. Kept for the backward are u of T = diag(u) A^t diag(v)
+and what each patch receives, r_j = sum_i T_ij: M pairs of numbers and N numbers instead of M N. The backward computes
+the cosines again, a tile of patches at a time, and without iterating T_ij = r_j softmax_i(log u_i - t C_ij / beta). (v
+would do for r_j, were it not for t / beta, which magnifies any difference in rounding between the two costs; a softmax
+over the few words that share a patch takes most of it away.) A program has a share of D: its part of the text gradient
+stays in registers, the image gradient is complete after each tile. Half precision takes T as the sum of two halves, so
+that nothing is lost. Larger pairs write their costs: torch for the products, the streamed `ipot` kernel for the plan.
+No atomics; padding is never read.
 """
+
+import math
 
 import torch
 import triton
@@ -22,7 +26,18 @@ import triton.language as tl
 
 from vilt_fast.kernels import _device as device_
 from vilt_fast.kernels import ipot as ipot_
-from vilt_fast.kernels.ipot import FAR, is_real, plan_of, store_plan, store_scaling, transport
+from vilt_fast.kernels.ipot import (
+    FAR,
+    LOWEST,
+    image_top,
+    is_real,
+    plan_of,
+    power,
+    some,
+    store_plan,
+    store_scaling,
+    transport,
+)
 from vilt_fast.reference.word_patch_distance import cosine_cost
 
 MAX_COST = 2.0
@@ -98,9 +113,10 @@ def _word_patch_distance_fwd_kernel(
     )
     store_scaling(scaling, pair * (M + N), c_rows, M, uc_exponent, uc)
     store_scaling(scaling, pair * (M + N), d_rows, M, ud_exponent, ud)
-    store_scaling(scaling, pair * (M + N) + M, columns, N, v_exponent, v)
     plan_c = plan_of(c, step * iterations, uc_exponent, uc, v_exponent, v)
     plan_d = plan_of(d, step * iterations, ud_exponent, ud, v_exponent, v)
+    received = tl.sum(plan_c, 0) + tl.sum(plan_d, 0)
+    store_scaling(scaling, pair * (M + N) + M, columns, N, received * 0.0, received)
     total = tl.sum(tl.sum(plan_c * c, 1), 0) + tl.sum(tl.sum(plan_d * d, 1), 0)
     tl.store(distance + pair, total)
     if plan is not None:
@@ -155,6 +171,8 @@ def _word_patch_distance_bwd_kernel(
     d_image += pair.to(tl.int64) * N * stride_d
     step = (tl.cast(step_high, tl.float64) + tl.cast(step_low, tl.float64)) * iterations
     u_exponent, u = _load_scaling(scaling, pair * (M + N), rows, M)
+    u_exponent = tl.where(text_real, u_exponent, LOWEST)
+    u = tl.where(text_real, u, 0.0)
     g = -tl.load(gradient + pair)
     dtype: tl.constexpr = text.dtype.element_ty
     limit = 0.999999 * 1e5  # one over a norm that was clamped
@@ -177,11 +195,12 @@ def _word_patch_distance_bwd_kernel(
             words = _rows(text, rows, text_real, depth, stride_d)
             cos = tl.dot(words, tl.trans(patches), cos, input_precision=PRECISION)
         per_image = _per_norm(squares)
-        # Rounded as in the forward: u and v belong to those costs, and t / beta magnifies what differs.
-        cos = cos * per_text[:, None] * per_image[None, :]
-        v_exponent, v = _load_scaling(scaling, pair * (M + N) + M, columns, N)
-        plan = plan_of(1.0 - cos, step, u_exponent, u, v_exponent, v)
-        plan = tl.where(text_real[:, None] & image_real[None, :], plan, 0.0)
+        cos = cos * per_text[:, None] * per_image[None, :]  # rounded as in the forward
+        _, received = _load_scaling(scaling, pair * (M + N) + M, columns, N)
+        costs = 1.0 - cos
+        weights = u[:, None] * power(costs, step, u_exponent, -image_top(costs, step, u_exponent))
+        plan = weights * (received / some(tl.sum(weights, 0)))[None, :]
+        plan = tl.where(image_real[None, :], plan, 0.0)
         turn_text += tl.sum(plan * cos, 1)
         turn = tl.where(per_image < limit, tl.sum(plan * cos, 0) * per_image, 0.0)
 
@@ -230,7 +249,10 @@ def _loop(beta):
 def word_patch_distance_fwd(
     text, image, text_pad, image_pad, *, beta=0.5, iterations=50, inner=1, return_plan=False
 ):  # fmt: skip
-    """distance [B], plan [B, M, N] or an empty tensor, and for the backward u and v, [B, M + N, 2]; all float32."""
+    """distance [B], plan [B, M, N] or an empty tensor, and for the backward u and r, [B, M + N, 2]; all float32.
+
+    u is in (exponent, factor) pairs, r in their factors.
+    """
     (B, M, D), N = text.shape, image.shape[1]
     numbers = dict(dtype=torch.float32, device=text.device)
     scaling = torch.empty(B, M + N, 2, **numbers)
@@ -242,6 +264,7 @@ def word_patch_distance_fwd(
         cost = cosine_cost(text, image, text_pad, image_pad)
         options = dict(beta=beta, iterations=iterations, inner=inner, scaling=scaling)
         written = ipot_.ipot_fwd(cost, text_pad, image_pad, **options)
+        scaling[:, M:, 1] = written.sum(1)
         return (cost * written).sum((1, 2)), written if return_plan else plan, scaling
     distance = torch.empty(B, **numbers)
     with device_.on(text):
@@ -277,11 +300,12 @@ def _large_bwd(grad, text, image, text_pad, image_pad, scaling, beta, iterations
     with torch.enable_grad():
         text, image = text.detach().requires_grad_(), image.detach().requires_grad_()
         cost = cosine_cost(text, image, text_pad, image_pad)
-    u, v = scaling[:, : text.shape[1], None], scaling[:, None, text.shape[1] :]
+    u, received = scaling[:, : text.shape[1], None], scaling[:, None, text.shape[1] :, 1]
     step = sum(ipot_.step_of(beta)) * iterations
-    exponents = (u[..., 0] + v[..., 0]).double() - step * cost.detach().double()
-    plan = exponents.float().exp2() * u[..., 1] * v[..., 1]
-    plan = plan.masked_fill(text_pad.unsqueeze(2) | image_pad.unsqueeze(1), 0)
+    exponents = (u[..., 0].double() + u[..., 1].double().log2() - step * cost.detach().double()) * math.log(2)
+    padded = text_pad.unsqueeze(2) | image_pad.unsqueeze(1)
+    plan = exponents.masked_fill(padded, -torch.inf).softmax(1).float() * received
+    plan = plan.masked_fill(padded, 0)
     return torch.autograd.grad(cost, (text, image), plan * grad[:, None, None])
 
 

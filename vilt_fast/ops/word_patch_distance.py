@@ -1,8 +1,8 @@
 """word_patch_distance: validation, choice of backend, torch.ops.vilt_fast.word_patch_distance and its gradient.
 
 The op returns (distance, plan, scaling). What the backward has to keep besides its inputs is T, in one of two forms:
-the plan itself, which is then asked for, or, for the backends in `_KEEPS_SCALING`, u and v of T = diag(u) A^t diag(v)
-as scaling [B, M + N, 2] (kernels/word_patch_distance.py), so that nothing of the plan's size exists; else empty. A
+the plan itself, which is then asked for, or, for the backends in `_KEEPS_SCALING`, what T can be made from again, as
+scaling [B, M + N, 2] (kernels/word_patch_distance.py), so that nothing of the plan's size exists; else empty. A
 backend that has a row `word_patch_distance_bwd` gets (grad [B], needs, text, image, text_pad, image_pad, kept) and, if
 it keeps scalings, beta and iterations; it returns two gradients, None where not needed:
 
