@@ -10,6 +10,7 @@ CUDA kernels, if nvcc is there, is built beside the first parts and taken in bef
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import select
@@ -124,6 +125,13 @@ class Build:
         return {"status": "failed" if status else "ok", "seconds": time.monotonic() - self.start, "notes": notes}
 
 
+def _missing_for_build():
+    """What the native build wants and this machine has not."""
+    modules = [name for name in ("pybind11", "setuptools") if not importlib.util.find_spec(name)]
+    tools = [] if shutil.which("nvcc") else ["nvcc"]
+    return modules + tools + ([] if shutil.which("cmake") or importlib.util.find_spec("cmake") else ["cmake"])
+
+
 def _capability():
     """ "90" for the GPU at hand; "" (all) if nobody says."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -151,9 +159,12 @@ def campaign(out, names, minutes, dry, parts=None, say=print):
             say(f"         {note}")
 
     worker = None
-    build = Build(out, dry) if NATIVE in names and end > start and (dry or shutil.which("nvcc")) else None
-    if NATIVE in names and build is None:
-        record(NATIVE, {"status": "skipped", "notes": ["no nvcc, or no time"]})
+    build, missing = None, [] if dry else _missing_for_build()
+    if NATIVE in names and (missing or end <= start):
+        why = f"not on this machine: {', '.join(missing)}" if missing else "no time"
+        record(NATIVE, {"status": "skipped", "notes": [why]})
+    elif NATIVE in names:
+        build = Build(out, dry)
     try:
         for name in (name for name in parts if name in names):
             if build and name == NEEDS_NATIVE:

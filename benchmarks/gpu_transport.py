@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from vilt_fast import functional, registry, testing
 
 from . import counts, gpu_checks, gpu_timing
-
-BETA = 0.5
+from .transport import BETA, original_ipot
 
 
 def alignment(context):
@@ -44,30 +43,12 @@ def lengths(context, kind):
     return (list(case.texts) * pairs)[:pairs], (patches * pairs)[:pairs]
 
 
-def ipot_loop(cost, text_pad, image_pad, iterations):
-    """The recurrence as ViLT and UNITER write it, on the device of the costs: some 11 kernels an iteration."""
-    batch, words, patches = cost.shape
-    pad = (text_pad.unsqueeze(2) | image_pad.unsqueeze(1)).transpose(1, 2)
-    m, n = ((~mask).sum(1).to(cost.dtype).view(batch, 1, 1) for mask in (text_pad, image_pad))
-    text_mask, image_mask = (mask.to(cost.dtype).unsqueeze(1) * 1e4 for mask in (text_pad, image_pad))
-    sigma = (torch.ones_like(text_mask[:, 0]) / m[:, 0]).masked_fill(text_pad, 0)
-    plan = torch.ones_like(cost.transpose(1, 2)).masked_fill(pad, 0)
-    kernel = torch.exp(-cost.transpose(1, 2) / BETA).masked_fill(pad, 0)
-    for _ in range(iterations):
-        q = kernel * plan
-        sigma = sigma.view(batch, words, 1)
-        delta = 1 / (n * q.matmul(sigma).view(batch, 1, patches) + image_mask)
-        sigma = 1 / (m * delta.matmul(q) + text_mask)
-        plan = delta.view(batch, patches, 1) * q * sigma
-    return plan.masked_fill(pad, 0).transpose(1, 2)
-
-
 def distance_loop(text, image, text_pad, image_pad, iterations):
-    """Distances [B]: cosine costs, the loop, <C, T>."""
+    """Distances [B]: cosine costs, the loop, <C, T> as a sum: the original selects a diagonal, which no graph holds."""
     cost = 1 - F.normalize(text, dim=-1, eps=1e-5) @ F.normalize(image, dim=-1, eps=1e-5).transpose(1, 2)
     cost = cost.masked_fill(text_pad.unsqueeze(2) | image_pad.unsqueeze(1), 0)
     with torch.no_grad():
-        plan = ipot_loop(cost, text_pad, image_pad, iterations)
+        plan = original_ipot(cost, text_pad, image_pad, iterations)
     return (cost * plan).sum((1, 2))
 
 
@@ -126,11 +107,11 @@ def _ipot(context, kind, words, patches):
     text, image, text_pad, image_pad = _inputs(context, words, patches)
     cost = 1 - F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).transpose(1, 2)
     cost = cost.masked_fill(text_pad.unsqueeze(2) | image_pad.unsqueeze(1), 0)
-    calls = _with_graph(context, {"loop": partial(ipot_loop, cost, text_pad, image_pad, context.iterations)})
+    calls = _with_graph(context, {"loop": partial(original_ipot, cost, text_pad, image_pad, context.iterations)})
     options = {"beta": BETA, "iterations": context.iterations}
     for backend in _backends(context, "ipot"):
         calls[backend] = partial(functional.ipot, cost, text_pad, image_pad, **options, backend=backend)
-    truth = ipot_loop(cost.double(), text_pad, image_pad, context.iterations)
+    truth = original_ipot(cost.double(), text_pad, image_pad, context.iterations)
     shape = f"b{len(words)} {max(words)}x{max(patches)}"
     work = counts.ipot(words, patches, context.iterations)
     gpu_timing.group(context, "alignment", f"ipot {kind}", shape, "float32", calls, truth, work)

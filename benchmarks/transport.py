@@ -102,16 +102,16 @@ def _costs(words, patches):
     return cost.masked_fill(text_pad.unsqueeze(2) | image_pad.unsqueeze(1), 0), text_pad, image_pad
 
 
-def original_ipot(cost, text_pad, image_pad):
+def original_ipot(cost, text_pad, image_pad, iterations=ITERATIONS):
     """The recurrence as ViLT and UNITER write it: padded, patches by words, masks added to the denominators."""
     batch, words, patches = cost.shape
     pad = (text_pad.unsqueeze(2) | image_pad.unsqueeze(1)).transpose(1, 2)
     m, n = ((~mask).sum(1).to(cost.dtype).view(batch, 1, 1) for mask in (text_pad, image_pad))
     text_mask, image_mask = (mask.to(cost.dtype).unsqueeze(1) * 1e4 for mask in (text_pad, image_pad))
     sigma = (torch.ones_like(text_mask[:, 0]) / m[:, 0]).masked_fill(text_pad, 0)
-    plan = torch.ones(batch, patches, words, dtype=cost.dtype).masked_fill(pad, 0)
+    plan = torch.ones_like(cost.transpose(1, 2)).masked_fill(pad, 0)
     kernel = torch.exp(-cost.transpose(1, 2) / BETA).masked_fill(pad, 0)
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         q = kernel * plan
         sigma = sigma.view(batch, words, 1)
         delta = 1 / (n * q.matmul(sigma).view(batch, 1, patches) + image_mask)

@@ -4,10 +4,8 @@ import csv
 import json
 
 import pytest
-import torch
 
-from benchmarks import gpu_campaign, gpu_plot, gpu_transport, run, transport
-from vilt_fast import testing
+from benchmarks import gpu_campaign, gpu_plot, run
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +181,3 @@ def test_exit_status_and_bad_arguments(monkeypatch, tmp_path, capsys):
         with pytest.raises(SystemExit):
             gpu_campaign.main(argv)
     assert "nonsense" in capsys.readouterr().err
-
-
-def test_the_loop_is_that_of_the_other_benchmarks():
-    """Only that it makes its tensors where the costs are."""
-    cost = torch.rand(2, 5, 7, dtype=torch.float64)
-    pads = testing.padding_masks([5, 3]), testing.padding_masks([4, 7])
-    cost = cost.masked_fill(pads[0].unsqueeze(2) | pads[1].unsqueeze(1), 0)
-    assert torch.equal(gpu_transport.ipot_loop(cost, *pads, 50), transport.original_ipot(cost, *pads))
