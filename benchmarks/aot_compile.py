@@ -58,6 +58,7 @@ def row(module, index, arch, cache):
         "case": case["name"],
         "arch": arch,
         "matmul": case["matmul"],
+        "home": case.get("home", True),
         "num_warps": case["num_warps"],
         "num_stages": case["num_stages"],
     }

@@ -6,14 +6,14 @@ place); out [Nq, H, d] and lse [H, Nq] float32 are new and dense. Query row i of
 with j < max(start, i + 1) where there is a causal start (reference/attention.py), so what a row sees is always a
 leading run of keys and one number per row is the whole mask.
 
-Forward, one program per (query block, head, sample). Where the longest key run is at most 320 rows (the sequences of
-ViLT: 185 to 281) the scores of all keys stay in registers as two tiles of power-of-two widths (281 -> 256 + 32): one
-maximum, one sum, no rescaling. Longer runs take online softmax over key blocks (Milakov and Gimelshein 2018; Dao
-2023), blocks that every row sees entirely without any mask. Scores and sums are float32, in units of log2.
+Forward, one program per (query block, head, sample). Where the scores of the longest key run fit (the sequences of
+ViLT: 185 to 281) they all stay in registers as two tiles of power-of-two widths (281 -> 256 + 32): one maximum, one
+sum, no rescaling. Longer runs take online softmax over key blocks (Milakov and Gimelshein 2018; Dao 2023), blocks that
+every row sees entirely without any mask. Scores and sums are float32, in units of log2.
 
 Dropout draws 24 Philox bits per probability from (seed, key row, packed query row, head), whatever the tile sizes, so
 that the backward draws the same. The seed is read on the device. The draws need so many registers that the scores of
-all keys no longer fit: with dropout, it is online softmax at every length.
+all keys no longer fit: with dropout, it is online softmax at every length, in key blocks of half the size.
 
 No program reads a row of another sample or a key row that is not used: they may hold NaN. Row offsets within a sample
 are 32 bits wide, those of samples and heads 64. Samples without keys give zeros and lse = -inf.
@@ -35,6 +35,19 @@ LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
+def place(blocks, heads, BLOCK: tl.constexpr):
+    """Sample, head and first row of the block of this program."""
+    pid = tl.program_id(0)
+    return pid // blocks // heads, pid // blocks % heads, (pid % blocks) * BLOCK
+
+
+@triton.jit
+def at(base, first, stride, head, stride_head):
+    """Where a head of a sample begins, whose first row is `first`."""
+    return base + first.to(tl.int64) * stride + head.to(tl.int64) * stride_head
+
+
+@triton.jit
 def keys_of(cu, used, sample):
     """First row and number of the keys of a sample."""
     first = tl.load(cu + sample)
@@ -48,22 +61,22 @@ def keys_of(cu, used, sample):
 def tile(base, rows, stride, end, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """[rows, BLOCK_D] of a matrix of WIDTH columns; zero from row `end` on (if MASKED) and past the last column."""
     columns = tl.arange(0, BLOCK_D)
-    at = base + rows[:, None] * stride + columns[None, :]
+    from_base = base + (rows[:, None] * stride + columns[None, :])  # summed in 32 bits first: fewer registers
     if MASKED and BLOCK_D != WIDTH:
-        return tl.load(at, mask=(rows[:, None] < end) & (columns[None, :] < WIDTH), other=0.0)
+        return tl.load(from_base, mask=(rows[:, None] < end) & (columns[None, :] < WIDTH), other=0.0)
     elif MASKED:
-        return tl.load(at, mask=rows[:, None] < end, other=0.0)
+        return tl.load(from_base, mask=rows[:, None] < end, other=0.0)
     elif BLOCK_D != WIDTH:
-        return tl.load(at, mask=columns[None, :] < WIDTH, other=0.0)
+        return tl.load(from_base, mask=columns[None, :] < WIDTH, other=0.0)
     else:
-        return tl.load(at)
+        return tl.load(from_base)
 
 
 @triton.jit
 def store(base, rows, stride, end, tile, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
     columns = tl.arange(0, BLOCK_D)
     inside = (rows[:, None] < end) & (columns[None, :] < WIDTH)
-    tl.store(base + rows[:, None] * stride + columns[None, :], tile.to(base.dtype.element_ty), mask=inside)
+    tl.store(base + (rows[:, None] * stride + columns[None, :]), tile.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -133,10 +146,7 @@ def _attention_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, SINGLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """SINGLE: all keys in one tile of BLOCK_N and, unless 0, one of BLOCK_N2. Else key blocks of BLOCK_N."""
-    pid = tl.program_id(0)
-    head = pid // q_blocks % heads
-    sample = pid // q_blocks // heads
-    block = (pid % q_blocks) * BLOCK_M
+    sample, head, block = place(q_blocks, heads, BLOCK_M)
     first_q = tl.load(cu_q + sample)
     q_len = tl.load(cu_q + sample + 1) - first_q
     if block >= q_len:
@@ -144,10 +154,8 @@ def _attention_fwd_kernel(
     first_k, used = keys_of(cu_k, used_k, sample)
     rows = block + tl.arange(0, BLOCK_M)
     limit, all_see, some_see = sight(start_k, sample, rows, block, BLOCK_M, used)
-    q += first_q.to(tl.int64) * stride_q + head.to(tl.int64) * stride_qh
-    k += first_k.to(tl.int64) * stride_k + head.to(tl.int64) * stride_kh
-    v += first_k.to(tl.int64) * stride_v + head.to(tl.int64) * stride_vh
-    q_tile = tile(q, rows, stride_q, q_len, WIDTH, BLOCK_D, True)
+    k, v = at(k, first_k, stride_k, head, stride_kh), at(v, first_k, stride_v, head, stride_vh)
+    q_tile = tile(at(q, first_q, stride_q, head, stride_qh), rows, stride_q, q_len, WIDTH, BLOCK_D, True)
     scale *= LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     q_rows = first_q + rows
@@ -183,7 +191,7 @@ def _attention_fwd_kernel(
     total = tl.where(total == 0.0, 1.0, total)
     share = 1.0 / total
     stride_out = heads * WIDTH
-    out += first_q.to(tl.int64) * stride_out + head * WIDTH
+    out = at(out, first_q, stride_out, head, WIDTH)
     store(out, rows, stride_out, q_len, acc * (share * grow)[:, None], WIDTH, BLOCK_D)
     by_row = head.to(tl.int64) * total_q + q_rows
     tl.store(lse + by_row, (top + tl.log2(total)) * LN2, mask=rows < q_len)
@@ -203,24 +211,27 @@ def supports(op, device=None, dtype=None, head_dim=64, together=True, **facts):
     return _device.problem(device, dtype=dtype)
 
 
-# (BLOCK_M, BLOCK_N, num_warps, num_stages) of the forward, of dq and of dk, dv; by bytes an element and head dim.
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) of the forward, of dq and of dk, dv; by bytes an element and head dim. The
+# largest that no supported compiler spills: in float32 each product is three of TF32, whose operands are in registers.
 _TILES = {
     (2, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     (2, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
     (2, 256): ((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1)),
-    (4, 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    (4, 64): ((32, 32, 8, 2), (32, 32, 8, 2), (32, 16, 4, 2)),
     (4, 128): ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     (4, 256): ((16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
 }
 # Where an architecture differs: 80 stands for all whose matrix instruction belongs to one warp (80, 86, 89, 120: both
-# operands in registers), 0 for AMD, where 4 warps may use 512 registers a thread and 8 only 256.
+# operands in registers), 0 for AMD, where 4 warps may use 512 registers a thread and 8 only 256. With at most 256, two
+# programs share a multiprocessor there, for which dk, dv gives up its prefetching.
 _TILES_OF = {
     80: {
-        (2, 64): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-        (2, 128): ((128, 64, 8, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
+        (2, 64): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
+        (2, 128): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 64, 8, 2)),
     },
-    90: {(4, 64): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 2))},
+    90: {(4, 64): ((64, 32, 4, 2), (64, 32, 4, 2), (32, 16, 4, 2))},
     0: {
+        (2, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 1)),
         (2, 128): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
         (2, 256): ((64, 32, 8, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
         (4, 64): ((64, 32, 4, 2), (32, 32, 4, 1), (32, 32, 4, 1)),
@@ -228,13 +239,24 @@ _TILES_OF = {
         (4, 256): ((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
 }
-_SINGLE_TILES = ((32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (256, 0), (256, 32), (256, 64))
+_SINGLE_TILES = ((64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (256, 0), (256, 32), (256, 64))
 
 
-def tiles_of(arch, itemsize, width):
+def _warpgroups(arch):
+    """Whether four warps together multiply 64 rows, with an operand or both in shared memory."""
+    return arch == 90 or 100 <= arch < 120
+
+
+def tiles_of(arch, itemsize, width, dropout=False):
+    """Tiles of the forward, of dq and of dk, dv. With dropout, what streams past comes in halves: the registers are
+    needed for random numbers, whose arithmetic takes so long that smaller products do not matter."""
     key = (itemsize, 64 if width <= 64 else 128 if width <= 128 else 256)
-    family = arch if arch in (0, 90) or 100 <= arch < 120 else 80
-    return _TILES_OF.get(family, {}).get(key) or _TILES[key]
+    family = arch if not arch or _warpgroups(arch) else 80
+    forward, by_q, by_k = _TILES_OF.get(family, {}).get(key) or _TILES[key]
+    if not dropout:
+        return forward, by_q, by_k
+    halved = ((m, max(16, n // 2), *rest) for m, n, *rest in (forward, by_q))
+    return *halved, (max(16, by_k[0] // 2), *by_k[1:])
 
 
 def options(tiles, **more):
@@ -242,16 +264,19 @@ def options(tiles, **more):
 
 
 def _forward_config(arch, itemsize, width, max_seqlen_q, max_seqlen_k, pairs, multiprocessors, dropout=False):
-    """Block sizes of the forward; pairs = samples * heads. Dropout needs its registers for random numbers."""
-    tiles = tiles_of(arch, itemsize, width)[0]
-    if dropout or itemsize != 2 or width > 64:
-        return options(tiles, BLOCK_N2=0, SINGLE=False)
+    """Block sizes of the forward; pairs = samples * heads."""
+    tiles = tiles_of(arch, itemsize, width, dropout)[0]
     crowded = triton.cdiv(max_seqlen_q, 64) * pairs >= multiprocessors
-    if max_seqlen_k <= 320:
+    if max_seqlen_k <= 320 and itemsize == 2 and width <= 64 and not dropout:
         n, n2 = next(pair for pair in _SINGLE_TILES if sum(pair) >= max_seqlen_k)
-        wide = n + n2 > 192 and arch not in (0, 90) and not 100 <= arch < 120
-        return options((64 if crowded and not wide else 32, n, 4, 2), BLOCK_N2=n2, SINGLE=True)
-    return options((128, 64, 4, 3) if arch == 90 and crowded else tiles, BLOCK_N2=0, SINGLE=False)
+        fits = 288 if _warpgroups(arch) else 192 if arch else 320  # keys whose scores of 64 rows four warps can hold
+        if crowded and n + n2 <= fits:
+            return options((64, n, 4, 2), BLOCK_N2=n2, SINGLE=True)
+        if not (crowded and _warpgroups(arch)):  # small blocks, or they are too few; on NVIDIA shared by eight warps
+            return options((32, n, 8 if arch else 4, 2), BLOCK_N2=n2, SINGLE=True)
+    elif arch == 90 and itemsize == 2 and width <= 64 and crowded and not dropout:
+        tiles = (128, 64, 4, 3)
+    return options(tiles, BLOCK_N2=0, SINGLE=False)
 
 
 def in_place(tensor, longest):
@@ -270,6 +295,15 @@ def dropout(p):
 
 def shape(width, precision):
     return dict(WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(width)), PRECISION=precision)
+
+
+def bounds_and_numbers(cu_q, cu_k, used_k, start_k, seed, scale, dropout_p, *matrices):
+    """What all kernels take in this order: cu_q to grow, the strides of the matrices (q, k, v, ...), heads, rows."""
+    rows, heads, width = matrices[0].shape
+    return (
+        *dense(cu_q, cu_k, used_k, start_k), seed if dropout_p > 0 else None, width**-0.5 if scale is None else scale,
+        *dropout(dropout_p), *(stride for matrix in matrices for stride in matrix.stride()[:2]), heads, rows,
+    )  # fmt: skip
 
 
 def attention_fwd(
@@ -295,10 +329,11 @@ def attention_fwd(
         q_blocks = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
         with _device.on(q):
             _attention_fwd_kernel[(q_blocks * pairs,)](
-                q, k, v, out, lse, stats, *dense(cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start),
-                seed if dropout_p > 0 else None, width**-0.5 if scale is None else scale, *dropout(dropout_p),
-                *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], heads, rows, q_blocks,
-                **shape(width, _device.dot_precision(q)), **config,
+                q, k, v, out, lse, stats,
+                *bounds_and_numbers(
+                    cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed, scale, dropout_p, q, k, v
+                ),
+                q_blocks, **shape(width, _device.dot_precision(q)), **config,
             )  # fmt: skip
     return (out, lse, stats) if return_lse else out
 
@@ -311,7 +346,8 @@ _TYPES = {
 }  # fmt: skip
 
 
-def aot_case(kernel, arch, dtype, width, config, name, absent):
+def aot_case(kernel, arch, dtype, width, config, name, absent, home=True):
+    """One case of benchmarks.aot_report; away from home (what ViLT never meets) it may spill a few bytes."""
     config = dict(config)
     options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
     names = kernel.arg_names
@@ -322,27 +358,34 @@ def aot_case(kernel, arch, dtype, width, config, name, absent):
     signature = {n: types.get(n, "i32") for n in names if n not in constexprs}
     arches = (arch or "gfx942",)
     return dict(
-        name=name, kernel=kernel, signature=signature, constexprs=constexprs, arches=arches, matmul=True, **options
-    )
+        name=name, kernel=kernel, signature=signature, constexprs=constexprs, arches=arches, matmul=True, home=home,
+        **options,
+    )  # fmt: skip
 
 
 MASKS = {"plain": ("start_k", "seed", "dlse"), "dropout": ("start_k", "dlse"), "causal": ("seed", "dlse")}
 TARGETS = {80: 108, 89: 128, 90: 132, 100: 148, 0: 304}  # and how many multiprocessors they have
+_LENGTHS = (40, 90, 128, 150, 185, 240, 281, 320)  # each takes another of _SINGLE_TILES
 
 
 def aot_cases():
-    """What ViLT meets (head dim 64, 12 heads, up to 40 words and 241 patches), longer sequences, and head dim 128."""
+    """What ViLT meets (head dim 64, 12 heads, up to 320 rows), longer sequences and head dim 128."""
     for arch, multiprocessors in TARGETS.items():
+        seen = []
         for dtype, width, longest, batch, mask in (
-            (torch.bfloat16, 64, 40, 64, "plain"), (torch.bfloat16, 64, 185, 64, "plain"),
-            (torch.bfloat16, 64, 185, 1, "plain"), (torch.bfloat16, 64, 281, 64, "plain"),
-            (torch.bfloat16, 64, 281, 1, "plain"), (torch.bfloat16, 64, 281, 64, "dropout"),
-            (torch.bfloat16, 64, 281, 64, "causal"), (torch.bfloat16, 64, 1024, 64, "plain"),
-            (torch.float16, 64, 281, 64, "plain"), (torch.float32, 64, 281, 64, "plain"),
+            *((torch.bfloat16, 64, longest, batch, "plain") for longest in _LENGTHS for batch in (64, 1)),
+            (torch.bfloat16, 64, 281, 64, "dropout"), (torch.bfloat16, 64, 281, 64, "causal"),
+            (torch.bfloat16, 64, 281, 1, "causal"), (torch.bfloat16, 64, 320, 64, "causal"),
+            (torch.bfloat16, 64, 1024, 64, "plain"), (torch.float16, 64, 281, 64, "plain"),
+            (torch.float32, 64, 281, 64, "plain"), (torch.float32, 64, 281, 64, "dropout"),
             (torch.bfloat16, 128, 281, 64, "plain"), (torch.float32, 128, 281, 64, "plain"),
         ):  # fmt: skip
             sizes = (arch, dtype.itemsize, width, longest, longest, 12 * batch, multiprocessors)
             config = _forward_config(*sizes, dropout=mask == "dropout")
+            if (dtype, width, mask, config) in seen:
+                continue
+            seen.append((dtype, width, mask, config))
             yield aot_case(
-                _attention_fwd_kernel, arch, dtype, width, config, f"L{longest} B{batch} {mask}", MASKS[mask]
-            )
+                _attention_fwd_kernel, arch, dtype, width, config, f"L{longest} B{batch} {mask}", MASKS[mask],
+                home=longest <= 320,
+            )  # fmt: skip

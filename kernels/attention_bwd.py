@@ -21,13 +21,15 @@ from .attention import (
     MASKS,
     TARGETS,
     aot_case,
+    at,
+    bounds_and_numbers,
     dense,
-    dropout,
     in_place,
     kept,
     keys_of,
     masked_scores,
     options,
+    place,
     shape,
     sight,
     store,
@@ -65,10 +67,7 @@ def _attention_bwd_q_kernel(
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq and delta of one query block."""
-    pid = tl.program_id(0)
-    head = pid // q_blocks % heads
-    sample = pid // q_blocks // heads
-    block = (pid % q_blocks) * BLOCK_M
+    sample, head, block = place(q_blocks, heads, BLOCK_M)
     first_q = tl.load(cu_q + sample)
     q_len = tl.load(cu_q + sample + 1) - first_q
     if block >= q_len:
@@ -77,12 +76,9 @@ def _attention_bwd_q_kernel(
     rows = block + tl.arange(0, BLOCK_M)
     limit, all_see, some_see = sight(start_k, sample, rows, block, BLOCK_M, used)
     stride_out = heads * WIDTH
-    q += first_q.to(tl.int64) * stride_q + head.to(tl.int64) * stride_qh
-    k += first_k.to(tl.int64) * stride_k + head.to(tl.int64) * stride_kh
-    v += first_k.to(tl.int64) * stride_v + head.to(tl.int64) * stride_vh
-    dout += first_q.to(tl.int64) * stride_do + head.to(tl.int64) * stride_doh
-    out += first_q.to(tl.int64) * stride_out + head * WIDTH
-    dq += first_q.to(tl.int64) * stride_out + head * WIDTH
+    q, dout = at(q, first_q, stride_q, head, stride_qh), at(dout, first_q, stride_do, head, stride_doh)
+    k, v = at(k, first_k, stride_k, head, stride_kh), at(v, first_k, stride_v, head, stride_vh)
+    out, dq = at(out, first_q, stride_out, head, WIDTH), at(dq, first_q, stride_out, head, WIDTH)
     by_row = head.to(tl.int64) * total_q + first_q + rows
     dout_tile = tile(dout, rows, stride_do, q_len, WIDTH, BLOCK_D, True)
     out_tile = tile(out, rows, stride_out, q_len, WIDTH, BLOCK_D, True)
@@ -111,10 +107,7 @@ def _attention_bwd_kv_kernel(
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key block; everything is transposed, [keys, query rows]. Rows that are no keys get zeros."""
-    pid = tl.program_id(0)
-    head = pid // k_blocks % heads
-    sample = pid // k_blocks // heads
-    block = (pid % k_blocks) * BLOCK_N
+    sample, head, block = place(k_blocks, heads, BLOCK_N)
     first_k, used = keys_of(cu_k, used_k, sample)
     k_len = tl.load(cu_k + sample + 1) - first_k
     if block >= k_len:
@@ -123,12 +116,9 @@ def _attention_bwd_kv_kernel(
     q_len = tl.load(cu_q + sample + 1) - first_q
     keys = block + tl.arange(0, BLOCK_N)
     stride_out = heads * WIDTH
-    q += first_q.to(tl.int64) * stride_q + head.to(tl.int64) * stride_qh
-    k += first_k.to(tl.int64) * stride_k + head.to(tl.int64) * stride_kh
-    v += first_k.to(tl.int64) * stride_v + head.to(tl.int64) * stride_vh
-    dout += first_q.to(tl.int64) * stride_do + head.to(tl.int64) * stride_doh
-    dk += first_k.to(tl.int64) * stride_out + head * WIDTH
-    dv += first_k.to(tl.int64) * stride_out + head * WIDTH
+    q, dout = at(q, first_q, stride_q, head, stride_qh), at(dout, first_q, stride_do, head, stride_doh)
+    k, v = at(k, first_k, stride_k, head, stride_kh), at(v, first_k, stride_v, head, stride_vh)
+    dk, dv = at(dk, first_k, stride_out, head, WIDTH), at(dv, first_k, stride_out, head, WIDTH)
     tops = stats + head.to(tl.int64) * total_q + first_q
     shares = tops + heads.to(tl.int64) * total_q
     delta += head.to(tl.int64) * total_q + first_q
@@ -182,24 +172,23 @@ def attention_bwd(
     dout, q = in_place(dout, max_seqlen_q), in_place(q, max_seqlen_q)
     k, v = in_place(k, max_seqlen_k), in_place(v, max_seqlen_k)
     delta = torch.empty_like(stats[0])
-    offsets = dense(cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
-    numbers = (
-        seed if dropout_p > 0 else None, width**-0.5 if scale is None else scale, *dropout(dropout_p),
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *dout.stride()[:2], heads, rows,
-    )  # fmt: skip
-    config_q, config_kv = map(options, tiles_of(_device.arch(q), q.element_size(), width)[1:])
+    arguments = bounds_and_numbers(
+        cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed, scale, dropout_p, q, k, v, dout
+    )
+    tiles = tiles_of(_device.arch(q), q.element_size(), width, dropout_p > 0)
+    config_q, config_kv = map(options, tiles[1:])
     sizes = shape(width, _device.dot_precision(q))
     pairs = heads * (len(cu_seqlens_q) - 1)
     with _device.on(q):
         if dq.numel():
             q_blocks = triton.cdiv(max_seqlen_q, config_q["BLOCK_M"])
             _attention_bwd_q_kernel[(q_blocks * pairs,)](
-                q, k, v, out, stats, dout, *dense(dlse), dq, delta, *offsets, *numbers, q_blocks, **sizes, **config_q
+                q, k, v, out, stats, dout, *dense(dlse), dq, delta, *arguments, q_blocks, **sizes, **config_q
             )  # fmt: skip
         if dk.numel():
             k_blocks = triton.cdiv(max_seqlen_k, config_kv["BLOCK_N"])
             _attention_bwd_kv_kernel[(k_blocks * pairs,)](
-                q, k, v, stats, dout, delta, dk, dv, *offsets, *numbers, k_blocks, **sizes, **config_kv
+                q, k, v, stats, dout, delta, dk, dv, *arguments, k_blocks, **sizes, **config_kv
             )  # fmt: skip
     return dq, dk, dv
 
@@ -210,8 +199,9 @@ def aot_cases():
     for arch in TARGETS:
         for dtype, width, mask in (
             (torch.bfloat16, 64, "plain"), (torch.bfloat16, 64, "dropout"), (torch.bfloat16, 64, "causal"),
-            (torch.float16, 64, "plain"), (torch.float32, 64, "plain"), (torch.bfloat16, 128, "plain"),
-            (torch.float32, 128, "plain"),
+            (torch.float16, 64, "plain"), (torch.float32, 64, "plain"), (torch.float32, 64, "dropout"),
+            (torch.float32, 64, "causal"), (torch.bfloat16, 128, "plain"), (torch.float32, 128, "plain"),
         ):  # fmt: skip
-            for kernel, tiles in zip(kernels, tiles_of(arch, dtype.itemsize, width)[1:], strict=True):
-                yield aot_case(kernel, arch, dtype, width, options(tiles), mask, MASKS[mask])
+            tiles = tiles_of(arch, dtype.itemsize, width, mask == "dropout")
+            for kernel, config in zip(kernels, map(options, tiles[1:]), strict=True):
+                yield aot_case(kernel, arch, dtype, width, config, mask, MASKS[mask])
