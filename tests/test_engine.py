@@ -26,7 +26,7 @@ from models import (
 from torch import nn
 
 import vilt_fast
-from vilt_fast import functional
+from vilt_fast import functional, packing
 from vilt_fast.testing import assert_within_budget, poisoned, sliced, strided
 
 EXTRAS = {"output_hidden_states": True, "output_attentions": True}
@@ -372,6 +372,17 @@ def test_sampled_patches_follow_the_generator_and_leave_the_default_one_alone():
     after = torch.rand(1)
     torch.manual_seed(0)
     assert torch.equal(after, torch.rand(1))  # raster order draws nothing
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_plan_made_in_inference_mode_serves_training_too(ahead):
+    packing._with_pixels.cache_clear()
+    _, ours = pair("trunk")
+    with torch.inference_mode():
+        plan = vilt_fast.sequence_plan(ours, **batch("trunk"))
+        ours(**batch("trunk"))
+    ours(**batch("trunk"), sequence_plan=plan if ahead else None).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in ours.encoder.parameters())
 
 
 def test_a_plan_can_be_made_once():

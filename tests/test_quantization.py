@@ -19,7 +19,7 @@ from models import (
 from test_swap import CHANGES, data_row, linears, moved_there_and_back, moved_to_bfloat16, moved_to_float64
 
 import vilt_fast
-from vilt_fast import engine, functional
+from vilt_fast import engine, functional, quantization
 from vilt_fast.quantization import WeightCache
 from vilt_fast.testing import assert_within_budget, encoder_parameters
 
@@ -287,7 +287,10 @@ def test_fp8_is_the_model_with_its_linears_rounded_to_e4m3(kind, dtype):
         assert 1e-4 * d.norm() < (a.double() - d).norm() < 0.3 * d.norm(), path
 
 
-def test_fp8_copies_are_made_once_and_follow_their_weights(monkeypatch):
+@pytest.mark.parametrize("sampled", [True, False])
+def test_fp8_copies_are_made_once_and_follow_their_weights(sampled, monkeypatch):
+    if not sampled:  # as on a GPU
+        monkeypatch.setattr(quantization, "_sample", lambda tensor: None)
     made = []
     quantize_fp8 = functional.quantize_fp8
     monkeypatch.setattr(functional, "quantize_fp8", lambda w, **k: made.append(tuple(w.shape)) or quantize_fp8(w, **k))

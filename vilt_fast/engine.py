@@ -247,8 +247,7 @@ def _replayed(modules, describe, rows, plan, weights, captured):
 
         return encode
 
-    autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return captured.run(prepare, rows, plan, (identity, autocast))
+    return captured.run(prepare, rows, plan, identity)
 
 
 def _side_by_side(block):

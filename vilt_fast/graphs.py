@@ -76,9 +76,12 @@ class EncoderGraphs:
 
         Args:
             prepare: makes the function [N, D] -> [N, D] that is captured; that one must not wait for the device.
-            identity: everything that a captured graph holds fixed besides sizes: addresses of parameters, options.
+            identity: everything that a captured graph holds fixed of its model: addresses of parameters, eps. Graphs
+                of another identity are dropped.
         """
-        key = (Bucket.of(plan), rows.dtype, rows.device, identity)
+        kind = rows.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (Bucket.of(plan), rows.dtype, rows.device, autocast, identity)
         with self._lock:
             graph = self._graphs.get(key)
             if graph is None:
@@ -87,7 +90,7 @@ class EncoderGraphs:
                     return None
                 if self._pool is None and rows.is_cuda:
                     self._pool = torch.cuda.graph_pool_handle()  # one for all: no two graphs run at the same time
-                for stale in [k for k in self._graphs if k[3] != identity]:
+                for stale in [k for k in self._graphs if k[-1] != identity]:
                     del self._graphs[stale]
                 while len(self._graphs) >= MAX_GRAPHS:
                     self._graphs.popitem(last=False)
