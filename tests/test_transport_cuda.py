@@ -4,7 +4,6 @@ error budget, behind the launchers and the registered ops; nvcc compiles them wi
 import contextlib
 import ctypes
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,13 +11,13 @@ import pytest
 import torch
 from transport_case import assert_distance, assert_ipot, assert_sinkhorn, costs, distance, hidden, ipot, sinkhorn
 
+from benchmarks import cuda_report
 from vilt_fast import _C, functional, registry
 from vilt_fast.backends import cuda_transport
 from vilt_fast.testing import poisoned, sliced, strided
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT.parent / "csrc" / "cuda"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 SMALL = dict(texts=(9, 1, 4, 0), images=(17, 3, 20, 5))
 SHARED = 232448  # bytes a block can have on sm_90
 
@@ -182,18 +181,27 @@ def test_registered_ops(emulated):
         torch.library.opcheck(torch.ops.vilt_fast.word_patch_distance.default, arguments)
 
 
-def test_nvcc_compiles_the_kernels_without_spills(tmp_path):
-    if NVCC is None:
-        return  # then there is no cuda backend either, which the next test looks at
-    counted = 0
-    for source in sorted(SOURCES.glob("*.cu")):
-        target = ["-gencode=arch=compute_90a,code=sm_90a", "-cubin", "-o", tmp_path / "out.cubin"]
-        command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", *target, source]
-        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-        assert spills and all(numbers == ("0", "0", "0") for numbers in spills), report
-        counted += len(spills)
-    assert counted == 6  # ipot up to 40 and up to 64 rows, sinkhorn, word_patch_distance in three dtypes
+def test_nvcc_compiles_the_kernels_without_spills():
+    if cuda_report.compiler() is None:
+        with pytest.raises(RuntimeError, match="nvcc is missing"):
+            cuda_report.rows()
+        return
+    found = cuda_report.rows(arches=("90a",))
+    assert all(row["stack_bytes"] == row["spill_bytes"] == 0 < row["registers"] for row in found), found
+    # ipot up to 40 and up to 64 rows, sinkhorn, word_patch_distance in three dtypes
+    assert len({row["kernel"] for row in found}) == 6
+
+
+def test_spills_are_reported(tmp_path):
+    if cuda_report.compiler() is None:
+        return
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        'extern "C" __global__ void k(float* x, int i) {'
+        "  volatile float a[64]; for (int j = 0; j < 64; ++j) a[j] = x[j]; x[0] = a[i]; }"
+    )
+    (row,) = cuda_report.rows(arches=("90a",), sources=[source])
+    assert row["kernel"] == "k" and row["stack_bytes"] == 256
 
 
 def test_what_is_missing_is_said(monkeypatch):
