@@ -197,11 +197,12 @@ def test_spills_are_reported(tmp_path):
         return
     source = tmp_path / "spills.cu"
     source.write_text(
-        'extern "C" __global__ void k(float* x, int i) {'
-        "  volatile float a[64]; for (int j = 0; j < 64; ++j) a[j] = x[j]; x[0] = a[i]; }"
+        'extern "C" __global__ void k(float* x, int i) { float a[300];'
+        "for (int j = 0; j < 300; ++j) a[j * i % 300] = x[j];"
+        "for (int j = 0; j < 300; ++j) x[j] = a[(j * 7 + i) % 300]; }"
     )
     (row,) = cuda_report.rows(arches=("90a",), sources=[source])
-    assert row["kernel"] == "k" and row["stack_bytes"] == 256
+    assert row["kernel"] == "k" and row["stack_bytes"] == 1200
 
 
 def test_what_is_missing_is_said(monkeypatch):
