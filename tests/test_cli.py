@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vilt_fast
-from vilt_fast import checkpoint, cli, demo, report, samples
+from vilt_fast import checkpoint, cli, demo, registry, report, samples
 
 TINY = {
     "hidden_size": 64,
@@ -50,8 +50,11 @@ def test_every_backend_is_listed_with_a_reason():
     from vilt_fast import info
 
     rows = info.backends()
-    assert ("attention", "reference", "yes") in rows
-    assert all(reason for _, _, reason in rows)
+    runs = {(op, backend) for backend, ops, reason in rows if reason == "yes" for op in ops.split(", ")}
+    assert {("attention", "reference"), ("encoder", "reference")} <= runs
+    assert all(reason and ops for _, ops, reason in rows)
+    listed = {op for _, ops, _ in rows for op in ops.split(", ")}
+    assert {op for op, _, _ in registry.availability() if not op.endswith("_bwd")} == listed
 
 
 def test_check_passes(saved, capsys):

@@ -67,10 +67,15 @@ def _text(value):
 
 
 def backends():
-    """Rows (op, backend, "yes" or the reason why not), sorted by op."""
+    """Rows (backend, ops it computes, "yes" or the reason why not here), those that run first."""
     from . import registry
 
-    return [(op, backend, reason or "yes") for op, backend, reason in sorted(registry.availability())]
+    ops = {}
+    for op, backend, reason in sorted(registry.availability()):
+        listed = ops.setdefault((bool(reason), backend, reason or "yes"), [])
+        if not op.endswith("_bwd"):  # a gradient goes with its op
+            listed.append(op)
+    return [(backend, ", ".join(listed), reason) for (_, backend, reason), listed in sorted(ops.items()) if listed]
 
 
 def show(console=None):
@@ -80,11 +85,12 @@ def show(console=None):
     console = console or Console()
     for title, rows in (("Versions", versions()), ("CPU", cpu()), ("GPU", gpus())):
         console.print(_plain(title, ("", ""), rows))
-    console.print(_plain("Backends", ("op", "backend", "can run here"), backends()))
+    console.print(_plain("Backends", ("backend", "ops", "runs here"), backends()))
 
 
 def _plain(title, header, rows):
-    """A table whose last column wraps: reasons are sentences."""
+    """A table whose last columns wrap: lists and sentences."""
     table = rich_table(title, header, rows, text_columns=len(header))
-    table.columns[-1].no_wrap = False
+    for column in table.columns[1:]:
+        column.no_wrap = False
     return table
