@@ -29,6 +29,7 @@ KINDS = {
     "nlvr2": ViltForImagesAndTextClassification,
     "token_classification": ViltForTokenClassification,
 }
+EXTRAS = {"output_hidden_states": True, "output_attentions": True}
 PER_TOKEN = ("masked_lm", "token_classification")  #: kinds whose logits are one row a text token
 PATCH, TEXT, CANVAS = 16, 9, (3, 5)
 GRIDS = [(3, 5), (2, 4), (3, 5), (1, 1)]  #: patches of each image: two share the largest count, so two are permuted
@@ -263,3 +264,19 @@ def assert_same_gradients(ours, theirs):
             assert present is None or not present.any(), f"{name}: only one of the two has a gradient"
         else:
             assert_close(mine, gradient, name)
+
+
+def compare(inputs, *, kind="trunk", config=None, change=None, flags=EXTRAS, **more):
+    """Both models (each changed by `change(model)`), same inputs and seed, in float64, with and without autograd."""
+    theirs, ours = pair(kind, **(config or {}))
+    for model in (theirs, ours) if change else ():
+        change(model)
+    masks = real_positions(theirs, inputs)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            expected, actual = (call(model, inputs, **flags, **more) for model in (theirs, ours))
+        assert_same_output(kind, actual, expected, masks)
+
+
+def changed(**new):
+    return {k: v for k, v in (batch("trunk") | new).items() if v is not None}
