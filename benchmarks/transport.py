@@ -102,7 +102,7 @@ def _costs(words, patches):
     return cost.masked_fill(text_pad.unsqueeze(2) | image_pad.unsqueeze(1), 0), text_pad, image_pad
 
 
-def original_ipot(cost, text_pad, image_pad, iterations=ITERATIONS):
+def original_ipot(cost, text_pad, image_pad, iterations):
     """The recurrence as ViLT and UNITER write it: padded, patches by words, masks added to the denominators."""
     batch, words, patches = cost.shape
     pad = (text_pad.unsqueeze(2) | image_pad.unsqueeze(1)).transpose(1, 2)
@@ -124,7 +124,7 @@ def original_distance(text, image, text_pad, image_pad):
     """Distance [B]: cosine costs, the loop, the trace of C T."""
     cost = 1 - F.normalize(text, dim=-1, eps=1e-5).matmul(F.normalize(image, dim=-1, eps=1e-5).transpose(1, 2))
     cost.masked_fill_(text_pad.unsqueeze(2) | image_pad.unsqueeze(1), 0)
-    product = cost.matmul(original_ipot(cost.detach(), text_pad, image_pad).transpose(1, 2))
+    product = cost.matmul(original_ipot(cost.detach(), text_pad, image_pad, ITERATIONS).transpose(1, 2))
     diagonal = torch.eye(product.shape[1], dtype=torch.bool).expand_as(product)
     return product.masked_select(diagonal).view(len(text), -1).sum(1)
 
@@ -154,10 +154,10 @@ def _with_pot(calls, *arguments):
 
 def _ipot(words, patches):
     arguments = _costs(words, patches)
-    calls = {"original": partial(original_ipot, *arguments)}
+    calls = {"original": partial(original_ipot, *arguments, ITERATIONS)}
     calls = _with_pot(calls, arguments[0], words, patches, BETA, ITERATIONS)
     calls["ours"] = partial(functional.ipot, *arguments, beta=BETA, iterations=ITERATIONS)
-    truth = original_ipot(arguments[0].double(), *arguments[1:])
+    truth = original_ipot(arguments[0].double(), *arguments[1:], ITERATIONS)
     cells = _cells(words, patches)
     # An iteration: one product and two multiply-adds an entry. Costs read, plan written.
     return calls, truth, 5 * cells * ITERATIONS, 8 * cells

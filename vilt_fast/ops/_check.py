@@ -21,7 +21,8 @@ def shapes(op, **expected):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{op}: {name} is a {type(tensor).__name__}, expected a tensor [{spec}].")
-        dims, leading = _dims(spec)
+        # torch.compile traces through a cache, and warns of it.
+        dims, leading = (_dims if torch.compiler.is_compiling() else _known_dims)(spec)
         shape = tuple(tensor.shape)
         if leading:
             shape = shape[len(shape) - len(dims) :] if len(shape) >= len(dims) else shape
@@ -43,13 +44,15 @@ def shapes(op, **expected):
     return sizes
 
 
-@functools.cache
 def _dims(spec):
     """([(symbol, what is added) or (None, number), ...], whether any dimensions may come before)."""
     names = spec.split()
     leading = names[:1] == ["..."]
     parts = [name.partition("+") for name in names[leading:]]
     return [(None, int(s)) if s.isdigit() else (s, int(extra or 0)) for s, _, extra in parts], leading
+
+
+_known_dims = functools.cache(_dims)
 
 
 def dtypes(op, allowed, **tensors):
