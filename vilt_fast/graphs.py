@@ -66,7 +66,7 @@ class EncoderGraphs:
     def __init__(self):
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._lock = threading.Lock()
-        self._pool = None
+        self._shared = {}  #: {device: (memory pool of all graphs, event after what was launched last)}
 
     def __len__(self):
         return len(self._graphs)
@@ -82,21 +82,35 @@ class EncoderGraphs:
         kind = rows.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (Bucket.of(plan), rows.dtype, rows.device, autocast, identity)
-        with self._lock:
+        with self._lock, self._turn(rows.device) as pool:
             graph = self._graphs.get(key)
             if graph is None:
                 encode = prepare()
                 if encode is None:
                     return None
-                if self._pool is None and rows.is_cuda:
-                    self._pool = torch.cuda.graph_pool_handle()  # one for all: no two graphs run at the same time
                 for stale in [k for k in self._graphs if k[-1] != identity]:
                     del self._graphs[stale]
                 while len(self._graphs) >= MAX_GRAPHS:
                     self._graphs.popitem(last=False)
-                graph = self._graphs[key] = _Graph(encode, rows, plan, key[0], self._pool)
+                graph = self._graphs[key] = _Graph(encode, rows, plan, key[0], pool)
             self._graphs.move_to_end(key)
             return graph(rows, plan)
+
+    @contextlib.contextmanager
+    def _turn(self, device):
+        """Buffers and pool are the current stream's own within: no two graphs run at the same time."""
+        if device.type != "cuda":
+            yield None
+            return
+        with torch.cuda.device(device):
+            if device not in self._shared:
+                self._shared[device] = torch.cuda.graph_pool_handle(), torch.cuda.Event()
+            pool, done = self._shared[device]
+            done.wait()  # for nothing, the first time
+            try:
+                yield pool
+            finally:
+                done.record()
 
     def __getstate__(self):
         return {}
@@ -116,10 +130,9 @@ class _Graph:
             self.recording = Recording(lambda: encode(self.rows, spans), rows.device, pool)
 
     def __call__(self, rows, plan):
-        with self.recording.turn():
-            self._fill(rows, plan)
-            self.recording.replay()
-            return self.recording.result[: len(rows)].clone()  # the next replay writes over it
+        self._fill(rows, plan)
+        self.recording.replay()
+        return self.recording.result[: len(rows)].clone()  # the next replay writes over it
 
     def _fill(self, rows, plan):
         self.rows[: len(rows)].copy_(rows)
@@ -134,12 +147,9 @@ class Recording:
 
     def __init__(self, function: Callable, device: torch.device, pool):
         kind = device.type
-        with (
-            torch.cuda.device(device),
-            # A weight that autocast has cast and cached would be read where it no longer is.
-            torch.autocast(
-                kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
-            ),
+        # A weight that autocast has cast and cached would be read where it no longer is.
+        with torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         ):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -150,18 +160,7 @@ class Recording:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
                 self.result = function()
-            self._done = torch.cuda.Event()
-            self._done.record()
         self.replay = self._graph.replay
-        self._device = device
-
-    @contextlib.contextmanager
-    def turn(self):
-        """The buffers are this stream's own within."""
-        with torch.cuda.device(self._device):
-            self._done.wait()
-            yield
-            self._done.record()
 
 
 def usable(rows: torch.Tensor) -> bool:
