@@ -6,7 +6,6 @@ with a line `{"status": "ok" | "incomplete" | "failed", "notes": [...]}`. What e
 
 import argparse
 import copy
-import csv
 import gc
 import importlib
 import json
@@ -124,14 +123,7 @@ class Context:
         if fields is run.FIELDS:
             known = {"copy": 0.0} | self.ceilings
             rows = [run.finish(row, known | {row["dtype"]: known.get(row["dtype"])}, self.common) for row in rows]
-        path = self.out / f"{name}.csv"
-        new = not path.is_file()
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, fields)
-            if new:
-                table.writeheader()
-            for row in rows:
-                table.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        run.write(self.out / f"{name}.csv", rows, fields, append=True)
 
 
 def take_the_way_of_a_gpu():

@@ -9,12 +9,11 @@ time lies above.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from . import counts
+from . import counts, run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCHES = (1, 8, 64)
@@ -89,16 +88,6 @@ def _row(name, device, case, op, calls, work):
     }
 
 
-def write(path, found):
-    """Write rows as a CSV; figures with five significant digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, FIELDS)
-        table.writeheader()
-        for row in found:
-            table.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
 def table(found):
     """Header and string rows: an op a line, microseconds a forward on each device, (a) or (m) for what bounds it."""
     devices = list(dict.fromkeys(row["device"] for row in found))
@@ -156,7 +145,7 @@ def main(argv=None):
     from vilt_fast import report
 
     found = rows(arguments.batches)
-    write(arguments.out, found)
+    run.write(arguments.out, found, FIELDS)
     draw(found, arguments.out.with_suffix(".png"))
     title = "Floors of a bfloat16 forward in microseconds (calls included); a: arithmetic, m: memory bound"
     Console(width=None if sys.stdout.isatty() else 120).print(report.rich_table(title, *table(found)))

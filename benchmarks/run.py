@@ -183,12 +183,14 @@ def finish(row, machine, common):
     return {field: {**row, **extra, **common}.get(field) for field in FIELDS}
 
 
-def write(path, rows):
-    """Write rows to a CSV with the columns of `FIELDS`; figures with five significant digits."""
+def write(path, rows, fields=FIELDS, *, append=False):
+    """Write rows to a CSV, or append them to one; figures with five significant digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, FIELDS)
-        table.writeheader()
+    append = append and path.is_file()
+    with open(path, "a" if append else "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fields)
+        if not append:
+            table.writeheader()
         for row in rows:
             table.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
 

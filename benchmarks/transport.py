@@ -34,7 +34,11 @@ def lengths(kind):
 
 
 def rows(repeats, step=lambda what: None, sample=0.03):
-    """Rows without the columns of the machine; a timed sample lasts about `sample` seconds."""
+    """Rows without the columns of the machine.
+
+    Each case twice: calls in a row, about `sample` seconds long, and (`_single`) one call at a time in turn with the
+    other providers', with cold caches and threads that sleep.
+    """
     found = []
     for group in (_ipot, _distance, _sinkhorn):
         for kind in ("full", "mixed"):
@@ -45,25 +49,24 @@ def rows(repeats, step=lambda what: None, sample=0.03):
             errors = {
                 k: None if k.startswith("pot") else report.relative_error(c().double(), truth) for k, c in calls.items()
             }
-            times = {k: report.quantiles(v) for k, v in _seconds(calls, repeats, sample).items()}
-            base = next(iter(times.values()))[1]
-            for provider, (p20, p50, p80) in times.items():
-                found.append(
-                    {
-                        "subject": "transport",
-                        "provider": provider,
-                        "case": name,
-                        "shape": f"b{BATCH} {max(words)}x{max(patches)}",
-                        "dtype": "float32",
-                        "p20_ms": p20 * 1e3,
-                        "p50_ms": p50 * 1e3,
-                        "p80_ms": p80 * 1e3,
-                        "ratio": base / p50,
-                        "error": errors[provider],
-                        "flops": flops,
-                        "bytes": moved,
-                    }
-                )
+            common = {"subject": "transport", "shape": f"b{BATCH} {max(words)}x{max(patches)}", "dtype": "float32"}
+            common |= {"flops": flops, "bytes": moved}
+            for case, length in ((name, sample), (f"{name}_single", 0)):
+                times = {k: report.quantiles(v) for k, v in _seconds(calls, repeats, length).items()}
+                base = next(iter(times.values()))[1]
+                for provider, (p20, p50, p80) in times.items():
+                    found.append(
+                        common
+                        | {
+                            "provider": provider,
+                            "case": case,
+                            "p20_ms": p20 * 1e3,
+                            "p50_ms": p50 * 1e3,
+                            "p80_ms": p80 * 1e3,
+                            "ratio": base / p50,
+                            "error": errors[provider],
+                        }
+                    )
     return found
 
 

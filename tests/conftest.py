@@ -27,6 +27,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(skip)
 
 
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        from vilt_fast import _C
+
+        metafunc.parametrize("isa", _C.cpu_features()["isas"], indirect=True)
+
+
+@pytest.fixture
+def isa(request):
+    """Each instruction-set level of this machine: the native library computes with that one."""
+    from vilt_fast import _C
+
+    _C.set_isa(request.param)
+    yield request.param
+    _C.set_isa(None)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

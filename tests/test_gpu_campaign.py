@@ -4,8 +4,9 @@ import csv
 import json
 
 import pytest
+import torch
 
-from benchmarks import gpu_campaign, gpu_plot, run
+from benchmarks import gpu_campaign, gpu_plot, gpu_timing, run
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +63,19 @@ def test_rows_are_those_of_the_other_benchmarks(dry, name, providers):
         assert float(row["floor_ms"]) > 0 or row["case"] == "launch"
 
 
-def test_ours_and_the_peers_compute_the_same(dry):
-    for name, limits in {
-        "kernels": {"float32": 1e-5},
-        "models": {"float32": 1e-5, "bfloat16": 0.1, "float8": 0.3},
-        "models_compiled": {"float32": 1e-5, "bfloat16": 0.1},
-        "alignment": {"float32": 1e-4},
-    }.items():
+def test_ours_are_as_right_as_their_peers(dry):
+    """In each group and dtype our error is at most twice the worst of the others, plus a rounding."""
+    for name in ("kernels", "models", "models_compiled", "alignment"):
+        groups = {}
         for row in rows(dry[0], name):
-            assert row["provider"] == "conv2d" or float(row["error"]) < limits[row["dtype"]], (name, row)
+            groups.setdefault((row["case"], row["dtype"]), []).append(row)
+        for (case, dtype), group in groups.items():
+            if dtype == "float8":  # nobody else computes in it; tests/test_quantization.py holds it to its emulation
+                continue
+            ours = [float(row["error"]) for row in group if row["provider"].startswith(gpu_timing.OURS)]
+            peers = [float(row["error"]) for row in group if not row["provider"].startswith(gpu_timing.OURS)]
+            allowed = 2 * max(peers) + torch.finfo(getattr(torch, dtype)).eps
+            assert ours and max(ours) <= allowed, (name, case, dtype, ours, peers)
 
 
 def test_every_op_and_batch_is_there(dry):

@@ -3,25 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from transport_case import recurrence
 
 from vilt_fast import functional
 from vilt_fast.testing import padding_masks, poisoned
 
 TEXTS, IMAGES = [5, 1, 3, 7], [6, 4, 1, 9]
-
-
-def recurrence(cost, beta, iterations, inner):
-    """The loop of the paper for one unpadded sample, numpy float64, nothing shared with the reference."""
-    m, n = cost.shape
-    kernel = np.exp(-cost.T / beta)
-    plan, sigma = np.ones((n, m)), np.full(m, 1 / m)
-    for _ in range(iterations):
-        q = kernel * plan
-        for _ in range(inner):
-            delta = 1 / (n * (q @ sigma))
-            sigma = 1 / (m * (q.T @ delta))
-        plan = delta[:, None] * q * sigma[None, :]
-    return plan.T
 
 
 def _batch(seed=0, dtype=torch.float64):

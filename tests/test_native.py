@@ -21,13 +21,11 @@ NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 SIZES = {"M": (1, 5, 6, 7, 185), "N": (1, 15, 63, 64, 65, 100), "K": (1, 3, 32, 769)}
 
 
-@pytest.fixture(params=ISAS, autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def _one_thread(isa):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the references are many tiny operations
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(None)
+    yield
     torch.set_num_threads(threads)
 
 

@@ -1,12 +1,9 @@
 """patch_embed in Triton: interpreter on the CPU, the same tests on a GPU where there is one; bfloat16 only there."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
+from triton_case import compiles_ahead_of_time, names_every_argument
 
 from vilt_fast import functional
 from vilt_fast.kernels import _device
@@ -254,29 +251,8 @@ def test_bad_input(monkeypatch):
         functional.patch_embed(**arguments, backend="triton")
 
 
-COMPILE = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from vilt_fast.kernels import patch_embed, patch_embed_bwd
-
-seen = set()
-for case in [*patch_embed.aot_cases(), *patch_embed_bwd.aot_cases()]:
-    kernel = case["kernel"]
-    if kernel in seen or 90 not in case["arches"]:
-        continue
-    seen.add(kernel)
-    types = {name: case["signature"].get(name, "constexpr") for name in kernel.arg_names}
-    options = dict(num_warps=case["num_warps"], num_stages=case["num_stages"], enable_fp_fusion=True)
-    source = ASTSource(kernel, types, case["constexprs"], {})
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-print(len(seen))
-"""
-
-
-def test_every_kernel_compiles():
-    # The interpreter accepts what the compiler rejects. Every shipped configuration: benchmarks/aot_report.py.
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip() == "5"
+def test_ahead_of_time():
+    for module in (kernels, backward):
+        assert all(map(names_every_argument, module.aot_cases()))
+    assert compiles_ahead_of_time("patch_embed") == 4
+    assert compiles_ahead_of_time("patch_embed_bwd") == 6

@@ -9,7 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transport_case import assert_distance, assert_ipot, assert_sinkhorn, costs, distance, hidden, ipot, sinkhorn
+from transport_case import (
+    assert_a_bad_cost_spoils_its_own_sample,
+    assert_distance,
+    assert_finds_the_permutation,
+    assert_ipot,
+    assert_only_real_entries_count,
+    assert_sinkhorn,
+    costs,
+    distance,
+    hidden,
+    ipot,
+    sinkhorn,
+)
 
 from benchmarks import cuda_report
 from vilt_fast import _C, functional, registry
@@ -86,37 +98,19 @@ def test_ipot_of_large_pairs(emulated, shape):
 
 
 def test_ipot_at_small_beta(emulated):
-    order = torch.randperm(12)
-    cost = torch.full((1, 12, 12), 2.0)
-    cost[0, torch.arange(12), order] = 0
-    want = torch.zeros(1, 12, 12)
-    want[0, torch.arange(12), order] = 1 / 12
-    plan = ipot("cuda", cost, *[torch.zeros(1, 12).bool()] * 2, beta=0.02, iterations=200)
-    torch.testing.assert_close(plan, want)
+    assert_finds_the_permutation("cuda", 0.02, iterations=200)
 
 
 @pytest.mark.parametrize("limit", [SHARED, 20000])
 def test_any_positions_may_be_real_and_padding_may_be_nan(emulated, limit):
     emulated(limit)
-    cost = torch.rand(2, 20, 70)
-    pads = [torch.rand(2, size) < 0.4 for size in (20, 70)]
-    pad = pads[0].unsqueeze(2) | pads[1].unsqueeze(1)
-    plan = assert_ipot("cuda", (cost, *pads), iterations=5)
-    assert torch.equal(ipot("cuda", poisoned(cost, pad), *pads, iterations=5), plan)
-    got = sinkhorn("cuda", poisoned(cost, pad), *pads, iterations=5)
-    assert all(map(torch.equal, got, assert_sinkhorn("cuda", (cost, *pads), iterations=5)))
+    assert_only_real_entries_count("cuda", (20, 70))
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.02])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_cost_that_is_not_finite_spoils_its_own_sample(emulated, value, beta):
-    cost, *pads = costs(**SMALL)
-    want, exact = ipot("cuda", cost, *pads, beta=beta, iterations=5), sinkhorn("cuda", cost, *pads, iterations=5)
-    cost[1, 0, 1] = value
-    plan, found = ipot("cuda", cost, *pads, beta=beta, iterations=5), sinkhorn("cuda", cost, *pads, iterations=5)
-    others = torch.tensor([0, 2, 3])
-    assert not plan[1].isfinite().all() and torch.equal(plan[others], want[others])
-    assert found[1][1].isnan() and torch.equal(found[1][others], exact[1][others])
+    assert_a_bad_cost_spoils_its_own_sample("cuda", **SMALL, value=value, beta=beta)
 
 
 @pytest.mark.parametrize("limit", [SHARED, 20000])

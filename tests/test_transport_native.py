@@ -7,6 +7,7 @@ import numpy as np
 import ot
 import pytest
 import torch
+from transport_case import recurrence
 
 from benchmarks import transport
 from vilt_fast import _C, functional
@@ -19,31 +20,10 @@ TEXTS = (40, 1, 7, 16, 3, 0, 12, 5)
 IMAGES = (241, 9, 1, 64, 65, 20, 0, 100)
 
 
-@pytest.fixture(params=_C.cpu_features()["isas"])
-def isa(request):
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(None)
-
-
 def _costs(seed=0, texts=TEXTS, images=IMAGES):
     generator = torch.Generator().manual_seed(seed)
     cost = torch.rand(len(texts), max(texts), max(images), generator=generator) * 2
     return cost, padding_masks(texts), padding_masks(images)
-
-
-def _recurrence(cost, beta, iterations, inner):
-    """The loop of the paper for one unpadded sample in numpy float64: no scalings, no logarithms."""
-    m, n = cost.shape
-    kernel = np.exp(-cost.T / beta)
-    plan, sigma = np.ones((n, m)), np.full(m, 1 / m)
-    for _ in range(iterations):
-        q = kernel * plan
-        for _ in range(inner):
-            delta = 1 / (n * (q @ sigma))
-            sigma = 1 / (m * (q.T @ delta))
-        plan = delta[:, None] * q * sigma
-    return plan.T
 
 
 def _exact_plan(cost, text_pad, image_pad, beta, iterations, inner=1):
@@ -52,7 +32,7 @@ def _exact_plan(cost, text_pad, image_pad, beta, iterations, inner=1):
         rows, columns = (~text_pad[b]).nonzero().flatten(), (~image_pad[b]).nonzero().flatten()
         if len(rows) and len(columns):
             real = cost[b][rows][:, columns].double().numpy()
-            found = torch.from_numpy(_recurrence(real, beta, iterations, inner))
+            found = torch.from_numpy(recurrence(real, beta, iterations, inner))
             plan[b, rows.unsqueeze(1), columns] = found
     return plan
 
@@ -77,7 +57,7 @@ def _sinkhorn_oracles(epsilon, iterations):
 # ---- IPOT ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("inner", [1, 3])
 @pytest.mark.parametrize("beta, iterations", [(0.5, 50), (0.5, 1), (0.5, 2), (2.0, 64), (0.2, 20)])
-def test_ipot_is_the_recurrence(isa, beta, iterations, inner):
+def test_ipot_is_therecurrence(isa, beta, iterations, inner):
     cost, text_pad, image_pad = _costs()
     options = {"beta": beta, "iterations": iterations, "inner": inner}
     plan = functional.ipot(cost, text_pad, image_pad, **options, **CPP)
@@ -353,7 +333,8 @@ def test_benchmark_rows(monkeypatch):
     rows = transport.rows(repeats=1, sample=0)
     base = {row["case"]: row for row in rows if row["provider"] in ("original", "reference")}
     ours = {row["case"]: row for row in rows if row["provider"] == "ours"}
-    assert set(ours) == set(base) == {f"{op}_{k}" for op in ("ipot", "distance", "sinkhorn") for k in ("full", "mixed")}
+    names = {f"{op}_{kind}" for op in ("ipot", "distance", "sinkhorn") for kind in ("full", "mixed")}
+    assert set(ours) == set(base) == names | {f"{name}_single" for name in names}
     for case, row in ours.items():
         assert row["error"] <= 2 * base[case]["error"] + torch.finfo(torch.float32).eps
         assert row["ratio"] == base[case]["p50_ms"] / row["p50_ms"] and base[case]["ratio"] == 1

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from transport_case import (
+    assert_a_bad_cost_spoils_its_own_sample,
     assert_distance,
+    assert_finds_the_permutation,
     assert_ipot,
+    assert_only_real_entries_count,
     assert_sinkhorn,
     costs,
     distance,
@@ -51,38 +54,19 @@ def test_ipot_at_small_beta(beta, iterations):
 
 
 def test_ipot_of_a_permutation():
-    order = torch.randperm(12)
-    cost = torch.full((1, 12, 12), 2.0)
-    cost[0, torch.arange(12), order] = 0
-    want = torch.zeros(1, 12, 12)
-    want[0, torch.arange(12), order] = 1 / 12
     for beta in (0.02, 0.2):
-        torch.testing.assert_close(ipot("triton", cost, *[torch.zeros(1, 12).bool()] * 2, beta=beta), want)
+        assert_finds_the_permutation("triton", beta)
 
 
 @pytest.mark.parametrize("shape", [(40, 240), (60, 300)])
 def test_any_positions_may_be_real_and_padding_may_be_nan(shape):
-    cost = torch.rand(2, *shape)
-    pads = [torch.rand(2, size) < 0.4 for size in shape]
-    pad = pads[0].unsqueeze(2) | pads[1].unsqueeze(1)
-    plan = assert_ipot("triton", (cost, *pads), iterations=5)
-    assert torch.equal(ipot("triton", poisoned(cost, pad), *pads, iterations=5), plan)
-    got = sinkhorn("triton", poisoned(cost, pad), *pads, iterations=5)
-    assert all(map(torch.equal, got, assert_sinkhorn("triton", (cost, *pads), iterations=5)))
+    assert_only_real_entries_count("triton", shape)
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.02])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_cost_that_is_not_finite_spoils_its_own_sample(value, beta):
-    cost, *pads = costs(**SMALL)
-    want, exact = ipot("triton", cost, *pads, beta=beta, iterations=6), sinkhorn("triton", cost, *pads, iterations=4)
-    cost[1, 0, 1] = value
-    plan, found = ipot("triton", cost, *pads, beta=beta, iterations=6), sinkhorn("triton", cost, *pads, iterations=4)
-    others = torch.tensor([0, 2, 3])
-    assert not plan[1].isfinite().all() and torch.equal(plan[others], want[others])
-    assert torch.equal(found[1][others], exact[1][others])
-    if value != value:
-        assert found[1][1].isnan()
+    assert_a_bad_cost_spoils_its_own_sample("triton", **SMALL, value=value, beta=beta)
 
 
 @pytest.mark.parametrize("epsilon, iterations", [(0.1, 9), (2.0, 1), (0.01, 9)])

@@ -5,19 +5,12 @@ import functools
 import pytest
 import torch
 
-from vilt_fast import _C, functional
+from vilt_fast import functional
 from vilt_fast.testing import assert_within_budget, padding_masks, poisoned, sliced, strided
 
 CPP, REFERENCE = {"backend": "cpp"}, {"backend": "reference"}
 TEXTS = (40, 1, 7, 16, 3, 0, 12, 5)
 IMAGES = (241, 9, 1, 64, 65, 20, 0, 16)
-
-
-@pytest.fixture(params=_C.cpu_features()["isas"])
-def isa(request):
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(None)
 
 
 def _hidden(dtype=torch.float32, width=50, seed=0, texts=TEXTS, images=IMAGES):

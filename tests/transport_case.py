@@ -1,16 +1,32 @@
-"""What the tests of transport kernels on GPUs share: hard batches, and the error budget against the float64 reference.
+"""What the tests of transport share: the recurrence in numpy, hard batches, the error budget of kernels for GPUs.
 
-Kernels are called through torch.ops, below the validation of `functional`, which refuses NaN and devices of others.
+Those kernels are called through torch.ops, below the validation of `functional`, which refuses NaN and a device that
+is not theirs.
 """
 
+import numpy as np
 import torch
 
 from vilt_fast import functional
-from vilt_fast.testing import assert_within_budget, padding_masks
+from vilt_fast.testing import assert_within_budget, padding_masks, poisoned
 
 # ViLT's largest sample, then ragged ones: of one, of none, of just more than some tile.
 TEXTS = (40, 1, 7, 0)
 IMAGES = (240, 9, 1, 20)
+
+
+def recurrence(cost, beta, iterations, inner):
+    """The loop of the paper for one unpadded sample, numpy float64, nothing shared with the reference."""
+    m, n = cost.shape
+    kernel = np.exp(-cost.T / beta)
+    plan, sigma = np.ones((n, m)), np.full(m, 1 / m)
+    for _ in range(iterations):
+        q = kernel * plan
+        for _ in range(inner):
+            delta = 1 / (n * (q @ sigma))
+            sigma = 1 / (m * (q.T @ delta))
+        plan = delta[:, None] * q * sigma[None, :]
+    return plan.T
 
 
 def costs(texts=TEXTS, images=IMAGES):
@@ -105,3 +121,34 @@ def assert_distance(backend, arguments, device="cpu", gradients=False, **options
         assert three[0].dtype == three[1].dtype
         assert_within_budget(*three, what=name)
     return got
+
+
+def assert_only_real_entries_count(backend, shape):
+    """Any positions may be real, and what padding holds has no influence, even NaN."""
+    cost = torch.rand(2, *shape)
+    pads = [torch.rand(2, size) < 0.4 for size in shape]
+    pad = pads[0].unsqueeze(2) | pads[1].unsqueeze(1)
+    plan = assert_ipot(backend, (cost, *pads), iterations=5)
+    assert torch.equal(ipot(backend, poisoned(cost, pad), *pads, iterations=5), plan)
+    got = sinkhorn(backend, poisoned(cost, pad), *pads, iterations=5)
+    assert all(map(torch.equal, got, assert_sinkhorn(backend, (cost, *pads), iterations=5)))
+
+
+def assert_a_bad_cost_spoils_its_own_sample(backend, texts, images, value, beta):
+    cost, *pads = costs(texts, images)
+    want, exact = ipot(backend, cost, *pads, beta=beta, iterations=5), sinkhorn(backend, cost, *pads, iterations=5)
+    cost[1, 0, 1] = value
+    plan, found = ipot(backend, cost, *pads, beta=beta, iterations=5), sinkhorn(backend, cost, *pads, iterations=5)
+    others = torch.tensor([0, 2, 3])
+    assert not plan[1].isfinite().all() and torch.equal(plan[others], want[others])
+    assert found[1][1].isnan() and torch.equal(found[1][others], exact[1][others])
+
+
+def assert_finds_the_permutation(backend, beta, **options):
+    """Costs that vanish on a permutation and a small beta: the plan is that permutation."""
+    order = torch.randperm(12)
+    cost = torch.full((1, 12, 12), 2.0)
+    cost[0, torch.arange(12), order] = 0
+    want = torch.zeros(1, 12, 12)
+    want[0, torch.arange(12), order] = 1 / 12
+    torch.testing.assert_close(ipot(backend, cost, *[torch.zeros(1, 12).bool()] * 2, beta=beta, **options), want)

@@ -20,6 +20,8 @@ import torch
 
 PLAIN = ("reference", "torch")
 _ORDER = {"cuda": ("cuda", "triton", "torch", "reference"), "cpu": ("cpp", "torch", "reference")}
+# Where an op has another order: cuBLAS multiplies until a kernel of ours has been shown to be faster.
+_ORDER_OF = {("linear", "cuda"): ("reference", "triton")}
 
 _ROWS = {
     ("patch_embed", "reference"): "vilt_fast.reference.patch_embed:patch_embed",
@@ -108,7 +110,7 @@ def resolve(op, backend, device, **facts):
     Args:
         op: name of the op, e.g. ``"attention"``.
         backend: a name, or None for the first of the device's order that supports ``facts``
-            (cuda: cuda, triton, torch, reference; anything else: cpp, torch, reference).
+            (cuda: cuda, triton, torch, reference, but for ``linear``; anything else: cpp, torch, reference).
         device: device type of the inputs, ``"cpu"``, ``"cuda"``, ...
         facts: what the call needs, handed to the backend's ``supports``.
 
@@ -125,7 +127,8 @@ def resolve(op, backend, device, **facts):
             raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {reason}")
         return backend
     reasons = []
-    for name in _ORDER["cuda" if device == "cuda" else "cpu"]:
+    kind = "cuda" if device == "cuda" else "cpu"
+    for name in _ORDER_OF.get((op, kind), _ORDER[kind]):
         if (op, name) not in _SLOTS:
             continue
         reason = why_unavailable(op, name, **facts)

@@ -123,9 +123,10 @@ class InferSwap(Swapped):
 def _patch_index(plan):
     """(y, x) of every padded patch position, int64 [B, P, 2]; 0 where there is none."""
     index = torch.zeros(plan.batch, plan.image_length - 1, 2, dtype=torch.long, device=plan.device)
-    for b in range(plan.batch):
-        positions = plan.patch_positions(b)
-        index[b, : len(positions)] = positions
+    height, width = plan.patch_grid
+    cell = plan.patch_source % (height * width)
+    rank = plan.patch_rows - plan.cls_rows[plan.patch_sample] - 1
+    index[plan.patch_sample, rank] = torch.stack([cell // width, cell % width], dim=-1)
     return index
 
 

@@ -77,6 +77,11 @@ def _address(tensor):
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
+def as_float32(tensor):
+    """Dense float32 values without a gradient; None stays."""
+    return None if tensor is None else tensor.detach().to(torch.float32).contiguous()
+
+
 def _dense_rows(tensor):
     """The same [rows, H, d] or [rows, K] values with everything but the rows dense; no copy for a column slice."""
     inner = tensor.shape[-1]

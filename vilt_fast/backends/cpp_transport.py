@@ -42,7 +42,7 @@ def _masks(text_pad, image_pad):
 def ipot_fwd(cost, text_pad, image_pad, *, beta=0.5, iterations=50, inner=1):
     from vilt_fast import _C
 
-    cost = cost.detach().to(torch.float32).contiguous()
+    cost = cpp.as_float32(cost)
     text_pad, image_pad = _masks(text_pad, image_pad)
     plan = torch.empty_like(cost)
     _C.ipot(
@@ -59,11 +59,9 @@ def sinkhorn_fwd(
     """(plan, value, iterations, marginal_error); no gradient."""
     from vilt_fast import _C
 
-    cost = cost.detach().to(torch.float32).contiguous()
+    cost = cpp.as_float32(cost)
     text_pad, image_pad = _masks(text_pad, image_pad)
-    marginals = [
-        None if m is None else m.detach().to(torch.float32).contiguous() for m in (text_marginal, image_marginal)
-    ]
+    marginals = [cpp.as_float32(m) for m in (text_marginal, image_marginal)]
     plan = torch.empty_like(cost)
     value, error = cost.new_empty(len(cost)), cost.new_empty(len(cost))
     used = torch.empty(len(cost), dtype=torch.int64)

@@ -62,7 +62,7 @@ def ipot_fwd(cost, text_pad, image_pad, *, beta=0.5, iterations=50, inner=1):
     """plan [B, M, N] float32."""
     from vilt_fast import _C
 
-    cost = cost.detach().to(torch.float32).contiguous()
+    cost = cpp.as_float32(cost)
     plan = torch.empty_like(cost)
     if plan.numel():
         masks, pairs = _pairs(text_pad, image_pad)
@@ -78,10 +78,8 @@ def sinkhorn_fwd(
     """(plan, value, iterations, marginal_error); no gradient."""
     from vilt_fast import _C
 
-    cost = cost.detach().to(torch.float32).contiguous()
-    weights = [
-        None if w is None else w.detach().to(torch.float32).contiguous() for w in (text_marginal, image_marginal)
-    ]
+    cost = cpp.as_float32(cost)
+    weights = [cpp.as_float32(w) for w in (text_marginal, image_marginal)]
     plan = torch.empty_like(cost)
     value, error = cost.new_zeros(len(cost)), cost.new_zeros(len(cost))
     used = torch.zeros(len(cost), dtype=torch.int64, device=cost.device)

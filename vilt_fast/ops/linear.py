@@ -57,8 +57,6 @@ def linear(x, weight, bias, residual, backend):
     _check.dtypes("linear", _check.FLOATS, x=x, residual=residual)
     _check.same_dtype("linear", x=x, weight=weight, bias=bias)
     _check.same_device("linear", x=x, weight=weight, bias=bias, residual=residual)
-    if backend is None:  # cuBLAS; the Triton kernel has not been shown to beat it, so it is there to be asked for
-        backend = "reference"
     name = registry.resolve(
         "linear", backend, x.device.type, dtype=x.dtype, residual_dtype=None if residual is None else residual.dtype,
         requires_grad=_check.needs_grad(x, weight, bias, residual),
