@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from vilt_fast import report
+from vilt_fast.commands import report
 
 from . import cases as shapes
 from . import measure

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from vilt_fast.report import accelerated, unavailable
+from vilt_fast.commands.report import accelerated, unavailable
 
 
 class Provider(NamedTuple):

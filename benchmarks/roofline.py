@@ -142,7 +142,7 @@ def main(argv=None):
         parser.error("--batches must be at least 1")
     from rich.console import Console
 
-    from vilt_fast import report
+    from vilt_fast.commands import report
 
     found = rows(arguments.batches)
     run.write(arguments.out, found, FIELDS)

@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from vilt_fast import report
+from vilt_fast.commands import report
 
 from . import cases as shapes
 from . import measure, ops, providers, transport
@@ -120,7 +120,7 @@ def _stepper(bar):
 
 
 def _trunk():
-    from vilt_fast.checkpoint import random_vqa
+    from vilt_fast.commands.checkpoint import random_vqa
 
     return random_vqa().vilt
 

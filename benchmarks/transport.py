@@ -15,7 +15,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from vilt_fast import functional, report, testing
+from vilt_fast import functional, testing
+from vilt_fast.commands import report
 
 from . import cases as shapes
 from . import measure

@@ -16,9 +16,9 @@ _PUBLIC = {
     "restore": "swap",
     "refresh": "swap",
     "sequence_plan": "swap",
-    "align": "alignment",
-    "Alignment": "alignment",
-    "SequencePlan": "packing",
+    "align": "alignment.align",
+    "Alignment": "alignment.align",
+    "SequencePlan": "models.vilt.plan",
     "InputError": "errors",
 }
 

@@ -13,9 +13,9 @@ import inspect
 import torch
 from torch import nn
 
-from .graphs import EncoderGraphs
-from .packing import SequencePlan
-from .quantization import KINDS, WeightCache
+from .engine.graphs import EncoderGraphs
+from .engine.quantization import KINDS, WeightCache
+from .models.vilt.plan import SequencePlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def accelerate(
         TypeError: no part of `model` is a ViLT that is known here. Nothing has been changed then.
         ValueError: an option has no such value. Nothing has been changed then.
     """
-    from .adapters import find
+    from .models import find
 
     options = Options(quantize, cuda_graphs, patch_order, generator)
     if not isinstance(model, nn.Module):

@@ -5,8 +5,7 @@ Facts for `supports`: dtype, residual_dtype, width (D), requires_grad, dropout (
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 
 OP = "add_layer_norm"
 

@@ -6,8 +6,7 @@ offsets and bounds are on the device of q).
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 
 _SHARED = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seqused_k, "

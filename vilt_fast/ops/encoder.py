@@ -5,8 +5,7 @@ Facts for `supports`: dtype (of x), compute, weights ("float" or "blob"), weight
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 
 PER_LAYER = 16
 WEIGHTS = (2, 4, 6, 8, 12, 14)  # q k v o fc1 fc2 within a layer's 16 parameters

@@ -5,8 +5,7 @@ Facts for `supports`: dtype, residual_dtype (or None), requires_grad.
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 
 torch.library.define(
     "vilt_fast::linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str backend) -> Tensor"

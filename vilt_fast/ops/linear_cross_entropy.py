@@ -6,8 +6,7 @@ reduction.
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 
 OP = "linear_cross_entropy"
 

@@ -5,8 +5,7 @@ Facts for `supports`: dtype.
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 
 torch.library.define(
     "vilt_fast::linear_fp8",

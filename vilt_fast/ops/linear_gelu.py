@@ -5,8 +5,7 @@ Facts for `supports`: dtype, requires_grad.
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 from .linear import products
 
 torch.library.define(

@@ -9,8 +9,7 @@ for the backward, and a recomputed forward drops the same elements.
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 
 _INPUTS = (
     "Tensor pixels, Tensor weight, Tensor? bias, Tensor cls_token, Tensor position, Tensor modality, Tensor text, "

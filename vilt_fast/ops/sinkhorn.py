@@ -9,9 +9,8 @@ requires one, else the mode).
 
 import torch
 
-from .. import registry
 from ..reference.sinkhorn import SinkhornResult
-from . import _check
+from . import _check, registry
 from .ipot import check_costs, check_finite
 
 torch.library.define(

@@ -11,8 +11,7 @@ import functools
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 
 _INPUTS = (
     "Tensor? input_ids, Tensor? inputs_embeds, Tensor position_ids, Tensor? token_type_ids, Tensor word, "

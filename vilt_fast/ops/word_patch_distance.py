@@ -13,8 +13,7 @@ Facts for `supports`: dtype, rows (M), columns (N), hidden (D), inner, requires_
 
 import torch
 
-from .. import registry
-from . import _check
+from . import _check, registry
 
 _KEEPS_SCALING = ("triton",)
 

@@ -1,0 +1,1 @@
+"""Benchmarks of vilt_fast: run from a clone."""

@@ -1,0 +1,1 @@
+"""What compilers report of kernels for GPUs that are not there."""

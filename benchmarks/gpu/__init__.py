@@ -1,0 +1,1 @@
+"""The GPU campaign: everything that only a GPU can tell."""

@@ -1,0 +1,1 @@
+"""Words and patches: `align` finds what belongs together, `draw` shows it."""

@@ -1,0 +1,348 @@
+"""`align`: which patches of an image each word of a text is transported to, as in the figures of the ViLT paper.
+
+    C_ij = 1 - cosine(word i, patch j) of the final hidden states;   plan T = IPOT(C), beta 0.1, 1000 iterations
+
+The text's [CLS] and [SEP] and the image's [CLS] take no part. `vilt_fast.alignment.draw` draws what `align` returns.
+Source: ViLT (Kim et al. 2021), its figure of transport plans; the original `demo.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from .. import functional
+from ..errors import InputError
+from ..models.vilt.patches import sampled_mask
+from ..swap import Options, Swapped
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Alignment:
+    """The words of one text and the patches of one image, and what is transported from each to each."""
+
+    plan: torch.Tensor  #: float32 [words, h * w] on the CPU, patches in raster order; every row of k pieces sums to k/M
+    tokens: tuple[str, ...]  #: the words, or word pieces (M of them), as the tokenizer names them
+    grid: tuple[int, int]  #: (h, w) patches of the image
+    image_size: tuple[int, int]  #: (height, width) in pixels of what the grid covers: the image as it was given
+    distance: float  #: <C, T>, 0 for hidden states that coincide, at most 2; NaN where the model computed NaN
+
+    def heatmaps(self) -> torch.Tensor:
+        """float32 [words, h, w]: each word's row of the plan on the patch grid, its largest value scaled to 1."""
+        peak = self.plan.amax(1, keepdim=True).clamp_min(torch.finfo(self.plan.dtype).tiny)
+        return (self.plan / peak).unflatten(1, self.grid)
+
+
+@torch.no_grad()
+def align(
+    model: nn.Module,
+    image,
+    text: str | Sequence[str] | None = None,
+    *,
+    processor=None,
+    beta: float = 0.1,
+    iterations: int = 1000,
+    whole_words: bool = False,
+    backend: str | None = None,
+) -> Alignment | list[Alignment]:
+    """Align the words of texts with the patches of images: one forward and one transport problem a pair, batched.
+
+    `model` is neither accelerated nor changed: the packed forward runs on its parameters, in raster order, without
+    gradients and in evaluation mode (a model that trains is put there for the call). Hooks on the ViLT trunk as a whole
+    are not called, hooks inside it are. A model accelerated in int8 is computed in int8.
+
+    Args:
+        model: any of HuggingFace's `Vilt*` models, the original `ViLTransformerSS`, or a module around one of them;
+            accelerated or not, on any device.
+        image: a PIL image or a uint8 array [height, width, 3]; or a list of them, one a text; or processed inputs (a
+            mapping, `text` is None then): `input_ids` and `pixel_values`, with `attention_mask`, `pixel_mask`,
+            `token_type_ids` and `image_token_type_idx` if there are any, as HuggingFace's processor makes them. The
+            original takes its own batch there: `text_ids`, `text_masks` and `image` (a list that holds the pixels
+            [B, 3, H, W], zero where padded), or `image_0`. Of NLVR2's pairs of images, pass one at a time.
+        text: a string, or a list of them.
+        processor: what has `image_processor` and `tokenizer`, such as `transformers.ViltProcessor`. By default the one
+            saved with the model, read again at every call; the original has none. With processed inputs only the
+            tokenizer is used, and without one the tokens are named by their ids.
+        beta, iterations: see :func:`vilt_fast.functional.ipot`.
+        whole_words: add up the rows of the pieces of a word ("align", "##ment").
+        backend: of the transport; see :mod:`vilt_fast.functional`.
+
+    Returns:
+        An :class:`Alignment` for one image and one string, else a list with one for each pair. A patch that a positive
+        `max_image_length` did not draw gets nothing.
+
+    Raises:
+        TypeError: `model` contains no ViLT, or an argument is of the wrong kind.
+        InputError: (a `ValueError`) inputs that ViLT cannot be computed on, a text without words, no tokenizer.
+        ValueError: beta or iterations out of range.
+    """
+    trunk, kind = _trunk(model)
+    single = isinstance(text, str)
+    if isinstance(image, Mapping):
+        if text is not None:
+            raise TypeError("align: the processed inputs hold the text already: pass no text beside them.")
+        inputs, sizes = image, None
+    else:
+        images, texts = _pairs(image, text)
+        processor = _checked(processor) if processor is not None else _saved_processor(trunk)
+        inputs, sizes = _processed(processor, images, texts), [picture.size[::-1] for picture in images]
+    tokenizer = getattr(processor, "tokenizer", None)
+    if whole_words and tokenizer is None:
+        raise InputError("align: whole_words needs a processor: its tokenizer knows which tokens are pieces of words.")
+
+    device = next(trunk.parameters()).device
+    with _evaluating(trunk):
+        features = _FEATURES[kind.__name__](kind, trunk, inputs, device)
+    words, patches = _inner(features.text_real), features.image_real.clone()
+    patches[:, 0] = False
+    wordless = (~words.any(1)).nonzero().flatten().tolist()
+    if wordless:
+        which = "the text has" if single else f"texts {wordless} have"
+        raise InputError(f"align: {which} no word between [CLS] and [SEP]: there is nothing to align.")
+    with torch.autocast(device.type, enabled=False):
+        distance, plan = functional.word_patch_distance(
+            features.text.float(), features.image.float(), ~words, ~patches, beta=beta, iterations=iterations,
+            return_plan=True, backend=backend,
+        )  # fmt: skip
+
+    plan, distance, ids = plan.cpu(), distance.tolist(), features.ids.cpu()
+    words, patches = words.cpu(), patches.cpu()
+    aligned = []
+    for b, (h, w) in enumerate(features.grids):
+        rows = torch.zeros(int(words[b].sum()), h * w)
+        rows[:, features.cells[b].cpu()] = plan[b][words[b]][:, patches[b]]
+        numbers = ids[b][words[b]].tolist()
+        tokens = list(map(str, numbers)) if tokenizer is None else tokenizer.convert_ids_to_tokens(numbers)
+        if whole_words:
+            rows, tokens = _joined(rows, tokens)
+        size = sizes[b] if sizes else (h * features.patch_size[0], w * features.patch_size[1])
+        aligned.append(Alignment(rows, tuple(tokens), (h, w), size, distance[b]))
+    return aligned[0] if single else aligned
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Features:
+    """Final hidden states, padded, and where their patches lie."""
+
+    text: torch.Tensor  #: [B, T, D]
+    image: torch.Tensor  #: [B, 1 + P, D], [CLS] first
+    text_real: torch.Tensor  #: bool [B, T]
+    image_real: torch.Tensor  #: bool [B, 1 + P]
+    ids: torch.Tensor  #: [B, T]
+    grids: Sequence[tuple[int, int]]  #: (h, w) patches of each image
+    cells: Sequence[torch.Tensor]  #: of each image: y * w + x of its real patches, in order, int64
+    patch_size: Sequence[int]  #: (height, width) in pixels
+
+
+def _trunk(model) -> tuple[nn.Module, type]:
+    """The ViLT trunk in `model` and the kind of swap that computes it."""
+    from ..models import find
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"align takes a torch.nn.Module, got {type(model).__name__}.")
+    found = [(module, kind) for module, kind in find(model) if kind.__name__ in _FEATURES]
+    if not found:
+        raise TypeError(
+            f"{type(model).__name__} contains no ViLT model: align takes transformers' Vilt* classes and the original "
+            "ViLTransformerSS, or a module around one of them."
+        )
+    trunk, kind = found[0]
+    present = trunk.__dict__.get(kind.name)
+    if present is not None and not isinstance(present, Swapped):
+        raise TypeError(
+            f"{type(trunk).__name__} has a {kind.name} of its own on the instance ({type(present).__name__}), which "
+            "align would pass by: remove that wrapper."
+        )
+    return trunk, kind
+
+
+def _swap(kind, trunk) -> Swapped:
+    """The packed forward of `trunk` in raster order, beside the one it may have: the trunk itself stays as it is.
+
+    The reference draws the order of its patches at random and does not tell it.
+    """
+    present = trunk.__dict__.get(kind.name)
+    if present is None:
+        return kind(trunk, Options())
+    swap = copy.copy(present)  # with what it keeps, quantised weights for one
+    swap.options = dataclasses.replace(present.options, patch_order="raster")
+    return swap
+
+
+@contextlib.contextmanager
+def _evaluating(trunk):
+    """Evaluation mode, and back to each module's own."""
+    training = [module for module in trunk.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _features_hf(kind, trunk, inputs, device) -> _Features:
+    from ..models.vilt.inputs import Inputs
+
+    _require(inputs, "input_ids", "pixel_values")
+    names = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask")
+    given = {name: None if inputs.get(name) is None else inputs[name].to(device) for name in names}
+    checked = Inputs.checked(
+        trunk, inputs_embeds=None, image_embeds=None, modality=inputs.get("image_token_type_idx"), **given
+    )
+    computed = _swap(kind, trunk).run([checked])
+    plan = computed.plan
+    text, image = plan.unpack(computed.rows).tensor_split([plan.text_length], dim=1)
+    text_real, image_real = plan.key_mask().tensor_split([plan.text_length], dim=1)
+    cells = [_cells(plan.patch_positions(b), w) for b, (_, w) in enumerate(plan.grids)]
+    patch_size = trunk.embeddings.patch_embeddings.patch_size
+    return _Features(text, image, text_real, image_real, checked.input_ids, plan.grids, cells, patch_size)
+
+
+def _features_original(kind, trunk, inputs, device) -> _Features:
+    if "input_ids" in inputs:  # as a processor names them
+        names = {"text_ids": "input_ids", "text_masks": "attention_mask"}
+        inputs = {name: inputs[theirs] for name, theirs in names.items()} | {"image": [inputs["pixel_values"]]}
+    key = "image_0" if "image_0" in inputs else "image"
+    if isinstance(inputs.get(key), list | tuple):
+        inputs = {**inputs, key: inputs[key][0]}
+    _require(inputs, "text_ids", "text_masks", key)
+    pixels, ids = inputs[key].to(device), inputs["text_ids"].to(device)
+    out = _swap(kind, trunk)(
+        {"text_ids": ids, "text_masks": inputs["text_masks"].to(device), "text_labels": ids, "image": [pixels]}
+    )
+    index, canvas = out["patch_index"]
+    image_real = out["image_masks"].bool()
+    shown = sampled_mask(pixels, canvas, lambda picked: picked.sum(dim=1) != 0)
+    grids = list(zip(shown[:, :, 0].sum(1).tolist(), shown[:, 0].sum(1).tolist(), strict=True))
+    cells = [_cells(index[b][image_real[b, 1:]], w) for b, (_, w) in enumerate(grids)]
+    patch_size = trunk.transformer.patch_embed.proj.kernel_size
+    text_real = out["text_masks"].bool()
+    return _Features(out["text_feats"], out["image_feats"], text_real, image_real, ids, grids, cells, patch_size)
+
+
+# By name: importing the first kind would import transformers, which the original does not need.
+_FEATURES = {"TrunkForward": _features_hf, "InferSwap": _features_original}
+
+
+def _require(inputs, *names):
+    missing = [name for name in names if inputs.get(name) is None]
+    if missing:
+        raise InputError(
+            f"align: the processed inputs lack {' and '.join(missing)}; they have {', '.join(inputs) or 'nothing'}. "
+            "Words need token ids and pictures need pixels: ready embeddings do not tell which word and place they are."
+        )
+    odd = [name for name in names if not isinstance(inputs[name], torch.Tensor)]
+    if odd:
+        raise TypeError(f"align: {odd[0]} must be a tensor, got {type(inputs[odd[0]]).__name__}: return_tensors='pt'.")
+
+
+def _cells(positions, width):
+    """y * width + x of (y, x) [P, 2]."""
+    return positions[:, 0] * width + positions[:, 1]
+
+
+def _inner(real):
+    """bool [B, T]: the real tokens without the first and the last of each text, which are [CLS] and [SEP]."""
+    order = real.cumsum(1)
+    return real & (order > 1) & (order < order[:, -1:])
+
+
+def _joined(rows, tokens):
+    """Rows and tokens with the pieces of each word ("##...", as BERT's tokenizer marks them) added to its first."""
+    starts = [i for i, token in enumerate(tokens) if i == 0 or not token.startswith("##")]
+    ends = [*starts[1:], len(tokens)]
+    words = [
+        tokens[i] + "".join(piece.removeprefix("##") for piece in tokens[i + 1 : end])
+        for i, end in zip(starts, ends, strict=True)
+    ]
+    return torch.stack([rows[i:end].sum(0) for i, end in zip(starts, ends, strict=True)]), words
+
+
+# --- images and texts -------------------------------------------------------------------------------------------------
+
+
+def _pairs(image, text) -> tuple[list, list[str]]:
+    """(PIL images in RGB, texts), as many of each."""
+    if text is None:
+        raise TypeError("align: images need texts: pass a string for one image, or a list with one for each.")
+    if isinstance(text, str):
+        images, texts = [image], [text]
+    else:
+        images, texts = image, list(text)
+        if not isinstance(images, Sequence) or isinstance(images, str):
+            raise TypeError(f"align: a list of texts needs a list of images, got {type(image).__name__}.")
+    odd = [type(t).__name__ for t in texts if not isinstance(t, str)]
+    if odd:
+        raise TypeError(f"align: texts must be strings, got {odd[0]}.")
+    if not texts or len(images) != len(texts):
+        raise InputError(f"align: {len(images)} images and {len(texts)} texts; expected as many of each, at least one.")
+    return [_picture(i) for i in images], texts
+
+
+def _picture(image):
+    import numpy as np
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = np.asarray(image) if isinstance(image, np.ndarray | torch.Tensor) else None
+    if array is None or array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        given = type(image).__name__ if array is None else f"{array.dtype} {list(array.shape)}"
+        raise TypeError(
+            f"align: an image must be a PIL image or a uint8 array [height, width, 3], got {given}. Open a file with "
+            "PIL.Image.open; pass what a processor has made as a mapping."
+        )
+    return Image.fromarray(array)
+
+
+def _checked(processor):
+    if not all(callable(getattr(processor, part, None)) for part in ("image_processor", "tokenizer")):
+        raise TypeError(
+            f"align: processor must have image_processor and tokenizer, as transformers.ViltProcessor does; "
+            f"{type(processor).__name__} has not."
+        )
+    return processor
+
+
+def _saved_processor(trunk):
+    """The processor that lies beside the weights of a HuggingFace model."""
+    where = getattr(getattr(trunk, "config", None), "_name_or_path", None)
+    advice = (
+        'Pass one, for example processor=transformers.ViltProcessor.from_pretrained("dandelin/vilt-b32-mlm"), or '
+        "processed inputs in place of the image."
+    )
+    if not where:
+        raise InputError(f"align: {type(trunk).__name__} was not loaded from a checkpoint with a processor. {advice}")
+    from transformers import ViltProcessor
+
+    try:
+        processor = ViltProcessor.from_pretrained(where)
+        known = len(processor.tokenizer) > len(processor.tokenizer.all_special_tokens)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"align: no processor can be read from {where!r}: {reason} {advice}") from error
+    if not known:  # a folder without a vocabulary gives a tokenizer that knows nothing but [UNK] and the like
+        raise InputError(f"align: {where!r} has no tokenizer with a vocabulary. {advice}")
+    return processor
+
+
+def _processed(processor, images, texts):
+    """The keyword arguments of a forward."""
+    encoded = processor.tokenizer(texts, padding=True, return_tensors="pt")
+    pixels = processor.image_processor(images, return_tensors="pt")
+    return {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "pixel_values": pixels["pixel_values"],
+        "pixel_mask": pixels["pixel_mask"],
+    }

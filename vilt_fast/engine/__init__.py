@@ -1,0 +1,1 @@
+"""The packed engine: transformer blocks over packed rows. It knows no model."""

@@ -1,0 +1,168 @@
+"""CUDA graphs of the packed encoder: one launch for all blocks, captured per bucket of sizes and replayed.
+
+At batch 1 a forward is some hundred kernels of a few microseconds each, and launching them takes longer than running
+them. A graph has fixed shapes, so a batch is put into the next larger bucket: rows that belong to no sample are
+computed and thrown away, samples that are not there are empty. What attention reads about lengths lies in buffers that
+are written before each replay; parameters are read where they are, so that updating one in place needs no new capture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+
+from ..models.vilt.plan import SequencePlan
+
+MAX_GRAPHS = 32  #: kept at a time, the least recently used goes first
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spans:
+    """What attention needs to know of a plan (see `functional.attention`)."""
+
+    cu_seqlens: torch.Tensor  #: int32 [B + 1]
+    seqused_k: torch.Tensor | None  #: int32 [B]
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, plan: SequencePlan) -> Spans:
+        """Those of a plan; no `seqused_k` where every row is a key."""
+        whole = plan.lengths == plan.key_lengths
+        return cls(plan.cu_seqlens, None if whole else plan.seqused_k, plan.max_seqlen)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sizes that a graph is captured for."""
+
+    rows: int
+    samples: int
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, plan: SequencePlan) -> Bucket:
+        """The smallest that holds a plan: at most an eighth more rows, or 63, than are real."""
+        rows, longest = plan.total_rows, plan.max_seqlen
+        step = max(64, _power_of_two(rows) // 8)
+        return cls(_multiple(rows, step), _power_of_two(plan.batch), _multiple(longest, 64))
+
+
+def _multiple(n, step):
+    return -(-n // step) * step
+
+
+def _power_of_two(n):
+    return 1 << (n - 1).bit_length()
+
+
+class EncoderGraphs:
+    """The graphs of one model. Calls from several threads and streams take turns."""
+
+    def __init__(self):
+        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._lock = threading.Lock()
+        self._shared = {}  #: {device: (memory pool of all graphs, event after what was launched last)}
+
+    def __len__(self):
+        return len(self._graphs)
+
+    def run(self, prepare: Callable, rows: torch.Tensor, plan: SequencePlan, identity: tuple) -> torch.Tensor | None:
+        """`prepare()(rows, spans)`, captured the first time and replayed from then on; None where it gives None.
+
+        Args:
+            prepare: makes the function [N, D] -> [N, D] that is captured; that one must not wait for the device.
+            identity: everything that a captured graph holds fixed of its model: addresses of parameters, eps. Graphs
+                of another identity are dropped.
+        """
+        kind = rows.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (Bucket.of(plan), rows.dtype, rows.device, autocast, identity)
+        with self._lock, self._turn(rows.device) as pool:
+            graph = self._graphs.get(key)
+            if graph is None:
+                encode = prepare()
+                if encode is None:
+                    return None
+                for stale in [k for k in self._graphs if k[-1] != identity]:
+                    del self._graphs[stale]
+                while len(self._graphs) >= MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+                graph = self._graphs[key] = _Graph(encode, rows, plan, key[0], pool)
+            self._graphs.move_to_end(key)
+            return graph(rows, plan)
+
+    @contextlib.contextmanager
+    def _turn(self, device):
+        """Buffers and pool are the current stream's own within: no two graphs run at the same time."""
+        if device.type != "cuda":
+            yield None
+            return
+        with torch.cuda.device(device):
+            if device not in self._shared:
+                self._shared[device] = torch.cuda.graph_pool_handle(), torch.cuda.Event()
+            pool, done = self._shared[device]
+            done.wait()  # for nothing, the first time
+            try:
+                yield pool
+            finally:
+                done.record()
+
+    def __getstate__(self):
+        return {}
+
+    def __setstate__(self, state):
+        self.__init__()
+
+
+class _Graph:
+    def __init__(self, encode, rows, plan, bucket, pool):
+        with torch.inference_mode(False), torch.no_grad():  # tensors that a call in either mode may write to
+            self.rows = torch.zeros(bucket.rows, rows.shape[1], dtype=rows.dtype, device=rows.device)
+            self.cu_seqlens = torch.zeros(bucket.samples + 1, dtype=torch.int32, device=rows.device)
+            self.seqused_k = torch.zeros(bucket.samples, dtype=torch.int32, device=rows.device)
+            self._fill(rows, plan)
+            spans = Spans(self.cu_seqlens, self.seqused_k, bucket.max_seqlen)
+            self.recording = Recording(lambda: encode(self.rows, spans), rows.device, pool)
+
+    def __call__(self, rows, plan):
+        self._fill(rows, plan)
+        self.recording.replay()
+        return self.recording.result[: len(rows)].clone()  # the next replay writes over it
+
+    def _fill(self, rows, plan):
+        self.rows[: len(rows)].copy_(rows)
+        self.cu_seqlens[: plan.batch + 1].copy_(plan.cu_seqlens)
+        self.cu_seqlens[plan.batch + 1 :].fill_(len(rows))
+        self.seqused_k[: plan.batch].copy_(plan.seqused_k)
+        self.seqused_k[plan.batch :].zero_()
+
+
+class Recording:
+    """What a function launches, to be launched again as one: `result` is what it returned, and keeps its place."""
+
+    def __init__(self, function: Callable, device: torch.device, pool):
+        kind = device.type
+        # A weight that autocast has cast and cached would be read where it no longer is.
+        with torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        ):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # compilation, workspaces: what must not happen while capturing
+                for _ in range(2):
+                    function()
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                self.result = function()
+        self.replay = self._graph.replay
+
+
+def usable(rows: torch.Tensor) -> bool:
+    """Whether a graph can be captured or replayed here and now."""
+    return rows.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()

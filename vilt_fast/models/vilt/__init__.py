@@ -1,0 +1,1 @@
+"""ViLT: HuggingFace's classes and the original repository's."""

@@ -1,0 +1,315 @@
+"""The inputs of HuggingFace's ViLT: checked once, planned, embedded into packed rows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+
+import numpy as np
+import torch
+from transformers.models.vilt import modeling_vilt as hf
+
+from ...engine import blocks
+from ...errors import InputError
+from ...ops._check import readable
+from ...swap import Options
+from . import embedding
+from .plan import SequencePlan
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inputs:
+    """Validated inputs of one image per sample."""
+
+    input_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    pixel_mask: torch.Tensor | None = None
+    inputs_embeds: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    modality: int = 1
+
+    @staticmethod
+    def among(given: dict) -> dict:
+        """What `given` holds for `checked`, of the keyword arguments of a model's forward."""
+        return {name: value for name, value in given.items() if name in Inputs.__slots__}
+
+    @property
+    def text(self) -> torch.Tensor:
+        """Whichever text input was given: [B, T] or [B, T, D]."""
+        return self.input_ids if self.input_ids is not None else self.inputs_embeds
+
+    @property
+    def text_shape(self) -> tuple[int, int]:
+        """(B, T)."""
+        return tuple(self.text.shape[:2])
+
+    @staticmethod
+    def checked(model: hf.ViltModel, *, modality: int | None = None, **given) -> Inputs:
+        """The inputs of `ViltModel.forward`, after every check that needs no plan.
+
+        Raises:
+            InputError: (a `ValueError`, `RuntimeError` and `IndexError`) naming what was given and what to do.
+        """
+        inputs = Inputs(**given, modality=1 if modality is None else modality)
+        inputs._check_text(model)
+        inputs._check_image(model)
+        modalities = _table_size(model, "token_type_embeddings")
+        if modalities is not None and not 0 <= inputs.modality < modalities:
+            raise InputError(f"image_token_type_idx must be in [0, {modalities}), got {inputs.modality}.")
+        return inputs
+
+    def _check_text(self, model):
+        ids, embeds = self.input_ids, self.inputs_embeds
+        if ids is not None and embeds is not None:
+            raise InputError("You cannot specify both input_ids and inputs_embeds at the same time: pass one of them.")
+        if ids is None and embeds is None:
+            raise InputError("You have to specify either input_ids or inputs_embeds.")
+        if ids is not None:
+            if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+                raise InputError(f"input_ids must be int32 or int64 [B, T], got {ids.dtype} {list(ids.shape)}.")
+            if readable(ids):
+                model.warn_if_padding_and_no_attention_mask(ids, self.attention_mask)
+            _check_range(ids, _table_size(model, "text_embeddings.word_embeddings"), "input_ids")
+        elif embeds.ndim != 3 or embeds.shape[2] != model.config.hidden_size:
+            raise InputError(f"inputs_embeds must be [B, T, {model.config.hidden_size}], got {list(embeds.shape)}.")
+        batch, length = self.text_shape
+        longest = model.config.max_position_embeddings
+        if length > longest:
+            raise InputError(f"the text has {length} tokens and the model {longest} positions: truncate it.")
+        if self.attention_mask is not None and tuple(self.attention_mask.shape) != (batch, length):
+            given = list(self.attention_mask.shape)
+            raise InputError(f"attention_mask must be [{batch}, {length}] like the text, got {given}.")
+        types = self.token_type_ids
+        if types is not None:
+            if types.ndim != 2 or types.shape[0] not in (1, batch) or types.shape[1] != length:
+                raise InputError(f"token_type_ids must be [{batch}, {length}] like the text, got {list(types.shape)}.")
+            _check_range(types, _table_size(model, "text_embeddings.token_type_embeddings"), "token_type_ids")
+
+    def _check_image(self, model):
+        pixels, embeds, mask = self.pixel_values, self.image_embeds, self.pixel_mask
+        if pixels is not None and embeds is not None:
+            raise InputError(
+                "You cannot specify both pixel_values and image_embeds at the same time: pass one of them."
+            )
+        if pixels is None and embeds is None:
+            raise InputError("You have to specify either pixel_values or image_embeds.")
+        image = pixels if pixels is not None else embeds
+        batch = self.text_shape[0]
+        if image.shape[0] != batch:
+            raise InputError(
+                f"The text inputs and image inputs need to have the same batch size: got {batch} texts and "
+                f"{image.shape[0]} images."
+            )
+        if pixels is not None:
+            if pixels.ndim != 4 or pixels.shape[1] != model.config.num_channels:
+                raise InputError(
+                    "Make sure that the channel dimension of the pixel values match with the one set in the "
+                    f"configuration: expected [B, {model.config.num_channels}, H, W], got {list(pixels.shape)}."
+                )
+        elif embeds.ndim != 3 or embeds.shape[2] != model.config.hidden_size:
+            raise InputError(f"image_embeds must be [B, P, {model.config.hidden_size}], got {list(embeds.shape)}.")
+        elif mask is None or mask.ndim < 2 or mask.flatten(1).shape != embeds.shape[:2]:
+            shape = None if mask is None else list(mask.shape)
+            raise InputError(
+                f"image_embeds of {embeds.shape[1]} tokens need a pixel_mask that flattens to [{batch}, "
+                f"{embeds.shape[1]}] (1 where a token is real), got {shape}."
+            )
+
+    def layout(self, model: hf.ViltModel, images: int = 1) -> tuple:
+        """What a `SequencePlan` for a sample's so many images like this one has as its `layout`."""
+        batch, length = self.text_shape
+        if self.pixel_values is None:
+            return batch * images, length, (1, self.image_embeds.shape[1]), False
+        sides = zip(self.pixel_values.shape[2:], model.embeddings.patch_embeddings.patch_size, strict=True)
+        return batch * images, length, tuple(pixels // patch for pixels, patch in sides), True
+
+    def plan(self, model: hf.ViltModel, options: Options, cells=None) -> SequencePlan:
+        """Where the tokens go; the only device-to-host copy of a forward."""
+        if self.pixel_values is None:
+            return SequencePlan.from_keep_mask(
+                self.attention_mask, self.pixel_mask.flatten(1), text_shape=self.text_shape, device=self.text.device
+            )
+        embeddings = model.embeddings
+        return SequencePlan.from_masks(
+            self.attention_mask,
+            self.pixel_mask,
+            text_shape=self.text_shape,
+            pixel_shape=tuple(self.pixel_values.shape),
+            patch_size=tuple(embeddings.patch_embeddings.patch_size),
+            position_grid=model.config.image_size // model.config.patch_size,
+            max_image_length=model.config.max_image_length,
+            patch_order=options.patch_order,
+            generator=options.generator,
+            cells=cells,
+            position_dtype=_position_dtype(embeddings.position_embeddings),
+            device=self.text.device,
+        )
+
+
+def _position_dtype(table):
+    return torch.float64 if table.dtype == torch.float64 else torch.float32
+
+
+def _table_size(model, name):
+    """Rows of a lookup table of the embeddings; None where somebody has put something else in its place."""
+    try:
+        return getattr(model.embeddings.get_submodule(name), "num_embeddings", None)
+    except AttributeError:
+        return None
+
+
+def _check_range(ids, size, name):
+    """Out-of-range ids, where they may be looked at."""
+    if size is None or ids.numel() == 0 or not readable(ids):
+        return
+    low, high = torch.aminmax(ids)
+    if low < 0 or high >= size:
+        raise InputError(f"{name} must be in [0, {size}), got values from {low.item()} to {high.item()}.")
+
+
+def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, options: Options):
+    """Packed rows [N, D] of the same text with each of `images`, and the plan they follow.
+
+    That plan is the given one, except where the embedding module has hooks or replaced parts: then the module itself
+    makes the rows, and draws its own patches.
+    """
+    if not _is_known(model.embeddings):
+        return _embed_padded(model, images, options)
+    tables = _tables(model.embeddings)
+    first = images[0]
+    if plan is None:
+        plan = joined([inputs.plan(model, options) for inputs in images])
+    elif plan.layout != (layout := first.layout(model, len(images))):
+        raise InputError(f"sequence_plan is for {plan.layout}, the inputs are {layout}.")
+    text = embedding.text_rows(
+        tables, plan, ids=first.input_ids, embeds=first.inputs_embeds, token_types=first.token_type_ids
+    )
+    batch = first.text_shape[
+        :1
+    ]  # filled on the device: a tensor made from a list would be copied there, and waited for
+    modality = torch.cat([torch.full(batch, i.modality, device=text.device) for i in images])
+    # In the flattened images of NLVR2, image i of sample b is number b * images + i; the plan looks them up there.
+    if first.pixel_values is None:
+        return embedding.with_image_embeds(
+            tables, plan, text, _stacked([i.image_embeds for i in images]), modality
+        ), plan
+    return embedding.with_patches(tables, plan, text, _stacked([i.pixel_values for i in images]), modality), plan
+
+
+def _stacked(tensors):
+    """`torch.stack(tensors, 1).flatten(0, 1)`, without a copy where they already lie like that."""
+    if len(tensors) == 1:
+        return tensors[0]
+    first, step = tensors[0], tensors[0].stride(0) // len(tensors)
+    adjacent = not torch.compiler.is_compiling() and all(  # a tensor that is traced has no address
+        t.stride() == first.stride() and t.data_ptr() == first.data_ptr() + i * step * t.element_size()
+        for i, t in enumerate(tensors)
+    )
+    whole = first._base
+    shape = (len(first), len(tensors), *first.shape[1:])
+    if adjacent and whole is not None and whole.is_contiguous() and whole.shape == shape:
+        return whole.flatten(0, 1)
+    return torch.stack(tensors, 1).flatten(0, 1)
+
+
+def _is_known(embeddings) -> bool:
+    """Whether the tables tell all that the embedding module computes."""
+    if blocks.any_hooked(embeddings) or type(embeddings) is not hf.ViltEmbeddings:
+        return False
+    if "visual_embed" in embeddings.__dict__:
+        return False
+    if type(embeddings.text_embeddings) is not hf.TextEmbeddings:
+        return False
+    return type(embeddings.patch_embeddings) is hf.ViltPatchEmbeddings and _tables(embeddings).plain
+
+
+def _tables(embeddings) -> embedding.Tables:
+    text = embeddings.text_embeddings
+    return embedding.Tables(
+        word=text.word_embeddings,
+        position=text.position_embeddings,
+        token_type=text.token_type_embeddings,
+        norm=text.LayerNorm,
+        text_dropout=text.dropout,
+        modality=embeddings.token_type_embeddings,
+        projection=embeddings.patch_embeddings.projection,
+        cls_token=embeddings.cls_token,
+        image_position=embeddings.position_embeddings,
+        image_dropout=embeddings.dropout,
+    )
+
+
+# --- the embedding module itself --------------------------------------------------------------------------------------
+
+_watching = threading.RLock()
+_NO_CELLS = np.zeros(0, np.int64)
+
+
+@contextlib.contextmanager
+def _watched_patches(embeddings):
+    """Collects what `visual_embed` returns, which the module's forward keeps to itself."""
+    seen = []
+    with _watching:
+        before = embeddings.__dict__.get("visual_embed")
+        visual_embed = embeddings.visual_embed
+
+        def watched(*args, **kwargs):
+            seen.append(visual_embed(*args, **kwargs))
+            return seen[-1]
+
+        embeddings.visual_embed = watched
+        try:
+            yield seen
+        finally:
+            if before is None:
+                del embeddings.visual_embed
+            else:
+                embeddings.visual_embed = before
+
+
+def _embed_padded(model, images, options):
+    rows, plans = [], []
+    known = isinstance(model.embeddings, hf.ViltEmbeddings)
+    for inputs in images:
+        if known:  # the masks' checks, before the module sees them; no cells: nothing is drawn here
+            inputs.plan(model, options, cells=[_NO_CELLS] * inputs.text_shape[0])
+        attention_mask, pixel_mask = inputs.attention_mask, inputs.pixel_mask
+        if attention_mask is None:
+            attention_mask = torch.ones(inputs.text_shape, device=inputs.text.device)
+        if pixel_mask is None:
+            side = model.config.image_size
+            pixel_mask = torch.ones((inputs.text_shape[0], side, side), device=inputs.text.device)
+        with _watched_patches(model.embeddings) if known else contextlib.nullcontext() as seen:
+            padded, mask = model.embeddings(
+                inputs.input_ids,
+                attention_mask,
+                inputs.token_type_ids,
+                inputs.pixel_values,
+                pixel_mask,
+                inputs.inputs_embeds,
+                inputs.image_embeds,
+                image_token_type_idx=inputs.modality,
+            )
+        if not seen:
+            text, image = mask.tensor_split([inputs.text_shape[1]], dim=1)
+            plans.append(SequencePlan.from_keep_mask(text, image, text_shape=inputs.text_shape))
+            rows.append(plans[-1].pack(padded))
+            continue
+        _, image_mask, (patch_index, (_, width)) = seen[0]
+        drawn = (patch_index[..., 0] * width + patch_index[..., 1]).cpu().numpy()
+        kept = image_mask[:, 1:].bool().cpu().numpy()
+        plan = inputs.plan(model, options, cells=[d[k] for d, k in zip(drawn, kept, strict=True)])
+        packed = plan.pack(padded)
+        if options.patch_order == "raster":
+            plan, packed = plan.raster(packed)
+        plans.append(plan)
+        rows.append(packed)
+    return torch.cat(rows), joined(plans)
+
+
+def joined(plans: list[SequencePlan]) -> SequencePlan:
+    """One plan for the images that share a text."""
+    return plans[0] if len(plans) == 1 else SequencePlan.concatenate(plans, len(plans))

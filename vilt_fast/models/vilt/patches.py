@@ -1,0 +1,122 @@
+"""Patches on the host: which a mask shows, which of them are kept, and where they lie in the position table."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ...errors import InputError
+
+
+def patch_grids(pixel_mask, batch, grid) -> tuple[tuple[int, int], ...]:
+    """(h, w) in patches of each image; the mask is sampled at the reference's nearest-neighbour positions."""
+    if pixel_mask is None:
+        return ((grid[0], grid[1]),) * batch
+    if pixel_mask.ndim != 3 or pixel_mask.shape[0] != batch:
+        raise InputError(
+            f"pixel_mask must be [{batch}, height, width] like pixel_values, got {list(pixel_mask.shape)}."
+        )
+    rows = torch.from_numpy(_nearest(pixel_mask.shape[1], grid[0])).to(pixel_mask.device, non_blocking=True)
+    columns = torch.from_numpy(_nearest(pixel_mask.shape[2], grid[1])).to(pixel_mask.device, non_blocking=True)
+    sampled = pixel_mask[:, rows[:, None], columns].cpu()
+    mask = (sampled.float() if sampled.dtype == torch.bfloat16 else sampled).numpy()
+    if not ((mask == 0) | (mask == 1)).all():
+        raise InputError("pixel_mask must hold 0 (padding) and 1 (image) only.")
+    mask = mask != 0
+    heights, widths = mask[:, :, 0].sum(1), mask[:, 0, :].sum(1)
+    for b, (h, w) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
+        if h == 0 or w == 0:
+            what = "is empty" if not mask[b].any() else "does not start at the top left corner (0, 0)"
+            raise InputError(f"pixel_mask of sample {b} {what}: every image needs a rectangle of ones from (0, 0).")
+        if not mask[b, :h, :w].all() or mask[b].sum() != h * w:
+            raise InputError(
+                f"pixel_mask of sample {b} is not one rectangle of ones from the top left corner: ViLT takes the "
+                "image's height and width from its first column and row, so holes or loose pieces would be computed "
+                "wrongly."
+            )
+    return tuple(zip(heights.tolist(), widths.tolist(), strict=True))
+
+
+def sampled_mask(pixels: torch.Tensor, grid: Sequence[int], is_image) -> torch.Tensor:
+    """A patch-grid mask bool [B, gh, gw]: `is_image` of the pixels [B, C, gh, gw] where a full mask is sampled."""
+    rows, columns = (
+        torch.from_numpy(_nearest(s, g)).to(pixels.device) for s, g in zip(pixels.shape[2:], grid, strict=True)
+    )
+    return is_image(pixels[:, :, rows[:, None], columns])
+
+
+@functools.lru_cache(maxsize=256)
+def _nearest(size: int, out: int) -> np.ndarray:
+    """Source positions that `torch.nn.functional.interpolate(mode="nearest")` reads."""
+    if size < 1:
+        raise InputError("pixel_mask has a side of length 0.")
+    line = torch.arange(size, dtype=torch.float32)[None, None, :, None]
+    return torch.nn.functional.interpolate(line, size=(out, 1))[0, 0, :, 0].long().numpy()
+
+
+def choose_patches(grids, grid, max_image_length, patch_order, generator):
+    """Flat cells (y * gw + x) of the kept patches of each image."""
+    if patch_order not in ("raster", "reference"):
+        raise InputError(f"patch_order must be 'raster' or 'reference', got {patch_order!r}.")
+    counts = [h * w for h, w in grids]
+    limit = max(counts)
+    if isinstance(max_image_length, int) and max_image_length >= 0:
+        if max_image_length == 0:
+            raise InputError("max_image_length 0 keeps no patch: use -1 for all, or a positive number.")
+        limit = min(limit, max_image_length)
+    cells = [(np.arange(h)[:, None] * grid[1] + np.arange(w)).reshape(-1) for h, w in grids]
+    if patch_order == "reference":
+        return _reference_draws(cells, grid, limit)
+    for b, count in enumerate(counts):
+        if count > limit:
+            keep = torch.randperm(count, generator=generator, device=generator.device if generator else "cpu")[:limit]
+            cells[b] = cells[b][np.sort(keep.cpu().numpy())]
+    return cells
+
+
+def _reference_draws(cells, grid, limit):
+    """The reference's own random draws, call for call, from torch's default CPU generator.
+
+    Images at the limit or above it are permuted (sampled); the others draw padding cells, which nobody attends to: that
+    draw only moves the generator on.
+    """
+    chosen = []
+    for own in cells:
+        if len(own) >= limit:
+            chosen.append(own[torch.multinomial(torch.ones(len(own)), limit).numpy()])
+        else:
+            torch.multinomial(torch.ones(grid[0] * grid[1] - len(own)), limit - len(own), replacement=True)
+            chosen.append(own)
+    return chosen
+
+
+@functools.lru_cache(maxsize=1024)
+def bilinear(h: int, w: int, side: int, row_width: int, exact: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Table rows [cells, 4] and weights [cells, 4] of the bilinear (align_corners) resize of a side x side table.
+
+    Indexed by the cell number y * row_width + x that `choose_patches` uses (cells outside the image are zero).
+    Arithmetic is float32 (float64 if `exact`) in the order of `torch.nn.functional.interpolate`, so that weights agree
+    to the last bit.
+    """
+    real_type = np.float64 if exact else np.float32
+
+    def axis(n):
+        scale = real_type(side - 1) / real_type(n - 1) if n > 1 else real_type(0)
+        real = scale * np.arange(n, dtype=real_type)
+        low = np.minimum(real.astype(np.int64), side - 1)
+        fraction = real - low.astype(real_type)
+        return low, np.minimum(low + 1, side - 1), fraction
+
+    y0, y1, fy = axis(h)
+    x0, x1, fx = axis(w)
+    index = np.zeros((h, row_width, 4), np.int64)
+    weight = np.zeros((h, row_width, 4), real_type)
+    one = real_type(1)
+    corners = ((y0, x0, one - fy, one - fx), (y0, x1, one - fy, fx), (y1, x0, fy, one - fx), (y1, x1, fy, fx))
+    for corner, (ys, xs, wy, wx) in enumerate(corners):
+        index[:, :w, corner] = 1 + ys[:, None] * side + xs
+        weight[:, :w, corner] = wy[:, None] * wx
+    return index.reshape(-1, 4), weight.reshape(-1, 4)

@@ -1,0 +1,403 @@
+"""Where every token of a batch lies: `SequencePlan`, the only thing the packed forward knows about padding.
+
+A packed batch is one `[N, D]` buffer. The rows of a sample are contiguous:
+
+    [real text tokens ..., image [CLS], patches ..., (query-only row)]
+
+The image has no [CLS] of its own when it is given as `image_embeds`. The query-only row exists only where text position
+0 is masked: ViLT pools from position 0 whatever the mask says, so that row is computed as a query but is no key to
+anybody (`key_lengths` is one less than `lengths`).
+
+A plan is made on the host from the two masks (one device-to-host copy) and can be kept and passed again for inputs with
+the same masks. It depends on no parameter of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ...errors import InputError
+from . import patches
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SequencePlan:
+    """Index tensors (int64 unless said) that take padded inputs to packed rows and back.
+
+    B samples, T padded text width, I padded image width (with [CLS]), N packed rows, n text rows, p patch rows.
+    """
+
+    text_length: int  #: T
+    image_length: int  #: I
+    lengths: tuple[int, ...]  #: rows of each sample
+    key_lengths: tuple[int, ...]  #: leading rows of each sample that are keys
+    grids: tuple[tuple[int, int], ...]  #: (h, w) patches of each image; empty for `image_embeds`
+    patch_grid: tuple[int, int]  #: (gh, gw) patches of the padded pixel tensor; (1, P) for `image_embeds`
+    cu_seqlens: torch.Tensor  #: int32 [B + 1] row offsets
+    seqused_k: torch.Tensor  #: int32 [B], `key_lengths`
+    text_source: torch.Tensor  #: [n] position in the flattened [B * T] text
+    text_rows: torch.Tensor  #: [n]
+    patch_source: torch.Tensor  #: [p] b * gh * gw + y * gw + x (position in the flattened [B * P] `image_embeds`)
+    patch_rows: torch.Tensor  #: [p]
+    patch_sample: torch.Tensor  #: [p]
+    pos_index: torch.Tensor  #: [p, 4] rows of the whole position table (row 0 is [CLS]); empty for `image_embeds`
+    pos_weight: torch.Tensor  #: float32 or float64 [p, 4] bilinear weights
+    cls_rows: torch.Tensor  #: [B], or [0] for `image_embeds`
+    pool_rows: torch.Tensor  #: [B] the row that the pooler reads
+    padded_rows: torch.Tensor  #: [m] packed rows that have a place in the padded output
+    padded_places: torch.Tensor  #: [m] that place, in the flattened [B * (T + I)]
+    dense: bool  #: no padding at all: packed rows are the padded tensor
+    widths: tuple[int, ...]  #: T + I of each batch that was concatenated into this plan (one unless NLVR2)
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return len(self.lengths)
+
+    @property
+    def layout(self) -> tuple:
+        """(B, T, patch grid, whether images have a [CLS]): what inputs must look like to be packed by this plan."""
+        return self.batch, self.text_length, self.patch_grid, len(self.cls_rows) > 0
+
+    @property
+    def total_rows(self) -> int:
+        """Number of packed rows N."""
+        return sum(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Rows of the longest sample."""
+        return max(self.lengths)
+
+    @property
+    def padded_rows_count(self) -> int:
+        """Rows that the padded reference computes: B * (T + I)."""
+        return self.batch * (self.text_length + self.image_length)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors live."""
+        return self.text_rows.device
+
+    def patch_positions(self, sample: int) -> torch.Tensor:
+        """(y, x) of each patch row of one sample, in packed order: int64 [patches, 2]."""
+        height, width = self.patch_grid
+        source = self.patch_source[self.patch_sample == sample] % (height * width)
+        return torch.stack([source // width, source % width], dim=-1)
+
+    def to(self, device) -> SequencePlan:
+        """The same plan with its index tensors on `device`."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """Rows `[N, ...]` from a padded `[B, T + I, ...]`; a query-only row is read from text position 0."""
+        flat = padded.flatten(0, 1)
+        if self.dense:
+            return flat
+        rows = flat.new_zeros(self.total_rows, *flat.shape[1:])
+        rows = rows.index_copy_(0, self.padded_rows, flat.index_select(0, self.padded_places))
+        extra = self._samples_with_query_row()
+        return rows if extra is None else rows.index_copy(0, self.pool_rows[extra], padded[extra, 0])
+
+    def unpack(self, rows: torch.Tensor, *, query_rows: bool = False) -> torch.Tensor:
+        """Padded `[B, T + I, ...]` from rows `[N, ...]`; padded positions are zero.
+
+        With `query_rows`, text position 0 holds the query-only row where there is one, as modules that are called on
+        the padded tensor expect; `pack` is then the exact inverse.
+        """
+        width = self.text_length + self.image_length
+        if self.dense:
+            return rows.reshape(self.batch, width, *rows.shape[1:])
+        flat = rows.new_zeros(self.batch * width, *rows.shape[1:])
+        real = rows if len(self.padded_rows) == len(rows) else rows.index_select(0, self.padded_rows)
+        flat = flat.index_copy_(0, self.padded_places, real)
+        extra = self._samples_with_query_row() if query_rows else None
+        if extra is not None:
+            flat = flat.index_copy(0, extra * width, rows.index_select(0, self.pool_rows[extra]))
+        return flat.unflatten(0, (self.batch, width))
+
+    def _samples_with_query_row(self):
+        extra = [b for b, (n, k) in enumerate(zip(self.lengths, self.key_lengths, strict=True)) if n > k]
+        return torch.tensor(extra, device=self.device) if extra else None
+
+    def split(self, padded: torch.Tensor) -> list[torch.Tensor]:
+        """A padded tensor [B, T + I, ...] as one tensor for each concatenated batch, at its own width."""
+        parts = padded.chunk(len(self.widths))
+        return [part[:, :width] for part, width in zip(parts, self.widths, strict=True)]
+
+    def raster(self, rows: torch.Tensor) -> tuple[SequencePlan, torch.Tensor]:
+        """This plan and its rows [N, D] with the patches of each image put in raster order."""
+        order = torch.argsort(self.patch_source)
+        moved = ("patch_source", "pos_index", "pos_weight")
+        plan = dataclasses.replace(self, **{name: getattr(self, name)[order] for name in moved})
+        return plan, rows.index_copy(0, self.patch_rows, rows[self.patch_rows[order]])
+
+    def key_mask(self) -> torch.Tensor:
+        """bool [B, T + I]: True where a padded position is real."""
+        mask = torch.zeros(self.batch * (self.text_length + self.image_length), dtype=torch.bool, device=self.device)
+        return mask.index_fill(0, self.padded_places, True).view(self.batch, -1)
+
+    @staticmethod
+    @torch.compiler.disable  # host work: traced, its draws would be reordered or dropped
+    def from_masks(
+        attention_mask: torch.Tensor | None,
+        pixel_mask: torch.Tensor | None,
+        *,
+        text_shape: Sequence[int],
+        pixel_shape: Sequence[int],
+        patch_size: Sequence[int],
+        position_grid: int,
+        max_image_length: int | None = -1,
+        patch_order: str = "raster",
+        generator: torch.Generator | None = None,
+        cells: Sequence[np.ndarray] | None = None,
+        position_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> SequencePlan:
+        """Plan for text and pixels.
+
+        Args:
+            attention_mask: [B, T] any dtype, non-zero where real; None for no padding. Holes are allowed.
+            pixel_mask: [B, h, w] at any resolution, 1 on the image (a rectangle from the top left corner) and 0
+                elsewhere; it is sampled once per patch, as the reference does (nearest). None for no padding.
+            text_shape: (B, T).
+            pixel_shape: (B, C, H, W) of the pixel tensor.
+            patch_size: (patch height, patch width).
+            position_grid: side G of the square position table.
+            max_image_length: a positive number keeps at most so many patches of an image, drawn without replacement;
+                None or a negative number keeps all.
+            patch_order: "raster", or "reference" for the draws of the reference under the same torch seed.
+            generator: for the draws under "raster".
+            cells: y * gw + x of the kept patches of each image, in order, where they are already drawn.
+            position_dtype: of the bilinear weights, float64 for a float64 model and float32 otherwise.
+            device: of the index tensors; that of the masks by default.
+
+        Raises:
+            InputError: wrong shapes, a mask that is no anchored rectangle of 0 and 1, an image without patches, or
+                `max_image_length` 0.
+        """
+        text = _real_text(attention_mask, text_shape)
+        batch, _, height, width = pixel_shape
+        grid = (height // patch_size[0], width // patch_size[1])
+        if min(grid) < 1:
+            raise InputError(
+                f"pixel_values of {height}x{width} hold no whole patch of {patch_size[0]}x{patch_size[1]}: "
+                "resize the image."
+            )
+        grids = patches.patch_grids(pixel_mask, batch, grid)
+        if cells is None:
+            cells = patches.choose_patches(grids, grid, max_image_length, patch_order, generator)
+        if device is None:
+            masks = [m for m in (attention_mask, pixel_mask) if m is not None]
+            device = masks[0].device if masks else "cpu"
+        device = torch.device(device)
+        # A copy that one stream has ordered may not have arrived when another looks.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        return _with_pixels(
+            text.tobytes(), text.shape, tuple(np.ascontiguousarray(c, np.int64).tobytes() for c in cells), grids, grid,
+            position_grid, position_dtype == torch.float64, device, stream,
+        )  # fmt: skip
+
+    @staticmethod
+    @torch.compiler.disable
+    def from_keep_mask(
+        attention_mask: torch.Tensor | None,
+        keep: torch.Tensor,
+        *,
+        text_shape: Sequence[int],
+        device: torch.device | str | None = None,
+    ) -> SequencePlan:
+        """Plan for text and ready image embeddings; `keep` [B, P] is non-zero where a token is real (holes allowed).
+
+        Raises:
+            InputError: wrong shapes, or a sample without a single real token.
+        """
+        text = _positions(_real_text(attention_mask, text_shape))
+        if keep.ndim != 2 or keep.shape[0] != text_shape[0]:
+            raise InputError(f"the keep-mask of image_embeds must be [{text_shape[0]}, P], got {list(keep.shape)}.")
+        kept = _positions((keep != 0).cpu().numpy())
+        empty = [b for b, (t, k) in enumerate(zip(text, kept, strict=True)) if len(t) + len(k) == 0]
+        if empty:
+            raise InputError(f"samples {empty} have neither a real text token nor a real image token.")
+        device = keep.device if device is None else device
+        return _assemble(text, text_shape[1], kept, (1, keep.shape[1]), keep.shape[1], (), None, False, device)
+
+    @staticmethod
+    @torch.compiler.disable
+    def concatenate(plans: Sequence[SequencePlan], source_stride: int = 1) -> SequencePlan:
+        """One plan for several packed batches laid end to end (NLVR2: the same text with each image).
+
+        All plans share the text, so `text_source` is not shifted. Image i of sample b is looked up at
+        `b * source_stride + i` of the flattened images (`source_stride` = images a sample).
+        The padded layout is as wide as the widest plan; `widths` remembers each one's own.
+        """
+        cells = plans[0].patch_grid[0] * plans[0].patch_grid[1]
+        rows = np.cumsum([0] + [p.total_rows for p in plans]).tolist()
+        samples = np.cumsum([0] + [p.batch for p in plans]).tolist()
+
+        def joined(name, offsets=None):
+            parts = [getattr(p, name) for p in plans]
+            return torch.cat([t + offsets[i] for i, t in enumerate(parts)] if offsets else parts)
+
+        widths = tuple(p.text_length + p.image_length for p in plans)
+        sources, places = [], []
+        for i, plan in enumerate(plans):
+            sample, place = plan.padded_places // widths[i], plan.padded_places % widths[i]
+            places.append((sample + samples[i]) * max(widths) + place)
+            sample, cell = plan.patch_source // cells, plan.patch_source % cells
+            sources.append((sample * source_stride + i) * cells + cell)
+        cu_seqlens = [p.cu_seqlens[1:] + rows[i] for i, p in enumerate(plans)]
+        return SequencePlan(
+            text_length=plans[0].text_length,
+            image_length=max(p.image_length for p in plans),
+            lengths=sum((p.lengths for p in plans), ()),
+            key_lengths=sum((p.key_lengths for p in plans), ()),
+            grids=sum((p.grids for p in plans), ()),
+            patch_grid=plans[0].patch_grid,
+            cu_seqlens=torch.cat([plans[0].cu_seqlens[:1], *cu_seqlens]),
+            seqused_k=joined("seqused_k"),
+            text_source=joined("text_source"),
+            text_rows=joined("text_rows", rows),
+            patch_source=torch.cat(sources),
+            patch_rows=joined("patch_rows", rows),
+            patch_sample=joined("patch_sample", samples),
+            pos_index=joined("pos_index"),
+            pos_weight=joined("pos_weight"),
+            cls_rows=joined("cls_rows", rows),
+            pool_rows=joined("pool_rows", rows),
+            padded_rows=joined("padded_rows", rows),
+            padded_places=torch.cat(places),
+            dense=all(p.dense for p in plans) and len(set(widths)) == 1,
+            widths=widths,
+        )
+
+
+def _real_text(attention_mask, text_shape) -> np.ndarray:
+    """bool [B, T]: the real text positions."""
+    batch, length = text_shape
+    if batch < 1:
+        raise InputError("the batch is empty: ViLT needs at least one sample.")
+    if attention_mask is None:
+        return np.ones((batch, length), bool)
+    if tuple(attention_mask.shape) != (batch, length):
+        raise InputError(f"attention_mask must be [{batch}, {length}] like the text, got {list(attention_mask.shape)}.")
+    return (attention_mask != 0).cpu().numpy()
+
+
+def _positions(mask: np.ndarray) -> list[np.ndarray]:
+    """Where each row of a mask is True."""
+    return [np.flatnonzero(row) for row in mask]
+
+
+@functools.lru_cache(maxsize=32)  # a server sees the same sizes again and again, and making a plan takes a while
+def _with_pixels(text, text_shape, cells, grids, grid, position_grid, exact, device, stream) -> SequencePlan:
+    """The plan of text (the bytes of a mask) and patches (those of the cells of each image, int64)."""
+    text = _positions(np.frombuffer(text, bool).reshape(text_shape))
+    cells = [np.frombuffer(c, np.int64) for c in cells]
+    positions = [patches.bilinear(h, w, position_grid, grid[1], exact) for h, w in grids]
+    index = np.concatenate([i[p] for (i, _), p in zip(positions, cells, strict=True)])
+    weight = np.concatenate([w[p] for (_, w), p in zip(positions, cells, strict=True)])
+    return _assemble(text, text_shape[1], cells, grid, max(map(len, cells)), grids, (index, weight), True, device)
+
+
+def _assemble(text, text_length, image, grid, image_tokens, grids, positions, has_cls, device) -> SequencePlan:
+    """Lay the samples end to end."""
+    head = 1 if has_cls else 0
+    image_length = image_tokens + head
+    width = text_length + image_length
+    cells = grid[0] * grid[1]
+    text_source, text_rows, patch_source, patch_rows, patch_sample = [], [], [], [], []
+    cls_rows, pool_rows, padded_rows, places = [], [], [], []
+    lengths, key_lengths = [], []
+    start = 0
+    for b, (t, p) in enumerate(zip(text, image, strict=True)):
+        keys = len(t) + head + len(p)
+        # ViLT pools from text position 0 even where that is masked; without text it pools from the first image token.
+        extra = int(text_length > 0 and (len(t) == 0 or t[0] != 0))
+        if text_length == 0 and not has_cls and (len(p) == 0 or p[0] != 0):
+            raise InputError(
+                f"sample {b} has no text and its first image token is masked: there is nothing to pool from."
+            )
+        lengths.append(keys + extra)
+        key_lengths.append(keys)
+        text_source.append(b * text_length + t)
+        text_rows.append(start + np.arange(len(t)))
+        if extra:
+            text_source.append(np.array([b * text_length]))
+            text_rows.append(np.array([start + keys]))
+        cls_rows.append(start + len(t))
+        patch_source.append(b * cells + p)
+        patch_rows.append(start + len(t) + head + np.arange(len(p)))
+        patch_sample.append(np.full(len(p), b))
+        pool_rows.append(start + keys if extra else start)
+        padded_rows.append(start + np.arange(keys))
+        image_places = np.arange(head + len(p)) if has_cls else p
+        places.append(b * width + np.concatenate([t, text_length + image_places]))
+        start += keys + extra
+
+    index, weight = positions if positions is not None else (np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32))
+    host = {
+        "cu_seqlens": np.cumsum([0, *lengths], dtype=np.int32),
+        "seqused_k": np.array(key_lengths, np.int32),
+        "text_source": np.concatenate(text_source),
+        "text_rows": np.concatenate(text_rows),
+        "patch_source": np.concatenate(patch_source),
+        "patch_rows": np.concatenate(patch_rows),
+        "patch_sample": np.concatenate(patch_sample),
+        "pos_index": index,
+        "pos_weight": weight,
+        "cls_rows": np.array(cls_rows if has_cls else [], np.int64),
+        "pool_rows": np.array(pool_rows, np.int64),
+        "padded_rows": np.concatenate(padded_rows),
+        "padded_places": np.concatenate(places),
+    }
+    return SequencePlan(
+        text_length=text_length,
+        image_length=image_length,
+        lengths=tuple(lengths),
+        key_lengths=tuple(key_lengths),
+        grids=tuple(grids),
+        patch_grid=tuple(grid),
+        dense=start == len(text) * width and list(lengths) == list(key_lengths) and _in_order(places),
+        widths=(width,),
+        **_on_device(host, torch.device(device)),
+    )
+
+
+def _on_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """The arrays as tensors on `device`, by one copy that nobody waits for; good for autograd in any case."""
+    starts, size = [], 0
+    for array in arrays.values():
+        starts.append(size)
+        size += -(-array.nbytes // 16) * 16
+    with torch.inference_mode(False):
+        whole = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        host = whole.numpy()
+        for array, start in zip(arrays.values(), starts, strict=True):
+            host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        whole = whole.to(device, non_blocking=True)
+        return {
+            name: whole[start : start + array.nbytes].view(_DTYPES[array.dtype.name]).view(array.shape)
+            for (name, array), start in zip(arrays.items(), starts, strict=True)
+        }
+
+
+_DTYPES = {name: getattr(torch, name) for name in ("int32", "int64", "float32", "float64")}
+
+
+def _in_order(places) -> bool:
+    flat = np.concatenate(places)
+    return bool((flat == np.arange(len(flat))).all())

@@ -1,0 +1,237 @@
+"""HuggingFace's ViLT and its task classes: the trunk packed, and each head on as few rows as it needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
+from transformers.models.vilt import modeling_vilt as hf
+
+from ...engine import blocks
+from ...errors import InputError
+from ...swap import Swapped
+from .inputs import Inputs, joined
+from .plan import SequencePlan
+from .trunk import Trunk, TrunkForward, chosen, extras
+
+
+def find(model: nn.Module) -> list[tuple[nn.Module, type]]:
+    """The `ViltModel`s in `model`, and the task classes around them."""
+    kinds = {
+        hf.ViltModel: TrunkForward,
+        hf.ViltForMaskedLM: MaskedLMForward,
+        hf.ViltForTokenClassification: TokenClassificationForward,
+        hf.ViltForQuestionAnswering: QuestionAnsweringForward,
+        hf.ViltForImageAndTextRetrieval: RetrievalForward,
+        hf.ViltForImagesAndTextClassification: ImagesAndTextForward,
+    }
+    return [
+        (module, kind)
+        for module in model.modules()
+        for known, kind in kinds.items()
+        if isinstance(module, known) and type(module).forward is known.forward
+    ]
+
+
+class TaskForward(Swapped):
+    """The forward of a task class. A derived class says what its head makes of the trunk's packed result."""
+
+    output = SequenceClassifierOutput
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        pixel_values=None,
+        pixel_mask=None,
+        inputs_embeds=None,
+        image_embeds=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        given = {k: v for k, v in locals().items() if k not in ("self", "kwargs")} | kwargs
+        model, config = self.module, self.module.config
+        trunk_forward = model.vilt.__dict__.get("forward")
+        # The trunk is called past its hooks, so there must be none.
+        if not isinstance(trunk_forward, TrunkForward) or blocks.has_hooks(model.vilt) or not self.packable():
+            return self.own(**given)
+        self.check(given)
+        images = self.images(given)
+        trunk = trunk_forward.run(
+            images,
+            given.get("sequence_plan"),
+            chosen(output_hidden_states, config.output_hidden_states),
+            chosen(output_attentions, config.output_attentions),
+        )
+        logits = self.logits(trunk, images)
+        loss = None if labels is None else self.loss(logits, labels.to(logits.device))
+        hidden_states, attentions = self.extras(trunk)
+        if chosen(return_dict, config.return_dict):
+            return self.output(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
+        output = self.as_tuple(logits, hidden_states, attentions)
+        return output if loss is None else (loss, *output)
+
+    def packable(self) -> bool:
+        """Whether the head, as it is now, may be given packed rows."""
+        return True
+
+    def check(self, given) -> None:
+        """Raise for what the task does not take, before anything is computed."""
+
+    def images(self, given) -> list[Inputs]:
+        """The inputs of each image that a sample has."""
+        return [Inputs.checked(self.module.vilt, **Inputs.among(given))]
+
+    def plan(self, **inputs) -> SequencePlan:
+        """The plan that a call with these inputs would make."""
+        trunk = self.module.vilt
+        return joined([i.plan(trunk, trunk.forward.options) for i in self.images(inputs)])
+
+    def logits(self, trunk: Trunk, images: list[Inputs]) -> torch.Tensor:
+        raise NotImplementedError
+
+    def loss(self, logits, labels):
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
+
+    extras = staticmethod(extras)
+
+    @staticmethod
+    def as_tuple(logits, hidden_states, attentions):
+        """The output where no dictionary is wanted, without the loss."""
+        return (logits, *(e for e in (hidden_states, attentions) if e is not None))
+
+
+class QuestionAnsweringForward(TaskForward):
+    """`ViltForQuestionAnswering.forward`."""
+
+    def logits(self, trunk, images):
+        return self.module.classifier(trunk.pooled)
+
+    def loss(self, logits, labels):
+        return F.binary_cross_entropy_with_logits(logits, labels) * labels.shape[1]
+
+
+class RetrievalForward(TaskForward):
+    """`ViltForImageAndTextRetrieval.forward`."""
+
+    def check(self, given):
+        if given["labels"] is not None:
+            raise NotImplementedError("Training is not yet supported.")
+
+    def logits(self, trunk, images):
+        return self.module.rank_output(trunk.pooled)
+
+
+class MaskedLMForward(TaskForward):
+    """`ViltForMaskedLM.forward`: the head runs on real text tokens only."""
+
+    output = MaskedLMOutput
+
+    def packable(self):
+        head = self.module.mlm_score
+        if blocks.any_hooked(head) or type(head) is not hf.ViltMLMHead:
+            return False
+        transform = head.transform
+        return (
+            type(transform) is hf.ViltPredictionHeadTransform
+            and isinstance(transform.LayerNorm, nn.LayerNorm)
+            and all(map(blocks.is_tokenwise, (transform.dense, head.decoder)))
+        )
+
+    def logits(self, trunk, images):
+        return _text_logits(self.module.mlm_score, trunk, images[0].text_shape)
+
+
+class TokenClassificationForward(TaskForward):
+    """`ViltForTokenClassification.forward`: the head runs on real text tokens only."""
+
+    output = TokenClassifierOutput
+
+    def packable(self):
+        head = (self.module.dropout, self.module.classifier)
+        return blocks.is_tokenwise(head[1]) and not any(map(blocks.any_hooked, head))
+
+    def logits(self, trunk, images):
+        model = self.module
+        return _text_logits(lambda rows: model.classifier(model.dropout(rows)), trunk, images[0].text_shape)
+
+
+class ImagesAndTextForward(TaskForward):
+    """`ViltForImagesAndTextClassification.forward`: one packed batch for all images, the text embedded once."""
+
+    output = hf.ViltForImagesAndTextClassificationOutput
+
+    def packable(self):
+        # A hook within the trunk is to see the images one after the other, as in the reference.
+        return not any(map(blocks.any_hooked, self.module.vilt.children()))
+
+    def images(self, given):
+        pixel_values, pixel_mask, image_embeds = (given.get(k) for k in ("pixel_values", "pixel_mask", "image_embeds"))
+        if pixel_values is not None and pixel_values.ndim == 4:
+            pixel_values = pixel_values.unsqueeze(1)
+        if image_embeds is not None and image_embeds.ndim == 3:
+            image_embeds = image_embeds.unsqueeze(1)
+        image = pixel_values if pixel_values is not None else image_embeds
+        num_images = None if image is None else image.shape[1]
+        wanted = self.module.config.num_images
+        if num_images != wanted:
+            raise InputError(
+                "Make sure to match the number of images in the model with the number of images in the input: "
+                f"the model takes {wanted}, got {num_images}."
+            )
+        if pixel_mask is not None and (pixel_mask.ndim != 4 or pixel_mask.shape[1] != num_images):
+            raise InputError(f"pixel_mask must be [B, {num_images}, height, width], got {list(pixel_mask.shape)}.")
+        shared = {k: given.get(k) for k in ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds")}
+        return [
+            Inputs.checked(
+                self.module.vilt,
+                pixel_values=None if pixel_values is None else pixel_values[:, i],
+                pixel_mask=None if pixel_mask is None else pixel_mask[:, i],
+                image_embeds=None if image_embeds is None else image_embeds[:, i],
+                modality=i + 1,
+                **shared,
+            )
+            for i in range(num_images)
+        ]
+
+    def logits(self, trunk, images):
+        batch = images[0].text_shape[0]
+        return self.module.classifier(torch.cat(trunk.pooled.split(batch), dim=-1))
+
+    @staticmethod
+    def extras(trunk):
+        """Lists over the images, each at the padded width of that image's own batch; None where not asked for."""
+        plan = trunk.plan
+        hidden = [plan.split(plan.unpack(h.to(trunk.dtype))) for h in trunk.hidden_states]
+        attentions = [plan.split(a.transpose(1, 2)) for a in trunk.attentions]  # crop the queries, then the keys
+        return (
+            [tuple(layer[i] for layer in hidden) for i in range(len(plan.widths))] if hidden else None,
+            [
+                tuple(layer[i].transpose(1, 2)[..., :width] for layer in attentions)
+                for i, width in enumerate(plan.widths)
+            ]
+            if attentions
+            else None,
+        )
+
+    @staticmethod
+    def as_tuple(logits, hidden_states, attentions):
+        return logits, hidden_states, attentions
+
+
+def _text_logits(head, trunk: Trunk, text_shape) -> torch.Tensor:
+    """Logits [B, T, classes] of a head on the real text rows, zero elsewhere."""
+    plan = trunk.plan
+    rows, places = plan.text_rows, plan.text_source
+    if plan.lengths != plan.key_lengths:  # a query-only row stands for a masked token, whose logits mean nothing
+        real = torch.isin(rows, plan.padded_rows)
+        rows, places = rows[real], places[real]
+    logits = head(trunk.rows.index_select(0, rows))
+    batch, length = text_shape
+    padded = logits.new_zeros(batch * length, logits.shape[-1])
+    return padded.index_copy(0, places, logits).view(batch, length, -1)

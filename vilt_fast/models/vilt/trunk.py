@@ -1,0 +1,193 @@
+"""HuggingFace's `ViltModel`: its forward, packed, and its blocks as the engine sees them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.vilt import modeling_vilt as hf
+
+from ...engine import encode as engine
+from ...engine.blocks import Block, is_hooked
+from ...swap import Swapped
+from .inputs import Inputs, embed
+from .plan import SequencePlan
+
+
+@dataclasses.dataclass(slots=True)
+class Trunk:
+    """What the trunk computed, packed, with the plan of each image."""
+
+    rows: torch.Tensor  #: [N, D] after the final norm
+    pooled: torch.Tensor | None  #: [B, D]
+    plan: SequencePlan
+    dtype: torch.dtype  #: of the residual stream in the reference
+    hidden_states: list[torch.Tensor]  #: packed [N, D], in whatever dtype they were computed
+    attentions: list[torch.Tensor]  #: padded [B, H, L, L]
+
+
+class TrunkForward(Swapped):
+    """`ViltModel.forward`, packed."""
+
+    def __call__(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        token_type_ids=None,
+        pixel_values=None,
+        pixel_mask=None,
+        inputs_embeds=None,
+        image_embeds=None,
+        image_token_type_idx=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        sequence_plan=None,
+        **kwargs,
+    ):
+        config = self.module.config
+        trunk = self.run(
+            [
+                Inputs.checked(
+                    self.module,
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    token_type_ids=token_type_ids,
+                    pixel_values=pixel_values,
+                    pixel_mask=pixel_mask,
+                    inputs_embeds=inputs_embeds,
+                    image_embeds=image_embeds,
+                    modality=image_token_type_idx,
+                )
+            ],
+            sequence_plan,
+            chosen(output_hidden_states, config.output_hidden_states),
+            chosen(output_attentions, config.output_attentions),
+        )
+        hidden, attentions = extras(trunk)
+        sequence = trunk.plan.unpack(trunk.rows)
+        if not chosen(return_dict, config.return_dict):
+            return (sequence, trunk.pooled, *(e for e in (hidden, attentions) if e is not None))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=sequence, pooler_output=trunk.pooled, hidden_states=hidden, attentions=attentions
+        )
+
+    def plan(self, **inputs) -> SequencePlan:
+        """The plan that a call with these inputs would make."""
+        return Inputs.checked(self.module, **Inputs.among(inputs)).plan(self.module, self.options)
+
+    def run(self, images: list[Inputs], plan=None, want_hidden=False, want_attention=False) -> Trunk:
+        """Embed, encode, normalise and pool; several images share one text and run as one packed batch."""
+        model = self.module
+        rows, plan = embed(model, images, plan, self.options)
+        if is_hooked(model.encoder) or type(model.encoder) is not hf.ViltEncoder:
+            encoded = _call_encoder(model.encoder, rows, plan, want_hidden, want_attention)
+        else:
+            encoded = engine.encode(
+                model.encoder.layer,
+                _block,
+                rows,
+                plan,
+                weights=self.weights,
+                captured=self.graphs,
+                want_hidden=want_hidden,
+                want_attention=want_attention,
+            )
+        normed = engine.final_norm(model.layernorm, encoded.rows, plan)
+        pooled = None
+        if model.pooler is not None:
+            pooled = engine.pool(model.pooler, normed, plan, first_only=type(model.pooler) is hf.ViltPooler)
+        return Trunk(normed, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions)
+
+
+def chosen(given, default):
+    return default if given is None else given
+
+
+def extras(trunk: Trunk):
+    """(hidden states, attentions) as tuples of padded tensors; None where they were not asked for."""
+    hidden = tuple(trunk.plan.unpack(h.to(trunk.dtype)) for h in trunk.hidden_states) or None
+    return hidden, tuple(trunk.attentions) or None
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+_PARTS = {
+    "attention": hf.ViltAttention,
+    "attention.attention": hf.ViltSelfAttention,
+    "attention.output": hf.ViltSelfOutput,
+    "intermediate": hf.ViltIntermediate,
+    "output": hf.ViltOutput,
+}
+
+
+def _block(layer: nn.Module) -> Block:
+    """A `ViltLayer` as the engine sees it."""
+    call_padded = functools.partial(_call_layer, layer)
+    if type(layer) is not hf.ViltLayer or any(type(layer.get_submodule(p)) is not kind for p, kind in _PARTS.items()):
+        return Block.opaque(layer, call_padded)
+    attention, self_attention = layer.attention, layer.attention.attention
+    checkpoint = layer._gradient_checkpointing_func if layer.gradient_checkpointing and layer.training else None
+    activation = layer.intermediate.intermediate_act_fn
+    return Block(
+        module=layer,
+        norm1=layer.layernorm_before,
+        qkv=(self_attention.query, self_attention.key, self_attention.value),
+        attention_dropout=self_attention.dropout,
+        out=attention.output.dense,
+        out_dropout=attention.output.dropout,
+        norm2=layer.layernorm_after,
+        fc1=layer.intermediate.dense,
+        activation=activation,
+        activation_dropout=None,
+        fc2=layer.output.dense,
+        fc2_dropout=layer.output.dropout,
+        num_heads=self_attention.num_attention_heads,
+        scale=self_attention.attention_head_size**-0.5,
+        exact_gelu=_is_exact_gelu(activation),
+        checkpoint=checkpoint,
+        call_padded=call_padded,
+    )
+
+
+def _is_exact_gelu(activation) -> bool:
+    if type(activation) is GELUActivation:
+        return activation.act is F.gelu
+    return activation is F.gelu or (type(activation) is nn.GELU and activation.approximate == "none")
+
+
+def _call_layer(layer, hidden, plan, want_attention):
+    outputs = layer(hidden, _additive(plan, hidden.dtype), want_attention)
+    return outputs[0], outputs[1] if want_attention else None
+
+
+def _additive(plan, dtype):
+    """The mask that HuggingFace adds to attention scores: [B, 1, L, L], the lowest finite number at padded keys.
+
+    None where nothing is padded, as there.
+    """
+    if plan.dense:
+        return None
+    key_mask = plan.key_mask()
+    width = key_mask.shape[1]
+    mask = torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device)
+    return mask.masked_fill(~key_mask, torch.finfo(dtype).min)[:, None, None].expand(-1, -1, width, -1)
+
+
+def _call_encoder(encoder, rows, plan, want_hidden, want_attention) -> engine.Encoded:
+    """An encoder that has hooks or is not HuggingFace's own: called as the reference calls it, padded."""
+    outputs = encoder(
+        plan.unpack(rows, query_rows=True),
+        attention_mask=_additive(plan, rows.dtype),
+        output_attentions=want_attention,
+        output_hidden_states=want_hidden,
+        return_dict=True,
+    )
+    hidden = [plan.pack(h) for h in outputs.hidden_states] if want_hidden else []
+    attentions = [engine.of_real_queries(a, plan) for a in outputs.attentions] if want_attention else []
+    return engine.Encoded(plan.pack(outputs[0]), hidden, attentions)
