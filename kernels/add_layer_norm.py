@@ -1,6 +1,6 @@
 """Residual add and LayerNorm for Triton, one pass over memory each way.
 
-    z = dropout(x + x_bias);  s = z + residual;  y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+    s = dropout(x) + residual;  y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
 
 Shapes: x, residual [N, D] of floating dtypes that may differ (a float32 residual stream under bfloat16 layers); s
 [N, D] in the wider of the two, y [N, D] in that of x; mean and rstd [N] float32 are kept for the backward.
@@ -10,8 +10,8 @@ once, s and y written once. The statistics are those of s as it is rounded, as i
 
 Backward, with xhat = (s - mean) rstd and g = dy weight:
     d = ds + rstd (g - mean_D(g) - xhat mean_D(g xhat));  dresidual = d;  dx = dropout'(d)
-    dweight = sum_rows dy xhat;  dbias = sum_rows dy;  dx_bias = sum_rows dx
-A program takes a run of rows and leaves its share of the three sums in [3, programs, D] float32; adding the shares is a
+    dweight = sum_rows dy xhat;  dbias = sum_rows dy
+A program takes a run of rows and leaves its share of both sums in [2, programs, D] float32; adding the shares is a
 second, small pass in a fixed order. No atomics: equal runs give equal bits.
 
 Dropout draws four Philox words for four neighbouring elements from (seed, column / 4, row), whatever the tile, so that
@@ -40,7 +40,7 @@ def _kept(seed, rows, dropout_p, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _add_layer_norm_fwd_kernel(
-    x, residual, weight, bias, x_bias, seed, s_out, y_out, mean_out, rstd_out, N, D, stride_x, stride_r, eps, dropout_p,
+    x, residual, weight, bias, seed, s_out, y_out, mean_out, rstd_out, N, D, stride_x, stride_r, eps, dropout_p,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
@@ -48,8 +48,6 @@ def _add_layer_norm_fwd_kernel(
     inside = (rows < N)[:, None] & real
     wide = rows.to(tl.int64)[:, None]
     s = tl.load(x + wide * stride_x + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    if x_bias is not None:
-        s += tl.load(x_bias + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     if seed is not None:
         s = tl.where(_kept(seed, rows, dropout_p, BLOCK_D), s / (1.0 - dropout_p), 0.0)
     s += tl.load(residual + wide * stride_r + cols[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -72,13 +70,12 @@ def _add_layer_norm_fwd_kernel(
 @triton.jit
 def _add_layer_norm_bwd_kernel(
     ds, dy, s, mean, rstd, weight, seed, dresidual, dx, sums, N, D, rows_each, dropout_p,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, X_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     group = tl.program_id(0)
     cols = tl.arange(0, BLOCK_D)
     dweight = tl.zeros((ROWS, BLOCK_D), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    dx_bias = tl.zeros((ROWS, BLOCK_D), tl.float32)
     if weight is not None:
         scale = tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     for first in range(group * rows_each, tl.minimum(N, (group + 1) * rows_each), ROWS):
@@ -108,15 +105,11 @@ def _add_layer_norm_bwd_kernel(
             d = tl.where(_kept(seed, rows, dropout_p, BLOCK_D), d / (1.0 - dropout_p), 0.0)
         if dx is not None:
             tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
-        if X_BIAS:
-            dx_bias += tl.where(inside, d, 0.0)
     if sums is not None:
         share = sums + group.to(tl.int64) * D + cols
         step = tl.num_programs(0).to(tl.int64) * D
         tl.store(share, tl.sum(dweight, 0), mask=cols < D)
         tl.store(share + step, tl.sum(dbias, 0), mask=cols < D)
-        if X_BIAS:
-            tl.store(share + 2 * step, tl.sum(dx_bias, 0), mask=cols < D)
 
 
 def supports(op, device=None, dtype=None, residual_dtype=None, width=1, **facts):
@@ -143,7 +136,7 @@ def _plain(*tensors):
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def add_layer_norm_fwd(x, residual, weight, bias, eps, x_bias=None, dropout_p=0.0, seed=None):
+def add_layer_norm_fwd(x, residual, weight, bias, eps, dropout_p=0.0, seed=None):
     """((s, y), (mean, rstd)); seed: int64 [1] on the device of x, needed with dropout."""
     D = x.shape[-1]
     s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
@@ -155,17 +148,16 @@ def add_layer_norm_fwd(x, residual, weight, bias, eps, x_bias=None, dropout_p=0.
         config = _config(N, D)
         with _device.on(x):
             _add_layer_norm_fwd_kernel[(triton.cdiv(N, config["ROWS"]),)](
-                x, residual, *_plain(weight, bias, x_bias), seed if dropout_p > 0 else None, s, y, mean, rstd, N, D,
+                x, residual, *_plain(weight, bias), seed if dropout_p > 0 else None, s, y, mean, rstd, N, D,
                 x.stride(0), residual.stride(0), eps, dropout_p, **config,
             )  # fmt: skip
     return (s, y), (mean, rstd)
 
 
 def add_layer_norm_bwd(
-    ds, dy, s, mean, rstd, weight, *, seed=None, dropout_p=0.0, x_dtype=None, residual_dtype=None, with_sums=True,
-    with_x_bias=False,
-):  # fmt: skip
-    """(dresidual, dx, sums): sums [3, D] float32 are those for weight, bias and x_bias ([2, D] without the last).
+    ds, dy, s, mean, rstd, weight, *, seed=None, dropout_p=0.0, x_dtype=None, residual_dtype=None, with_sums=True
+):
+    """(dresidual, dx, sums): sums [2, D] float32 are those for weight and bias.
 
     dx is empty [0] where it equals dresidual: equal dtypes and no dropout. sums is empty [0] unless ``with_sums``.
     """
@@ -173,18 +165,17 @@ def add_layer_norm_bwd(
     dropped = dropout_p > 0
     dresidual = s.new_empty(s.shape, dtype=residual_dtype)
     dx = s.new_empty(s.shape if dropped or x_dtype != residual_dtype else 0, dtype=x_dtype)
-    kinds = 3 if with_x_bias else 2
     if not s.numel():
-        return dresidual, dx, s.new_zeros((kinds, D) if with_sums else 0, dtype=torch.float32)
+        return dresidual, dx, s.new_zeros((2, D) if with_sums else 0, dtype=torch.float32)
     N = s.numel() // D
     config = _config(N, D)
     rows_each = triton.cdiv(triton.cdiv(N, config["ROWS"]), _GROUPS) * config["ROWS"]
     groups = triton.cdiv(N, rows_each)
-    sums = s.new_empty(kinds, groups, D, dtype=torch.float32) if with_sums else None
+    sums = s.new_empty(2, groups, D, dtype=torch.float32) if with_sums else None
     with _device.on(s):
         _add_layer_norm_bwd_kernel[(groups,)](
             *_plain(ds, dy, s), mean, rstd, *_plain(weight), seed if dropped else None, dresidual,
-            dx if dx.dim() > 1 or dx.numel() else None, sums, N, D, rows_each, dropout_p, X_BIAS=with_x_bias, **config,
+            dx if dx.dim() > 1 or dx.numel() else None, sums, N, D, rows_each, dropout_p, **config,
         )  # fmt: skip
     return dresidual, dx, sums.sum(1) if with_sums else s.new_empty(0, dtype=torch.float32)
 
@@ -198,8 +189,8 @@ def aot_cases():
         for x, stream in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
             for dropout in (False, True):
                 shared = dict(num_warps=config["num_warps"], num_stages=1, arches=arches, matmul=False)
-                extras = {"seed": "*i64", "x_bias": f"*{x}"} if dropout else {}
-                name = f"N={N} x {x} stream {stream}" + (" dropout, x_bias" if dropout else "")
+                extras = {"seed": "*i64"} if dropout else {}
+                name = f"N={N} x {x} stream {stream}" + (" dropout" if dropout else "")
                 numbers = dict(N="i32", D="i32", dropout_p="fp32")
                 forward = dict(
                     x=f"*{x}", residual=f"*{stream}", weight=f"*{x}", bias=f"*{x}", s_out=f"*{stream}", y_out=f"*{x}",
@@ -207,13 +198,13 @@ def aot_cases():
                 )  # fmt: skip
                 yield dict(
                     name=f"add_layer_norm {name}", kernel=_add_layer_norm_fwd_kernel, signature=forward,
-                    constexprs=blocks if dropout else dict(blocks, seed=None, x_bias=None), **shared,
+                    constexprs=blocks if dropout else dict(blocks, seed=None), **shared,
                 )  # fmt: skip
                 backward = dict(
                     ds=f"*{stream}", dy=f"*{x}", s=f"*{stream}", mean="*fp32", rstd="*fp32", weight=f"*{x}",
                     dresidual=f"*{stream}", sums="*fp32", rows_each="i32", **numbers,
                 )  # fmt: skip
-                constexprs = dict(blocks, X_BIAS=dropout)
+                constexprs = dict(blocks)
                 if dropout:
                     backward["seed"] = "*i64"
                 else:

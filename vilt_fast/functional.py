@@ -183,16 +183,15 @@ def add_layer_norm(
     bias: Tensor | None,
     eps: float,
     *,
-    x_bias: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``s = dropout(x + x_bias) + residual`` and ``LayerNorm(s)``, both.
+    """``s = dropout(x) + residual`` and ``LayerNorm(s)``, both.
 
     Args:
         x, residual: [..., D], of one shape; the residual may be of a wider dtype (a float32 stream, bfloat16 layers).
-        weight, bias, x_bias: [D] or None. eps: added to the variance.
-        dropout_p: probability that an element of ``x + x_bias`` counts as 0.
+        weight, bias: [D] or None. eps: added to the variance.
+        dropout_p: probability that an element of ``x`` counts as 0.
 
     Returns:
         s [..., D] in the wider dtype of x and residual, and the normalised y [..., D] in the dtype of x. Differentiable
@@ -200,7 +199,7 @@ def add_layer_norm(
 
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """
-    return _add_layer_norm.add_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, backend)
+    return _add_layer_norm.add_layer_norm(x, residual, weight, bias, eps, dropout_p, backend)
 
 
 def linear(

@@ -15,26 +15,24 @@ from vilt_fast.testing import assert_within_budget, poisoned, sliced, strided
 DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)]
 
 
-def _inputs(shape, dtype=torch.float32, stream=torch.float32, affine=True, x_bias=True):
+def _inputs(shape, dtype=torch.float32, stream=torch.float32, affine=True):
     x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(stream)
-    weight, bias, extra = (torch.randn(shape[-1]).to(dtype) for _ in range(3))
-    return [x, residual, weight if affine else None, bias if affine else None, extra if x_bias else None]
+    weight, bias = (torch.randn(shape[-1]).to(dtype) for _ in range(2))
+    return [x, residual, weight if affine else None, bias if affine else None]
 
 
-def _call(x, residual, weight, bias, x_bias, *, backend, eps=1e-6, dropout_p=0.0):
-    return functional.add_layer_norm(
-        x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p, backend=backend
-    )
+def _call(x, residual, weight, bias, *, backend, eps=1e-6, dropout_p=0.0):
+    return functional.add_layer_norm(x, residual, weight, bias, eps, dropout_p=dropout_p, backend=backend)
 
 
 _triton, _reference = (functools.partial(_call, backend=name) for name in ("triton", "reference"))
 
 
-@pytest.mark.parametrize("affine, x_bias", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("dtype, stream", DTYPES)
 @pytest.mark.parametrize("shape", [(7, 33), (2, 3, 8), (0, 5), (1, 1), (5, 768)])
-def test_within_budget(shape, dtype, stream, affine, x_bias):
-    inputs = _inputs(shape, dtype, stream, affine, x_bias)
+def test_within_budget(shape, dtype, stream, affine):
+    inputs = _inputs(shape, dtype, stream, affine)
     cotangents = [torch.randn(shape).to(stream), torch.randn(shape).to(dtype)]
     assert_all_within_budget(_triton, _reference, _reference, inputs, cotangents)
 
@@ -57,7 +55,7 @@ def test_tiles_of_many_rows(rows, dtype, stream, monkeypatch):
 @pytest.mark.parametrize("eps", [1e-12, 0.1])
 def test_eps_is_used(eps):
     inputs = [None if t is None else t * 1e-2 for t in _inputs((3, 9))]
-    inputs[1] = -inputs[0] - inputs[4] + inputs[1] * 1e-3
+    inputs[1] = -inputs[0] + inputs[1] * 1e-3
     call = functools.partial(_call, eps=eps)
     functions = [functools.partial(call, backend=name) for name in ("triton", "reference", "reference")]
     assert_all_within_budget(*functions, inputs, [torch.randn(3, 9), torch.randn(3, 9)])
@@ -80,15 +78,15 @@ def test_one_output_alone(used):
 def test_dropout_forward_and_backward(dtype, stream):
     shape, p = (50, 70), 0.3
     inputs = _inputs(shape, dtype, stream)
-    inputs[0], inputs[4] = inputs[0].abs() + 1, inputs[4].abs()  # x + x_bias is nowhere near 0, so s shows the mask
+    inputs[0] = inputs[0].abs() + 1  # nowhere near 0, so s shows the mask
     cotangents = [torch.randn(shape).to(stream), torch.randn(shape).to(dtype)]
     torch.manual_seed(5)
     outputs, gradients = results(functools.partial(_triton, dropout_p=p), inputs, cotangents)
     kept = (outputs[0].float() - inputs[1].float()).abs() > 0.5
     assert abs(kept.float().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.numel())
 
-    def plain(x, residual, weight, bias, x_bias):
-        return _reference(torch.where(kept, (x + x_bias) / (1 - p), 0), residual, weight, bias, None)
+    def plain(x, residual, weight, bias):
+        return _reference(torch.where(kept, x / (1 - p), 0), residual, weight, bias)
 
     want, exact = results(plain, inputs, cotangents), results(plain, inputs, cotangents, torch.float64)
     for got, w, e in zip((*outputs, *gradients), (*want[0], *want[1]), (*exact[0], *exact[1]), strict=True):
@@ -100,7 +98,7 @@ def test_dropout_depends_on_the_seed_and_on_nothing_else(monkeypatch):
     seeds = [torch.tensor([n]) for n in (1 << 61, 1 << 61, 3)]
 
     def draw(rows, seed):
-        return kernels.add_layer_norm_fwd(x[:rows], zeros[:rows], None, None, 1e-6, None, 0.5, seed)[0][0] > 0
+        return kernels.add_layer_norm_fwd(x[:rows], zeros[:rows], None, None, 1e-6, 0.5, seed)[0][0] > 0
 
     singly = draw(30, seeds[0])
     _tiles_of_many_rows(monkeypatch, width=256)
@@ -110,7 +108,7 @@ def test_dropout_depends_on_the_seed_and_on_nothing_else(monkeypatch):
     for lines in (first.double(), first.double().T):  # no two rows or columns are alike beyond chance
         correlation = torch.corrcoef(lines) - torch.eye(len(lines))
         assert correlation.abs().max() < 6 / math.sqrt(lines.shape[1])
-    first, second = (_triton(x[:9], zeros[:9], None, None, None, dropout_p=0.5)[0] for _ in range(2))
+    first, second = (_triton(x[:9], zeros[:9], None, None, dropout_p=0.5)[0] for _ in range(2))
     assert not torch.equal(first, second)
 
 
@@ -137,16 +135,16 @@ def test_equal_runs_give_equal_bits(monkeypatch):
 
 
 def test_registered_op_and_compile():
-    x, residual, weight, bias, x_bias = (t.requires_grad_() for t in _inputs((4, 6)))
+    x, residual, weight, bias = (t.requires_grad_() for t in _inputs((4, 6)))
     op = torch.ops.vilt_fast.add_layer_norm.default
-    torch.library.opcheck(op, (x, residual, weight, bias, x_bias, None, 1e-6, 0.0, "triton"))
-    torch.library.opcheck(op, (x, residual.half(), weight, None, None, torch.tensor([7]), 1e-6, 0.5, "triton"))
+    torch.library.opcheck(op, (x, residual, weight, bias, None, 1e-6, 0.0, "triton"))
+    torch.library.opcheck(op, (x, residual.half(), weight, None, torch.tensor([7]), 1e-6, 0.5, "triton"))
 
     def loss(*tensors):
         s, y = _triton(*tensors)
         return (s * y).sum()
 
-    inputs = (x, residual, weight, bias, x_bias)
+    inputs = (x, residual, weight, bias)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     got, want = (torch.autograd.grad(f(*inputs), inputs) for f in (compiled, loss))
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

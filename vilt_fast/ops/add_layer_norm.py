@@ -11,20 +11,19 @@ OP = "add_layer_norm"
 
 torch.library.define(
     "vilt_fast::add_layer_norm",
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? x_bias, Tensor? seed, float eps, "
-    "float dropout_p, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, float dropout_p, "
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "vilt_fast::add_layer_norm_bwd",
     "(Tensor? ds, Tensor? dy, Tensor s, Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float dropout_p, "
-    "ScalarType x_dtype, ScalarType residual_dtype, bool with_sums, bool with_x_bias, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "ScalarType x_dtype, ScalarType residual_dtype, bool with_sums, str backend) -> (Tensor, Tensor, Tensor)",
 )
 
 
 @torch.library.impl("vilt_fast::add_layer_norm", "CompositeExplicitAutograd")
-def _run(x, residual, weight, bias, x_bias, seed, eps, dropout_p, backend):
-    outputs, kept = registry.launcher(OP, backend)(x, residual, weight, bias, eps, x_bias, dropout_p, seed)
+def _run(x, residual, weight, bias, seed, eps, dropout_p, backend):
+    outputs, kept = registry.launcher(OP, backend)(x, residual, weight, bias, eps, dropout_p, seed)
     return (*outputs, *kept)
 
 
@@ -35,43 +34,39 @@ def _fake(x, residual, *rest):
 
 
 @torch.library.impl("vilt_fast::add_layer_norm_bwd", "CompositeExplicitAutograd")
-def _run_backward(
-    ds, dy, s, mean, rstd, weight, seed, dropout_p, x_dtype, residual_dtype, with_sums, with_x_bias, backend
-):
+def _run_backward(ds, dy, s, mean, rstd, weight, seed, dropout_p, x_dtype, residual_dtype, with_sums, backend):
     return registry.launcher("add_layer_norm_bwd", backend)(
         ds, dy, s, mean, rstd, weight, seed=seed, dropout_p=dropout_p, x_dtype=x_dtype, residual_dtype=residual_dtype,
-        with_sums=with_sums, with_x_bias=with_x_bias,
+        with_sums=with_sums,
     )  # fmt: skip
 
 
 @torch.library.register_fake("vilt_fast::add_layer_norm_bwd")
-def _fake_backward(
-    ds, dy, s, mean, rstd, weight, seed, dropout_p, x_dtype, residual_dtype, with_sums, with_x_bias, backend
-):
+def _fake_backward(ds, dy, s, mean, rstd, weight, seed, dropout_p, x_dtype, residual_dtype, with_sums, backend):
     apart = dropout_p > 0 or x_dtype != residual_dtype
     return (
         s.new_empty(s.shape, dtype=residual_dtype),
         s.new_empty(s.shape if apart else [0], dtype=x_dtype),
-        s.new_empty([3 if with_x_bias else 2, s.shape[-1]] if with_sums else [0], dtype=torch.float32),
+        s.new_empty([2, s.shape[-1]] if with_sums else [0], dtype=torch.float32),
     )
 
 
 def _keep(ctx, inputs, output):
-    x, residual, weight, bias, x_bias, seed, _, ctx.dropout_p, ctx.backend = inputs
+    x, residual, weight, bias, seed, _, ctx.dropout_p, ctx.backend = inputs
     s, _, mean, rstd = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
-    ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias, x_bias)]
+    ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
     ctx.save_for_backward(s, mean, rstd, weight, seed)
 
 
 def _differentiate(ctx, ds, dy, *_):
     if ds is None and dy is None:
-        return (None,) * 9
-    needs = ctx.needs_input_grad[2:5]
+        return (None,) * 8
+    needs = ctx.needs_input_grad[2:4]
     dresidual, dx, sums = torch.ops.vilt_fast.add_layer_norm_bwd(
-        ds, dy, *ctx.saved_tensors, ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype, any(needs), needs[2], ctx.backend
+        ds, dy, *ctx.saved_tensors, ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype, any(needs), ctx.backend
     )
     apart = ctx.dropout_p > 0 or ctx.x_dtype != ctx.residual_dtype
     parameters = [
@@ -84,8 +79,8 @@ def _differentiate(ctx, ds, dy, *_):
 torch.library.register_autograd("vilt_fast::add_layer_norm", _differentiate, setup_context=_keep)
 
 
-def add_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, backend):
-    tensors = dict(x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
+def add_layer_norm(x, residual, weight, bias, eps, dropout_p, backend):
+    tensors = dict(x=x, residual=residual, weight=weight, bias=bias)
     specs = dict.fromkeys(tensors, "D") | {"x": "... D", "residual": "... D"}
     sizes = _check.shapes(OP, **{name: (tensor, specs[name]) for name, tensor in tensors.items()})
     if x.shape != residual.shape:
@@ -100,7 +95,7 @@ def add_layer_norm(x, residual, weight, bias, eps, x_bias, dropout_p, backend):
         requires_grad=_check.needs_grad(*tensors.values()), dropout=dropout_p > 0,
     )  # fmt: skip
     if name in registry.PLAIN:
-        return registry.launcher(OP, name)(x, residual, weight, bias, eps, x_bias=x_bias, dropout_p=dropout_p)
+        return registry.launcher(OP, name)(x, residual, weight, bias, eps, dropout_p=dropout_p)
     seed = torch.randint(2**62, (1,), device=x.device) if dropout_p > 0 else None
-    s, y, _, _ = torch.ops.vilt_fast.add_layer_norm(x, residual, weight, bias, x_bias, seed, eps, dropout_p, name)
+    s, y, _, _ = torch.ops.vilt_fast.add_layer_norm(x, residual, weight, bias, seed, eps, dropout_p, name)
     return s, y

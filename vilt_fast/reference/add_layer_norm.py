@@ -1,6 +1,6 @@
-"""Residual add and LayerNorm: s = dropout(x + x_bias) + residual; y = (s - mean(s)) / sqrt(var(s) + eps) weight + bias.
+"""Residual add and LayerNorm: s = dropout(x) + residual; y = (s - mean(s)) / sqrt(var(s) + eps) weight + bias.
 
-Shapes: x, residual [..., D]; weight, bias, x_bias [D] or None. Returns (s, y), both [..., D]: s in the wider dtype of
+Shapes: x, residual [..., D]; weight, bias [D] or None. Returns (s, y), both [..., D]: s in the wider dtype of
 the two inputs, y in the dtype of x, so that the residual stream may be float32 while the layers run in bfloat16.
 Mean and (biased) variance are over D. Source: pre-norm block, Dosovitskiy et al. 2021, eq. 2-3.
 """
@@ -8,8 +8,7 @@ Mean and (biased) variance are over D. Source: pre-norm block, Dosovitskiy et al
 import torch.nn.functional as F
 
 
-def add_layer_norm(x, residual, weight, bias, eps, *, x_bias=None, dropout_p=0.0):
-    z = x if x_bias is None else x + x_bias.to(x.dtype)
-    s = F.dropout(z, dropout_p) + residual
+def add_layer_norm(x, residual, weight, bias, eps, *, dropout_p=0.0):
+    s = F.dropout(x, dropout_p) + residual
     weight, bias = (None if p is None else p.to(s.dtype) for p in (weight, bias))
     return s, F.layer_norm(s, s.shape[-1:], weight, bias, eps).to(x.dtype)
