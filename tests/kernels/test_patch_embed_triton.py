@@ -256,3 +256,11 @@ def test_ahead_of_time():
         assert all(map(names_every_argument, module.aot_cases()))
     assert compiles_ahead_of_time("patch_embed") == 4
     assert compiles_ahead_of_time("patch_embed_bwd") == 6
+
+
+def test_one_split_compiles_without_partial_sums():
+    """As it is launched from 4097 patches on. The interpreter cannot tell: it never enters a branch not taken."""
+    single = [case for case in kernels.aot_cases() if case["constexprs"]["SPLITS"] == 1]
+    assert {case["kernel"] for case in single} == {kernels._patch_embed_fwd_kernel, kernels._patch_embed_rows_kernel}
+    assert all(case["constexprs"]["partial"] is None for case in single)
+    assert compiles_ahead_of_time("patch_embed", (90,), named="n=9216") == 2

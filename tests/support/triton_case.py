@@ -18,6 +18,8 @@ module = importlib.import_module("vilt_fast.kernels." + sys.argv[1])
 wanted, done = eval(sys.argv[2]), set()
 for case in module.aot_cases():
     kernel = case["kernel"]
+    if sys.argv[3] not in case["name"]:
+        continue
     for arch in case["arches"]:
         if arch not in wanted or (arch, kernel) in done:
             continue
@@ -30,12 +32,14 @@ print(len(done))
 """
 
 
-def compiles_ahead_of_time(module, arches=(90, "gfx942")):
-    """Number of (kernel, arch) of `module` compiled, one configuration each, in a process without the interpreter."""
+def compiles_ahead_of_time(module, arches=(90, "gfx942"), named=""):
+    """Number of (kernel, arch) of `module` compiled, in a process without the interpreter.
+
+    One configuration each, the first whose name contains `named`.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", _COMPILE, module, repr(tuple(arches))], env=environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", _COMPILE, module, repr(tuple(arches)), named]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return int(done.stdout)
 
