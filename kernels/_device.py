@@ -52,9 +52,24 @@ def arch(tensor):
     return 10 * major + minor
 
 
+def multiplies_e4m3(arch):
+    """Whether an architecture multiplies e4m3 as torch and NVIDIA define it."""
+    return arch >= 89
+
+
+def precision(arch, *rounded_to):
+    """How float32 operands are multiplied: three TF32 products on NVIDIA tensor cores, plain float32 elsewhere.
+
+    With `rounded_to`, dtypes of the result: one TF32 product (10 bits) is enough for float16 and bfloat16.
+    """
+    if not arch:
+        return "ieee"
+    return "tf32x3" if not rounded_to or torch.float32 in rounded_to else "tf32"
+
+
 @torch.compiler.assume_constant_result
 def has_e4m3():
-    """Whether the current device multiplies e4m3 as torch and NVIDIA define it."""
+    """Whether the current device multiplies e4m3."""
     return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
@@ -65,8 +80,3 @@ def multiprocessors(tensor):
 def on(tensor):
     """Context in which a launch goes to the device of ``tensor``."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def dot_precision(tensor):
-    """How float32 operands are multiplied: three TF32 products on NVIDIA tensor cores, plain float32 elsewhere."""
-    return "tf32x3" if arch(tensor) else "ieee"

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device
+from . import _aot, _device
 
 MAX_WIDTH = 8192
 _GROUPS = 256
@@ -182,38 +182,15 @@ def add_layer_norm_bwd(
 
 def aot_cases():
     """ViLT's width; bfloat16 layers on a bfloat16 and on a float32 stream, and float32 throughout."""
-    arches = (80, 89, 90, 100, "gfx942")
     for N in (185, 13880):
         config = _config(N, 768)
-        blocks = {name: config[name] for name in ("ROWS", "BLOCK_D")}
         for x, stream in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
             for dropout in (False, True):
-                shared = dict(num_warps=config["num_warps"], num_stages=1, arches=arches, matmul=False)
-                extras = {"seed": "*i64"} if dropout else {}
-                name = f"N={N} x {x} stream {stream}" + (" dropout" if dropout else "")
-                numbers = dict(N="i32", D="i32", dropout_p="fp32")
-                forward = dict(
-                    x=f"*{x}", residual=f"*{stream}", weight=f"*{x}", bias=f"*{x}", s_out=f"*{stream}", y_out=f"*{x}",
-                    mean_out="*fp32", rstd_out="*fp32", stride_x="i32", stride_r="i32", eps="fp32", **numbers, **extras,
-                )  # fmt: skip
-                yield dict(
-                    name=f"add_layer_norm {name}", kernel=_add_layer_norm_fwd_kernel, signature=forward,
-                    constexprs=blocks if dropout else dict(blocks, seed=None), **shared,
-                )  # fmt: skip
-                backward = dict(
-                    ds=f"*{stream}", dy=f"*{x}", s=f"*{stream}", mean="*fp32", rstd="*fp32", weight=f"*{x}",
-                    dresidual=f"*{stream}", sums="*fp32", rows_each="i32", **numbers,
-                )  # fmt: skip
-                constexprs = dict(blocks)
-                if dropout:
-                    backward["seed"] = "*i64"
-                else:
-                    constexprs["seed"] = None
-                if dropout or x != stream:
-                    backward["dx"] = f"*{x}"
-                else:
-                    constexprs["dx"] = None
-                yield dict(
-                    name=f"add_layer_norm backward {name}", kernel=_add_layer_norm_bwd_kernel, signature=backward,
-                    constexprs=constexprs, **shared,
-                )  # fmt: skip
+                name = f"N={N} x {x} stream {stream}" + " dropout" * dropout
+                types = dict.fromkeys(("residual", "s", "s_out", "ds", "dresidual"), f"*{stream}")
+                if not dropout:
+                    types["seed"] = None
+                yield _aot.case(_add_layer_norm_fwd_kernel, f"add_layer_norm {name}", x, config, **types)
+                if not dropout and x == stream:
+                    types["dx"] = None
+                yield _aot.case(_add_layer_norm_bwd_kernel, f"add_layer_norm backward {name}", x, config, **types)

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device
+from . import _aot, _device
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -293,8 +293,8 @@ def dropout(p):
     return round(p * 2**24), 1 / (1 - p)
 
 
-def shape(width, precision):
-    return dict(WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(width)), PRECISION=precision)
+def shape(width, arch):
+    return dict(WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(width)), PRECISION=_device.precision(arch))
 
 
 def bounds_and_numbers(cu_q, cu_k, used_k, start_k, seed, scale, dropout_p, *matrices):
@@ -333,44 +333,31 @@ def attention_fwd(
                 *bounds_and_numbers(
                     cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed, scale, dropout_p, q, k, v
                 ),
-                q_blocks, **shape(width, _device.dot_precision(q)), **config,
+                q_blocks, **shape(width, _device.arch(q)), **config,
             )  # fmt: skip
     return (out, lse, stats) if return_lse else out
 
 
 # --- what ships, for compilation ahead of time ------------------------------------------------------------------------
 
-_TYPES = {
-    "lse": "*fp32", "stats": "*fp32", "dlse": "*fp32", "delta": "*fp32", "cu_q": "*i32", "cu_k": "*i32",
-    "used_k": "*i32", "start_k": "*i32", "seed": "*i64", "scale": "fp32", "grow": "fp32",
-}  # fmt: skip
 
-
-def aot_case(kernel, arch, dtype, width, config, name, absent, home=True):
+def aot_case(kernel, target, dtype, width, config, name, mask, home=True):
     """One case of benchmarks.aot_report; away from home (what ViLT never meets) it may spill a few bytes."""
-    config = dict(config)
-    options = {key: config.pop(key) for key in ("num_warps", "num_stages")}
-    names = kernel.arg_names
-    constexprs = shape(width, "tf32x3" if arch else "ieee") | config | {n: None for n in absent if n in names}
-    element = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    types = _TYPES | dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), element)
-    name = f"{kernel.__name__.strip('_')} {name} {str(dtype)[6:]} d{width} {f'sm_{arch}' if arch else 'gfx942'}"
-    signature = {n: types.get(n, "i32") for n in names if n not in constexprs}
-    arches = (arch or "gfx942",)
-    return dict(
-        name=name, kernel=kernel, signature=signature, constexprs=constexprs, arches=arches, matmul=True, home=home,
-        **options,
+    name = f"{kernel.__name__.strip('_')} {name} {str(dtype)[6:]} d{width} {target.name}"
+    element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return _aot.case(
+        kernel, name, element, config | shape(width, target.arch), targets=[target], matmul=True, home=home,
+        scale="fp32", **dict.fromkeys(ABSENT[mask]),
     )  # fmt: skip
 
 
-MASKS = {"plain": ("start_k", "seed", "dlse"), "dropout": ("start_k", "dlse"), "causal": ("seed", "dlse")}
-TARGETS = {80: 108, 89: 128, 90: 132, 100: 148, 0: 304}  # and how many multiprocessors they have
+ABSENT = {"plain": ("start_k", "seed", "dlse"), "dropout": ("start_k", "dlse"), "causal": ("seed", "dlse")}
 _LENGTHS = (40, 90, 128, 150, 185, 240, 281, 320)  # each takes another of _SINGLE_TILES
 
 
 def aot_cases():
     """What ViLT meets (head dim 64, 12 heads, up to 320 rows), longer sequences and head dim 128."""
-    for arch, multiprocessors in TARGETS.items():
+    for target in _aot.TARGETS:
         seen = []
         for dtype, width, longest, batch, mask in (
             *((torch.bfloat16, 64, longest, batch, "plain") for longest in _LENGTHS for batch in (64, 1)),
@@ -380,12 +367,14 @@ def aot_cases():
             (torch.float32, 64, 281, 64, "plain"), (torch.float32, 64, 281, 64, "dropout"),
             (torch.bfloat16, 128, 281, 64, "plain"), (torch.float32, 128, 281, 64, "plain"),
         ):  # fmt: skip
-            sizes = (arch, dtype.itemsize, width, longest, longest, 12 * batch, multiprocessors)
-            config = _forward_config(*sizes, dropout=mask == "dropout")
+            config = _forward_config(
+                target.arch, dtype.itemsize, width, longest, longest, 12 * batch, target.multiprocessors,
+                dropout=mask == "dropout",
+            )  # fmt: skip
             if (dtype, width, mask, config) in seen:
                 continue
             seen.append((dtype, width, mask, config))
             yield aot_case(
-                _attention_fwd_kernel, arch, dtype, width, config, f"L{longest} B{batch} {mask}", MASKS[mask],
+                _attention_fwd_kernel, target, dtype, width, config, f"L{longest} B{batch} {mask}", mask,
                 home=longest <= 320,
             )  # fmt: skip

@@ -15,11 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device
+from . import _aot, _device
 from .attention import (
     LOG2E,
-    MASKS,
-    TARGETS,
     aot_case,
     at,
     bounds_and_numbers,
@@ -175,9 +173,9 @@ def attention_bwd(
     arguments = bounds_and_numbers(
         cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed, scale, dropout_p, q, k, v, dout
     )
-    tiles = tiles_of(_device.arch(q), q.element_size(), width, dropout_p > 0)
-    config_q, config_kv = map(options, tiles[1:])
-    sizes = shape(width, _device.dot_precision(q))
+    arch = _device.arch(q)
+    config_q, config_kv = map(options, tiles_of(arch, q.element_size(), width, dropout_p > 0)[1:])
+    sizes = shape(width, arch)
     pairs = heads * (len(cu_seqlens_q) - 1)
     with _device.on(q):
         if dq.numel():
@@ -196,12 +194,12 @@ def attention_bwd(
 def aot_cases():
     """As for the forward."""
     kernels = (_attention_bwd_q_kernel, _attention_bwd_kv_kernel)
-    for arch in TARGETS:
+    for target in _aot.TARGETS:
         for dtype, width, mask in (
             (torch.bfloat16, 64, "plain"), (torch.bfloat16, 64, "dropout"), (torch.bfloat16, 64, "causal"),
             (torch.float16, 64, "plain"), (torch.float32, 64, "plain"), (torch.float32, 64, "dropout"),
             (torch.float32, 64, "causal"), (torch.bfloat16, 128, "plain"), (torch.float32, 128, "plain"),
         ):  # fmt: skip
-            tiles = tiles_of(arch, dtype.itemsize, width, mask == "dropout")
+            tiles = tiles_of(target.arch, dtype.itemsize, width, mask == "dropout")
             for kernel, config in zip(kernels, map(options, tiles[1:]), strict=True):
-                yield aot_case(kernel, arch, dtype, width, config, mask, MASKS[mask])
+                yield aot_case(kernel, target, dtype, width, config, mask, mask)

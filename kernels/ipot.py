@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vilt_fast.kernels import _device as device_
+from . import _aot, _device
 
 REACH = tl.constexpr(24.0)  # by how many powers of two q may shrink between two rebuilds
 LONGEST = tl.constexpr(16)  # iterations between two rebuilds
@@ -333,7 +333,7 @@ def _ipot_fwd_streamed_kernel(
 
 def supports(op, device=None, dtype=None, rows=None, **facts):
     """ "" when Triton can run this, else why not."""
-    if reason := device_.problem(device, cost=dtype):
+    if reason := _device.problem(device, cost=dtype):
         return reason
     if rows is not None and rows > MAX_ROWS:
         return f"there are {rows} text tokens, at most {MAX_ROWS}; swap text and image or use backend='reference'."
@@ -384,7 +384,7 @@ def ipot_fwd(cost, text_pad, image_pad, *, beta=0.5, iterations=50, inner=1, sca
     cost = aligned(cost)
     on_chip, options = config(M, N)
     kernel = _ipot_fwd_kernel if on_chip else _ipot_fwd_streamed_kernel
-    with device_.on(cost):
+    with _device.on(cost):
         kernel[(B,)](
             cost, *pads(text_pad, image_pad), plan, scaling, M, N, *cost.stride()[:2], *step_of(beta), iterations,
             inner, **options,
@@ -392,19 +392,9 @@ def ipot_fwd(cost, text_pad, image_pad, *, beta=0.5, iterations=50, inner=1, sca
     return plan
 
 
-ARCHES = (80, 89, 90, 100, "gfx942")
-
-
 def aot_cases():
     """Every configuration that ships, with ViLT's sizes, for the ahead-of-time report."""
-    signature = dict(
-        cost="*fp32", text_pad="*u8", image_pad="*u8", plan="*fp32", M="i32", N="i32", stride_b="i32", stride_m="i32",
-        step_high="fp32", step_low="fp32", iterations="i32", inner="i32",
-    )  # fmt: skip
     for M, N in ((40, 240), (32, 240), (16, 100), (64, 500), (128, 1024)):
         on_chip, options = config(M, N)
-        yield dict(
-            name=f"ipot {M}x{N}", kernel=_ipot_fwd_kernel if on_chip else _ipot_fwd_streamed_kernel,
-            num_warps=options.pop("num_warps"), num_stages=1, signature=signature, arches=ARCHES, matmul=False,
-            constexprs=dict(scaling=None, **options),
-        )  # fmt: skip
+        kernel = _ipot_fwd_kernel if on_chip else _ipot_fwd_streamed_kernel
+        yield _aot.case(kernel, f"ipot {M}x{N}", "fp32", options, scaling=None)

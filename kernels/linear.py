@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import _device
+from . import _aot, _device
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
@@ -163,7 +163,7 @@ _CONFIGS = {
 _GROUP = 8
 
 
-def _config(kind, M, N, *, arch=90, amd=False, residual=False):
+def _config(kind, M, N, *, arch=90, residual=False):
     """Block sizes, warps, stages and programs a multiprocessor for an [M, N] output."""
     row = next(row for row in _CONFIGS[kind] if row[0] >= M and row[1] >= N)
     if residual and arch >= 100 and row[3] == 256:  # sm_100 stages the residual in shared memory: too much for 256
@@ -171,7 +171,7 @@ def _config(kind, M, N, *, arch=90, amd=False, residual=False):
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
     config = dict(zip(names, row[2:], strict=True), GROUP=_GROUP)
     config["SPECIALIZE"] = kind.startswith("tma") and arch >= 100
-    if amd:
+    if not arch:
         config["num_stages"] = 2
     return config
 
@@ -216,8 +216,8 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
         bias = None if bias is None else bias.contiguous()
         residual = None if residual is None else _rows(residual)
         kind = kind or _kind(x, weight)
-        amd = torch.version.hip is not None
-        config = dict(config or _config(kind, M, N, arch=_device.arch(x), amd=amd, residual=residual is not None))
+        arch = _device.arch(x)
+        config = dict(config or _config(kind, M, N, arch=arch, residual=residual is not None))
         programs = config.pop("per_multiprocessor") * _device.multiprocessors(x)
         block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
         tma = kind.startswith("tma")
@@ -231,7 +231,7 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
                 _output(pre, config, tma),
                 _output(out, config, tma),
                 M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
-                GELU=gelu, TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=_device.dot_precision(x), **config,
+                GELU=gelu, TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=_device.precision(arch), **config,
             )  # fmt: skip
     return out.view(shape), x.new_empty(0) if pre is None else pre.view(shape)
 
@@ -251,54 +251,46 @@ def linear_fwd(x, weight, bias, residual=None):
 # --- ahead of time ----------------------------------------------------------------------------------------------------
 
 ROWS = (185, 1720, 13880)  # batch 1, 8, 64
-ALL_ARCHES = (80, 89, 90, 100, "gfx942")
-FP8_ARCHES = (89, 90, 100)
 
 
 def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,), fp8=False):
     """Every configuration that ``launch`` can choose for these (N, K) and ViLT's row counts, once each."""
     seen = set()
-    for arch in FP8_ARCHES if fp8 else ALL_ARCHES:
-        amd = not isinstance(arch, int)
+    for target in _aot.FP8_TARGETS if fp8 else _aot.TARGETS:
         kinds = [("pointer fp8", "fp8e4nv")] if fp8 else [("pointer", "bf16"), ("float32", "fp32")]
-        if arch in (90, 100):
+        if target.arch in (90, 100):
             kinds.append(("tma fp8", "fp8e4nv") if fp8 else ("tma", "bf16"))
         for kind, dtype in kinds:
             for M, (N, K), save, extra in itertools.product(ROWS, shapes, pre, residual):
-                config = _config(kind, M, N, arch=0 if amd else arch, amd=amd, residual=extra is not None)
+                config = _config(kind, M, N, arch=target.arch, residual=extra is not None)
                 config.pop("per_multiprocessor")
-                key = (arch, kind, save, extra, *config.values())
+                key = (target, kind, save, extra, *config.values())
                 if key not in seen:
                     seen.add(key)
-                    yield _aot_case(op, arch, kind, dtype, gelu, save, extra, M, N, K, config)
+                    yield _aot_case(op, target, kind, dtype, gelu, save, extra, M, N, K, config)
 
 
-def _aot_case(op, arch, kind, dtype, gelu, save, residual, M, N, K, config):
-    config, tma, fp8 = dict(config), kind.startswith("tma"), dtype == "fp8e4nv"
-    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+def _aot_case(op, target, kind, dtype, gelu, save, residual, M, N, K, config):
+    tma, result = kind.startswith("tma"), "bf16" if dtype == "fp8e4nv" else dtype
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
-    result = "bf16" if fp8 else dtype
-    out = residual or result
 
-    def matrix(kind_of, rows, columns):
-        return f"tensordesc<{kind_of}[{rows}, {columns}]>" if tma else f"*{kind_of}"
+    def matrix(element, rows, columns):
+        return f"tensordesc<{element}[{rows}, {columns}]>" if tma else f"*{element}"
 
-    part = block_n // config["PARTS"]
-    signature = {
-        "x": matrix(dtype, block_m, block_k), "weight": matrix(dtype, block_n, block_k), "bias": f"*{result}",
-        "out": matrix(out, block_m, part), **dict.fromkeys(("M", "N", "K"), "i32"),
-        **dict.fromkeys(("stride_xm", "stride_wn", "stride_rm"), "i32"),
-    }  # fmt: skip
-    precision = "tf32x3" if isinstance(arch, int) else "ieee"
-    constexprs = dict(config, GELU=gelu, TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=precision)
-    optional = dict.fromkeys(("x_scale", "weight_scale"), "*fp32" if fp8 else None)
-    optional |= dict(pre=matrix(result, block_m, part) if save else None, residual=residual and f"*{residual}")
-    for name, given in optional.items():
-        (constexprs if given is None else signature)[name] = given
-    extras = ("+pre" if save else "") + (f"+residual {residual}" if residual else "")
-    return dict(
-        name=f"{op} {kind} M<={M} N={N} K={K} {block_m}x{block_n}x{block_k}{extras}", kernel=_linear_fwd_kernel,
-        signature=signature, constexprs=constexprs, num_warps=warps, num_stages=stages, arches=(arch,), matmul=True,
+    def output(element):
+        return matrix(element, block_m, block_n // config["PARTS"])
+
+    types = dict(
+        x=matrix(dtype, block_m, block_k), weight=matrix(dtype, block_n, block_k), out=output(residual or result),
+        pre=output(result) if save else None, residual=residual and f"*{residual}",
+    )  # fmt: skip
+    if result == dtype:
+        types |= dict(x_scale=None, weight_scale=None)
+    extras = "+pre" * save + (f"+residual {residual}" if residual else "")
+    return _aot.case(
+        _linear_fwd_kernel, f"{op} {kind} M<={M} N={N} K={K} {block_m}x{block_n}x{block_k}{extras}", result,
+        config | dict(GELU=gelu, TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=target.precision),
+        targets=[target], matmul=True, **types,
     )  # fmt: skip
 
 

@@ -24,11 +24,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device
+from . import _aot, _device
 
 _ALIVE = 1 << 24  # elements of e alive at once
 _MAX_CHUNK = 8192
 _SPLITS = 8
+_LISTS, _COMBINE, _SCATTER = dict(BLOCK=1024), dict(BLOCK_R=32, BLOCK_T=32), dict(BLOCK_R=16, BLOCK_D=256)
 
 
 @triton.jit
@@ -251,7 +252,7 @@ def supports(op, device=None, dtype=None, **facts):
     return _device.problem(device, x=dtype)
 
 
-def _config(what, wide, R, *, amd=False):
+def _config(what, wide, R, arch):
     """Blocks, warps, stages of the tiles that recompute logits ("logits"), of "weight" and of "input" tiles.
 
     ``wide``: float32 operands. R: all rows, of which one in seven or so is labelled in masked language modelling.
@@ -264,14 +265,13 @@ def _config(what, wide, R, *, amd=False):
         blocks = (128, 128, 64, 8, 3) if what == "weight" else (64, 128, 64, 4, 3)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     config = dict(zip(names, blocks, strict=True))
-    if amd:
+    if not arch:
         config["num_stages"] = 2
-    return config
+    return dict(config, PRECISION=_device.precision(arch))
 
 
 def _chosen(what, x):
-    config = _config(what, x.dtype == torch.float32, len(x), amd=torch.version.hip is not None)
-    return config, dict(config, PRECISION=_device.dot_precision(x))
+    return _config(what, x.dtype == torch.float32, len(x), _device.arch(x))
 
 
 def _rows(tensor):
@@ -290,19 +290,19 @@ def linear_cross_entropy_fwd(x, weight, bias, labels, ignore_index=-100):
     kept, lse = x.new_zeros(R, dtype=torch.int32), x.new_zeros(R, dtype=torch.float32)  # zero past `count`
     count = x.new_empty(1, dtype=torch.int32)
     x, weight, bias, labels = _rows(x), _rows(weight), _plain(bias), labels.contiguous()
-    config, options = _chosen("logits", x)
+    config = _chosen("logits", x)
     tiles = triton.cdiv(V, config["BLOCK_N"])
     maxima, sums = x.new_empty(tiles, R, dtype=torch.float32), x.new_empty(tiles, R, dtype=torch.float32)
     programs = min(2 * _device.multiprocessors(x), triton.cdiv(R, config["BLOCK_M"]) * tiles)
     with _device.on(x):
-        _linear_cross_entropy_compact_kernel[(1,)](labels, kept, count, losses, picked, R, ignore_index, BLOCK=1024)
+        _linear_cross_entropy_compact_kernel[(1,)](labels, kept, count, losses, picked, R, ignore_index, **_LISTS)
         if R:
             _linear_cross_entropy_fwd_kernel[(programs,)](
                 x, weight, bias, labels, kept, count, picked, maxima, sums, R, V, D, x.stride(0), weight.stride(0),
-                WHOLE_D=D % config["BLOCK_K"] == 0, **options,
+                WHOLE_D=D % config["BLOCK_K"] == 0, **config,
             )  # fmt: skip
-            _linear_cross_entropy_combine_kernel[(triton.cdiv(R, 32),)](
-                kept, count, picked, maxima, sums, lse, losses, R, tiles, BLOCK_R=32, BLOCK_T=32
+            _linear_cross_entropy_combine_kernel[(triton.cdiv(R, _COMBINE["BLOCK_R"]),)](
+                kept, count, picked, maxima, sums, lse, losses, R, tiles, **_COMBINE
             )
     return (losses,), (lse, kept, count)
 
@@ -327,38 +327,35 @@ def linear_cross_entropy_bwd(
     e, scale = x.new_empty(R, chunk), x.new_empty(1, dtype=torch.float32)
     splits = min(max(_ALIVE // (R * D), 1), _SPLITS)
     partial = x.new_empty(splits if needs_x else 0, R, D, dtype=torch.float32)
-    of_logits, logits = _chosen("logits", x)
-    of_weight, by_weight = _chosen("weight", x)
-    of_input, by_input = _chosen("input", x)
+    of_logits, of_weight, of_input = (_chosen(what, x) for what in ("logits", "weight", "input"))
     most = 2 * _device.multiprocessors(x)
 
     def tiles(config, rows, columns):
         return triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(columns, config["BLOCK_N"])
 
     with _device.on(x):
-        _linear_cross_entropy_scale_kernel[(1,)](grad, kept, count, scale, BLOCK=1024)
+        _linear_cross_entropy_scale_kernel[(1,)](grad, kept, count, scale, **_LISTS)
         for start in range(0, V, chunk):
             m, n = tiles(of_logits, R, chunk)
             _linear_cross_entropy_bwd_logits_kernel[(min(most, m * n),)](
                 x, weight, bias, labels, kept, count, lse, grad, scale, e, V, D, start, chunk, x.stride(0),
-                weight.stride(0), chunk, WHOLE_D=D % of_logits["BLOCK_K"] == 0, **logits,
+                weight.stride(0), chunk, WHOLE_D=D % of_logits["BLOCK_K"] == 0, **of_logits,
             )  # fmt: skip
             if needs_weight or needs_bias:
                 m, n = tiles(of_weight, chunk, D)
                 _linear_cross_entropy_bwd_weight_kernel[(m, n if needs_weight else 1)](
                     x, e, kept, count, scale, dweight if needs_weight else None, dbias if needs_bias else None, V,
-                    start, x.stride(0), chunk, D=D, **by_weight,
+                    start, x.stride(0), chunk, D=D, **of_weight,
                 )  # fmt: skip
             if needs_x:
                 m, n = tiles(of_input, R, D)
                 _linear_cross_entropy_bwd_input_kernel[(min(most, m * n * splits),)](
                     e, weight, count, partial, R, V, start, chunk, splits, weight.stride(0), chunk,
-                    ADD=start > 0, D=D, **by_input,
+                    ADD=start > 0, D=D, **of_input,
                 )  # fmt: skip
         if needs_x:
-            _linear_cross_entropy_bwd_scatter_kernel[(triton.cdiv(R, 16), triton.cdiv(D, 256))](
-                partial, kept, count, scale, dx, R, splits, D=D, BLOCK_R=16, BLOCK_D=256
-            )
+            grid = (triton.cdiv(R, _SCATTER["BLOCK_R"]), triton.cdiv(D, _SCATTER["BLOCK_D"]))
+            _linear_cross_entropy_bwd_scatter_kernel[grid](partial, kept, count, scale, dx, R, splits, D=D, **_SCATTER)
     return dx, dweight, dbias
 
 
@@ -367,42 +364,27 @@ def linear_cross_entropy_bwd(
 
 def aot_cases():
     """Width 768; masked language modelling of a batch of 8 (320 text rows) and of 64 (2560)."""
-    arches = (80, 89, 90, 100, "gfx942")
-    numbers = dict.fromkeys(("R", "V", "D", "start", "width", "splits", "tiles"), "i32")
-    numbers |= dict.fromkeys(("stride_xm", "stride_wn", "stride_e"), "i32")
-    tables = dict(labels="*i64", kept="*i32", count="*i32", ignore_index="i64")
-    tables |= dict.fromkeys(("losses", "picked", "lse", "maxima", "sums", "grad", "scale", "partial"), "*fp32")
 
-    def case(kernel, dtype, constexprs, arch, *, matmul, num_warps=4, num_stages=1, **without):
-        known = tables | numbers | dict.fromkeys(("x", "weight", "bias", "e", "dweight", "dbias", "dx"), f"*{dtype}")
-        constexprs = constexprs | without
-        signature = {name: known[name] for name in kernel.arg_names if name not in constexprs}
-        blocks = "x".join(str(constexprs[name]) for name in constexprs if name.startswith("BLOCK"))
-        return dict(
-            name=f"{kernel.__name__.strip('_')} {dtype} {blocks}", kernel=kernel, signature=signature, matmul=matmul,
-            constexprs=constexprs, num_warps=num_warps, num_stages=num_stages, arches=(arch,),
-        )  # fmt: skip
+    def case(kernel, short, config, target, matmul=False):
+        blocks = "x".join(str(size) for name, size in config.items() if name.startswith("BLOCK"))
+        name = f"{kernel.__name__.strip('_')} {short} {blocks}"
+        return _aot.case(kernel, name, short, config, targets=[target], matmul=matmul, grad="*fp32")
 
-    for arch in arches:
-        amd = not isinstance(arch, int)
-        yield case(_linear_cross_entropy_compact_kernel, "fp32", dict(BLOCK=1024), arch, matmul=False)
-        yield case(_linear_cross_entropy_scale_kernel, "fp32", dict(BLOCK=1024), arch, matmul=False)
-        combine = dict(BLOCK_R=32, BLOCK_T=32)
-        yield case(_linear_cross_entropy_combine_kernel, "fp32", combine, arch, matmul=False)
-        for dtype in ("bf16", "fp32"):
-            scatter = dict(BLOCK_R=16, BLOCK_D=256, D=768)
-            yield case(_linear_cross_entropy_bwd_scatter_kernel, dtype, scatter, arch, matmul=False)
-            for what, R, kernels in (
-                ("logits", 320, (_linear_cross_entropy_fwd_kernel, _linear_cross_entropy_bwd_logits_kernel)),
-                ("logits", 2560, (_linear_cross_entropy_fwd_kernel, _linear_cross_entropy_bwd_logits_kernel)),
-                ("weight", 2560, (_linear_cross_entropy_bwd_weight_kernel,)),
-                ("input", 2560, (_linear_cross_entropy_bwd_input_kernel,)),
+    of_logits = (_linear_cross_entropy_fwd_kernel, _linear_cross_entropy_bwd_logits_kernel)
+    for target in _aot.TARGETS:
+        yield case(_linear_cross_entropy_compact_kernel, "fp32", _LISTS, target)
+        yield case(_linear_cross_entropy_scale_kernel, "fp32", _LISTS, target)
+        yield case(_linear_cross_entropy_combine_kernel, "fp32", _COMBINE, target)
+        for short in ("bf16", "fp32"):
+            yield case(_linear_cross_entropy_bwd_scatter_kernel, short, _SCATTER | dict(D=768), target)
+            for what, R, more, kernels in (
+                ("logits", 320, dict(WHOLE_D=True), of_logits),
+                ("logits", 2560, dict(WHOLE_D=True), of_logits),
+                ("weight", 2560, dict(D=768), (_linear_cross_entropy_bwd_weight_kernel,)),
+                ("input", 2560, dict(D=768, ADD=True), (_linear_cross_entropy_bwd_input_kernel,)),
             ):
-                if dtype == "fp32" and R == 320:
+                if short == "fp32" and R == 320:
                     continue  # float32 has one configuration
-                config = _config(what, dtype == "fp32", R, amd=amd)
-                launch = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-                config["PRECISION"] = "ieee" if amd else "tf32x3"
+                config = _config(what, short == "fp32", R, target.arch) | more
                 for kernel in kernels:
-                    extra = dict(logits=dict(WHOLE_D=True), weight=dict(D=768), input=dict(D=768, ADD=True))[what]
-                    yield case(kernel, dtype, config | extra, arch, matmul=True, **launch)
+                    yield case(kernel, short, config, target, matmul=True)

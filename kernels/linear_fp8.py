@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device, linear
+from . import _aot, _device, linear
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
 _ROWS, _COLUMNS = 4, 1024
@@ -50,6 +50,11 @@ def supports(op, device=None, dtype=None, **facts):
     return reason
 
 
+def _quantize_config(K):
+    columns = min(triton.next_power_of_2(K), _COLUMNS)
+    return dict(ROWS=_ROWS, COLUMNS=columns, WHOLE=columns >= K, num_warps=4)
+
+
 def quantize_fp8(x):
     """(q [..., K] float8_e4m3fn, scale [...] float32)."""
     rows = linear._rows(x)
@@ -57,11 +62,8 @@ def quantize_fp8(x):
     q = x.new_empty(M, K, dtype=torch.float8_e4m3fn)
     scale = x.new_empty(M, dtype=torch.float32)
     if q.numel():
-        columns = min(triton.next_power_of_2(K), _COLUMNS)
         with _device.on(x):
-            _quantize_fp8_kernel[(triton.cdiv(M, _ROWS),)](
-                rows, q, scale, M, K, rows.stride(0), ROWS=_ROWS, COLUMNS=columns, WHOLE=columns >= K, num_warps=4
-            )
+            _quantize_fp8_kernel[(triton.cdiv(M, _ROWS),)](rows, q, scale, M, K, rows.stride(0), **_quantize_config(K))
     return q.view(x.shape), scale.view(x.shape[:-1])
 
 
@@ -78,10 +80,8 @@ def linear_fp8_fwd(x, weight, weight_scale, bias, gelu=False):
 def aot_cases():
     for gelu, shapes in ((False, ((2304, 768), (768, 768), (768, 3072))), (True, ((3072, 768),))):
         yield from linear.aot_variants("linear_fp8", shapes, gelu=gelu, fp8=True)
-    for K, columns in ((768, 1024), (3072, 1024)):
-        yield dict(
-            name=f"quantize_fp8 K={K}", kernel=_quantize_fp8_kernel,
-            signature=dict(x="*bf16", q="*fp8e4nv", scale="*fp32", M="i32", K="i32", stride_x="i32"),
-            constexprs=dict(ROWS=_ROWS, COLUMNS=columns, WHOLE=columns >= K), num_warps=4, num_stages=1,
-            arches=linear.FP8_ARCHES, matmul=False,
+    for K in (768, 3072):
+        yield _aot.case(
+            _quantize_fp8_kernel, f"quantize_fp8 K={K}", "bf16", _quantize_config(K), targets=_aot.FP8_TARGETS,
+            q="*fp8e4nv",
         )  # fmt: skip

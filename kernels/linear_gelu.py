@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device, linear
+from . import _aot, _device, linear
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
-_BLOCK_M, _BLOCK_N, _GROUPS = 8, 256, 128
+_BACKWARD, _GROUPS = dict(BLOCK_M=8, BLOCK_N=256, num_warps=4), 128
 
 
 @triton.jit
@@ -60,13 +60,14 @@ def linear_gelu_bwd(grad, pre, with_bias):
     N = pre.shape[-1]
     grad, flat = grad.contiguous(), pre.contiguous().view(-1, N)
     M = flat.shape[0]
-    rows_each = max(triton.cdiv(triton.cdiv(M, _BLOCK_M), _GROUPS), 1) * _BLOCK_M
+    block_m, block_n = _BACKWARD["BLOCK_M"], _BACKWARD["BLOCK_N"]
+    rows_each = max(triton.cdiv(triton.cdiv(M, block_m), _GROUPS), 1) * block_m
     groups = triton.cdiv(M, rows_each)
     sums = pre.new_empty(groups, N, dtype=torch.float32) if with_bias else None
     if dpre.numel():
         with _device.on(pre):
-            _linear_gelu_bwd_kernel[(triton.cdiv(N, _BLOCK_N), groups)](
-                grad, flat, dpre, sums, M, N, rows_each, BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N, num_warps=4
+            _linear_gelu_bwd_kernel[(triton.cdiv(N, block_n), groups)](
+                grad, flat, dpre, sums, M, N, rows_each, **_BACKWARD
             )
     return dpre, sums.sum(0) if with_bias else pre.new_empty(0, dtype=torch.float32)
 
@@ -74,9 +75,4 @@ def linear_gelu_bwd(grad, pre, with_bias):
 def aot_cases():
     yield from linear.aot_variants("linear_gelu", ((3072, 768),), gelu=True, pre=(False, True))
     for dtype in ("bf16", "fp32"):
-        signature = dict(grad=f"*{dtype}", pre=f"*{dtype}", dpre=f"*{dtype}", sums="*fp32", M="i32", N="i32")
-        yield dict(
-            name=f"linear_gelu backward {dtype}", kernel=_linear_gelu_bwd_kernel,
-            signature=dict(signature, rows_each="i32"), constexprs=dict(BLOCK_M=_BLOCK_M, BLOCK_N=_BLOCK_N),
-            num_warps=4, num_stages=1, arches=linear.ALL_ARCHES, matmul=False,
-        )  # fmt: skip
+        yield _aot.case(_linear_gelu_bwd_kernel, f"linear_gelu backward {dtype}", dtype, _BACKWARD)

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device
+from . import _aot, _device
 
 # --- device side ------------------------------------------------------------------------------------------------------
 
@@ -189,29 +189,28 @@ def supports(
     return _device.problem(device, weight=dtype, pixels=pixels, text=text_dtype, out=out_dtype, **tables)
 
 
-def small(like):
+def small(arch):
     """Little shared memory a block: 99 KiB on sm_86, sm_89 and sm_120, 64 KiB on AMD, 163 KiB and more elsewhere."""
-    return _device.arch(like) in (0, 86, 89, 120, 121)
+    return arch in (0, 86, 89, 120, 121)
 
 
 def fwd_config(n, dtype, little):
-    """Tiles of the forward product for n patches: (constexprs, launch options).
+    """Tiles of the forward product for n patches.
 
     Aims at one to three waves of programs on 132 multiprocessors for D 768, K 3072. `little`: little shared memory.
     """
     if dtype == torch.float32:  # tf32x3 holds each operand twice in registers
-        splits = 8 if n <= 512 else 2 if n <= 4096 else 1
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, SPLITS=splits), dict(num_warps=4, num_stages=2 if little else 3)
+        splits, stages = 8 if n <= 512 else 2 if n <= 4096 else 1, 2 if little else 3
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, SPLITS=splits, num_warps=4, num_stages=stages)
+    stages = 2 if little else 4
     if n <= 512:
-        stages = 2 if little else 4
-        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, SPLITS=4), dict(num_warps=4, num_stages=stages)
+        return dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=128, SPLITS=4, num_warps=4, num_stages=stages)
     if n <= 4096:
-        stages = 2 if little else 4
-        return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, SPLITS=2), dict(num_warps=4, num_stages=stages)
-    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32 if little else 64, SPLITS=1), dict(num_warps=8, num_stages=3)
+        return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=64, SPLITS=2, num_warps=4, num_stages=stages)
+    return dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=32 if little else 64, SPLITS=1, num_warps=8, num_stages=3)
 
 
-ROWS = dict(BLOCK_M=4, BLOCK_N=256), dict(num_warps=4)
+ROWS = dict(BLOCK_M=4, BLOCK_N=256, num_warps=4)
 
 
 def geometry(pixels, weight):
@@ -234,78 +233,61 @@ def patch_embed_fwd(
     places = [t.contiguous() for t in (patch_rows, patch_sample, pos_index, pos_weight, modality_index)]
     epilogue = (None if bias is None else bias.contiguous(), position, modality, *places, seed, out)
     flags = dict(HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0)
-    tiles, options = fwd_config(n, weight.dtype, small(weight))
-    splits, partial = tiles["SPLITS"], None
+    arch = _device.arch(weight)
+    config = fwd_config(n, weight.dtype, small(arch))
+    splits, partial = config["SPLITS"], None
     if splits > 1:
         partial = torch.empty(splits, n, width, dtype=torch.float32, device=weight.device)
     if n and width:
         strides, patch = geometry(pixels, weight)
-        grid = (triton.cdiv(width, tiles["BLOCK_N"]), triton.cdiv(n, tiles["BLOCK_M"]), splits)
+        grid = (triton.cdiv(width, config["BLOCK_N"]), triton.cdiv(n, config["BLOCK_M"]), splits)
         with _device.on(weight):
             _patch_embed_fwd_kernel[grid](
                 pixels, weight, pixel_scale, pixel_shift, patch_source.contiguous(), *epilogue, partial, n, *strides,
                 dropout_p, D=width, **patch, **flags, NORMALIZE=pixel_scale is not None,
-                PRECISION=_device.dot_precision(weight), **tiles, **options,
+                PRECISION=_device.precision(arch), **config,
             )  # fmt: skip
-    tiles, options = ROWS
-    blocks = sum(triton.cdiv(rows, tiles["BLOCK_M"]) for rows in (n_text, images, n if splits > 1 else 0))
+    blocks = sum(triton.cdiv(rows, ROWS["BLOCK_M"]) for rows in (n_text, images, n if splits > 1 else 0))
     if blocks and width:
         with _device.on(weight):
-            _patch_embed_rows_kernel[blocks, triton.cdiv(width, tiles["BLOCK_N"])](
+            _patch_embed_rows_kernel[blocks, triton.cdiv(width, ROWS["BLOCK_N"])](
                 text, text_rows.contiguous(), cls_token, cls_rows.contiguous(), *epilogue, partial, n_text, images, n,
-                dropout_p, D=width, **flags, SPLITS=splits, **tiles, **options,
+                dropout_p, D=width, **flags, SPLITS=splits, **ROWS,
             )  # fmt: skip
     return out
 
 
 # --- what is compiled ahead of time in our checks ---------------------------------------------------------------------
 
-PATCH = dict(K=3072, PH=32, PW=32, stride_w=1)
+SHAPE = dict(D=768, K=3072, PH=32, PW=32, stride_w=1)
 BATCHES = (144, 1152, 9216)  # patches at batch 1, 8 and 64 of 384 x 384 pixels
 
 
 def aot_cases():
     """Every shipped configuration on ViLT's shapes, dense pixels; with dropout for float32 and at the largest batch."""
-    for dtype, short, arches, precision in aot_targets():
-        options = dict(HAS_BIAS=True, NORMALIZE=False, scale=None, shift=None)
-        little = arches[0] in (89, "gfx942")
+    for dtype, short, little, precision, targets in aot_targets():
+        product = dict(targets=targets, matmul=True)
         for n in BATCHES:
-            live = short == "fp32" or n == BATCHES[-1]
-            options |= dict(DROPOUT=True) if live else dict(DROPOUT=False, seed=None)
-            tiles, launch = fwd_config(n, dtype, little)
-            options |= dict(partial=None) if tiles["SPLITS"] == 1 else {}
-            constants = options | PATCH | tiles | dict(PRECISION=precision)
-            yield aot_case(f"fwd n={n}", _patch_embed_fwd_kernel, short, arches, True, launch, constants)
-            constants = options | ROWS[0] | dict(SPLITS=tiles["SPLITS"])
-            yield aot_case(f"rows n={n}", _patch_embed_rows_kernel, short, arches, False, ROWS[1], constants)
-            options.pop("seed", None)
-            options.pop("partial", None)
-        tiles, launch = fwd_config(BATCHES[0], dtype, little)
-        constants = options | PATCH | tiles | dict(PRECISION=precision)
+            config, live = fwd_config(n, dtype, little), short == "fp32" or n == BATCHES[-1]
+            flags = dict(HAS_BIAS=True, NORMALIZE=False, DROPOUT=live, SPLITS=config["SPLITS"], PRECISION=precision)
+            absent = dict(scale=None, shift=None) | ({} if live else dict(seed=None))
+            absent |= dict(partial=None) if config["SPLITS"] == 1 else {}
+            yield aot_case(_patch_embed_fwd_kernel, f"fwd n={n}", short, flags | config, **product, **absent)
+            yield aot_case(_patch_embed_rows_kernel, f"rows n={n}", short, flags | ROWS, targets=targets, **absent)
+        config = flags | fwd_config(BATCHES[0], dtype, little)
         if short == "bf16":
-            types = dict(pixels="*fp32")
-            yield aot_case("fwd fp32 pixels", _patch_embed_fwd_kernel, short, arches, True, launch, constants, **types)
-        constants["NORMALIZE"], types = True, dict(pixels="*u8")
-        del constants["scale"], constants["shift"]
-        yield aot_case("fwd uint8 pixels", _patch_embed_fwd_kernel, short, arches, True, launch, constants, **types)
+            types = dict(pixels="*fp32", scale=None, shift=None)
+            yield aot_case(_patch_embed_fwd_kernel, "fwd fp32 pixels", short, config, **product, **types)
+        config["NORMALIZE"] = True
+        yield aot_case(_patch_embed_fwd_kernel, "fwd uint8 pixels", short, config, **product, pixels="*u8")
 
 
 def aot_targets():
-    """(dtype, its name, architectures of one configuration, precision of float32 products)."""
+    """(dtype, its name, little shared memory?, precision of float32 products, targets) of one configuration."""
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for arches in ((80, 90, 100), (89,), ("gfx942",)):
-            yield dtype, short, arches, "ieee" if arches == ("gfx942",) else "tf32x3"
+        for (little, precision), targets in _aot.alike(lambda target: (small(target.arch), target.precision)):
+            yield dtype, short, little, precision, targets
 
 
-def aot_case(name, kernel, short, arches, matmul, launch, constants, **types):
-    names = kernel.arg_names
-    constants = {name: value for name, value in (constants | dict(D=768)).items() if name in names}
-    index = ("source", "rows", "sample", "pos_index", "modality_index", "text_rows", "cls_rows", "patch_rows", "seed")
-    wide = ("partial", "pos_weight", "scale", "shift", "sums")
-    sizes = ("n", "n_text", "B", "T", "table_rows", "gh", "gw", "stride_b", "stride_c", "stride_h")
-    known = dict.fromkeys(index, "*i64") | dict.fromkeys(wide, "*fp32") | dict.fromkeys(sizes, "i32") | dict(p="fp32")
-    signature = {arg: (known | types).get(arg, f"*{short}") for arg in names if arg not in constants}
-    return dict(
-        name=f"patch_embed {name} {short}", kernel=kernel, signature=signature, constexprs=constants, arches=arches,
-        matmul=matmul, **{"num_stages": 1} | launch,
-    )  # fmt: skip
+def aot_case(kernel, name, short, config, **more):
+    return _aot.case(kernel, f"patch_embed {name} {short}", short, config | SHAPE, **more)

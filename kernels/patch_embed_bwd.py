@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import _device
-from .patch_embed import BATCHES, PATCH, ROWS, aot_case, aot_targets, geometry, kept, load_patches, patch_starts, small
+from .patch_embed import BATCHES, ROWS, aot_case, aot_targets, geometry, kept, load_patches, patch_starts, small
 from .patch_embed import supports as supports
 
 # --- device side ------------------------------------------------------------------------------------------------------
@@ -104,23 +104,21 @@ def _patch_embed_bwd_table_kernel(
 # --- host side --------------------------------------------------------------------------------------------------------
 
 
-def _sums_precision(like, *dtypes):
-    """Of a product whose result is rounded to `dtypes`: TF32 (10 bits) is enough for float16 and bfloat16."""
-    precision = _device.dot_precision(like)
-    return "tf32" if precision == "tf32x3" and torch.float32 not in dtypes else precision
-
-
 def weight_config(n, dtype, little):
     """Tiles of the weight gradient, which is [D, K] whatever n is: splits only where n is long."""
     splits = 4 if n > 4096 else 1
     if dtype == torch.float32:
-        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, SPLITS=splits), dict(num_warps=4, num_stages=2)
+        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=64, SPLITS=splits, num_warps=4, num_stages=2)
     if little:
-        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, SPLITS=splits), dict(num_warps=4, num_stages=2)
-    return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, SPLITS=splits), dict(num_warps=8, num_stages=3)
+        return dict(BLOCK_M=32, BLOCK_N=64, BLOCK_K=128, SPLITS=splits, num_warps=4, num_stages=2)
+    return dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=128, SPLITS=splits, num_warps=8, num_stages=3)
 
 
-TABLE = dict(BLOCK_T=64, BLOCK_M=32, BLOCK_N=64), dict(num_warps=8, num_stages=2)
+def _element(dtype):
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+TABLE = dict(BLOCK_T=64, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2)
 
 
 def patch_embed_bwd(
@@ -129,7 +127,7 @@ def patch_embed_bwd(
     dropout_p=0.0, pixel_scale=None, pixel_shift=None, seed=None,
 ):  # fmt: skip
     """Gradients of the seven floating inputs, None where `needs` (7 bools) is False. grad: [N, D]."""
-    n, images, width = len(patch_rows), len(cls_rows), weight.shape[0]
+    n, images, width, arch = len(patch_rows), len(cls_rows), weight.shape[0], _device.arch(grad)
     grad = grad.contiguous()
     patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index = (
         t.contiguous()
@@ -141,11 +139,10 @@ def patch_embed_bwd(
     if dropout_p > 0 and n + images:
         wide = torch.float32 if torch.float32 in tables else grad.dtype
         behind = torch.empty_like(grad, dtype=wide)
-        tiles, options = ROWS
-        grid = (triton.cdiv(n + images, tiles["BLOCK_M"]), triton.cdiv(width, tiles["BLOCK_N"]))
+        grid = (triton.cdiv(n + images, ROWS["BLOCK_M"]), triton.cdiv(width, ROWS["BLOCK_N"]))
         with _device.on(grad):
             _patch_embed_bwd_dropout_kernel[grid](
-                grad, behind, patch_rows, cls_rows, seed, n, images, dropout_p, D=width, **tiles, **options
+                grad, behind, patch_rows, cls_rows, seed, n, images, dropout_p, D=width, **ROWS
             )
 
     d_pixels = d_weight = d_bias = d_cls = d_position = d_modality = d_text = None
@@ -154,31 +151,30 @@ def patch_embed_bwd(
     if need_pixels:
         d_pixels = _pixel_gradient(behind.index_select(0, patch_rows).to(weight.dtype), pixels, weight, patch_source)
     if need_weight:
-        tiles, options = weight_config(n, weight.dtype, small(weight))
+        config = weight_config(n, weight.dtype, small(arch))
         strides, patch = geometry(pixels, weight)
-        splits = tiles["SPLITS"]
+        splits = config["SPLITS"]
         make = torch.empty if n else torch.zeros
         d_weight = make(splits, *weight.shape, dtype=torch.float32 if splits > 1 else weight.dtype, device=grad.device)
         if n and width:
-            grid = (triton.cdiv(width, tiles["BLOCK_N"]), triton.cdiv(patch["K"], tiles["BLOCK_K"]), splits)
+            grid = (triton.cdiv(width, config["BLOCK_N"]), triton.cdiv(patch["K"], config["BLOCK_K"]), splits)
             with _device.on(grad):
                 _patch_embed_bwd_weight_kernel[grid](
                     behind, patch_rows, pixels, pixel_scale, pixel_shift, patch_source, d_weight, n, *strides,
-                    D=width, **patch, NORMALIZE=pixel_scale is not None, PRECISION=_device.dot_precision(weight),
-                    DTYPE=getattr(tl, str(weight.dtype).removeprefix("torch.")), **tiles, **options,
+                    D=width, **patch, NORMALIZE=pixel_scale is not None, PRECISION=_device.precision(arch),
+                    DTYPE=_element(weight.dtype), **config,
                 )  # fmt: skip
         d_weight = (d_weight.sum(0) if splits > 1 else d_weight[0]).to(weight.dtype)
 
     def table_sums(rows_grad, table_rows, in_modality):
-        tiles, options = TABLE
         splits = min(max(triton.cdiv(n + images, 1024), 1), 16)
         out = torch.empty(splits, table_rows, width, dtype=torch.float32, device=grad.device)
-        grid = (triton.cdiv(table_rows, tiles["BLOCK_T"]), triton.cdiv(width, tiles["BLOCK_N"]), splits)
+        grid = (triton.cdiv(table_rows, TABLE["BLOCK_T"]), triton.cdiv(width, TABLE["BLOCK_N"]), splits)
         with _device.on(grad):
             _patch_embed_bwd_table_kernel[grid](
                 rows_grad, patch_rows, cls_rows, patch_sample, pos_index, pos_weight, modality_index, out, n, images,
                 len(position), table_rows, D=width, MODALITY=in_modality, SPLITS=splits,
-                PRECISION=_sums_precision(grad, *tables), **tiles, **options,
+                PRECISION=_device.precision(arch, *tables), **TABLE,
             )  # fmt: skip
         return out.sum(0)
 
@@ -210,19 +206,15 @@ def _pixel_gradient(g, pixels, weight, source):
 
 def aot_cases():
     """Every shipped configuration on ViLT's shapes, as in patch_embed.py."""
-    for dtype, short, arches, precision in aot_targets():
-        little = arches[0] in (89, "gfx942")
+    for dtype, short, little, precision, targets in aot_targets():
+        product = dict(targets=targets, matmul=True)
         for n in BATCHES[1:]:
-            tiles, launch = weight_config(n, dtype, little)
-            constants = PATCH | tiles | dict(NORMALIZE=False, PRECISION=precision, scale=None, shift=None)
-            constants["DTYPE"] = getattr(tl, str(dtype).removeprefix("torch."))
-            types = dict(out="*fp32") if tiles["SPLITS"] > 1 else {}
-            name = f"bwd_weight n={n}"
-            yield aot_case(name, _patch_embed_bwd_weight_kernel, short, arches, True, launch, constants, **types)
-        if precision == "tf32x3" and short == "bf16":
-            precision = "tf32"
+            config = weight_config(n, dtype, little)
+            types = dict(scale=None, shift=None, out="*fp32" if config["SPLITS"] > 1 else f"*{short}")
+            config |= dict(NORMALIZE=False, PRECISION=precision, DTYPE=_element(dtype))
+            yield aot_case(_patch_embed_bwd_weight_kernel, f"bwd_weight n={n}", short, config, **product, **types)
         for modality in (False, True):
-            constants = TABLE[0] | dict(MODALITY=modality, SPLITS=2, PRECISION=precision)
+            config = TABLE | dict(MODALITY=modality, SPLITS=2, PRECISION=_device.precision(targets[0].arch, dtype))
             name = f"bwd_table {'modality' if modality else 'position'}"
-            yield aot_case(name, _patch_embed_bwd_table_kernel, short, arches, True, TABLE[1], constants)
-        yield aot_case("bwd_dropout", _patch_embed_bwd_dropout_kernel, short, arches, False, ROWS[1], ROWS[0])
+            yield aot_case(_patch_embed_bwd_table_kernel, name, short, config, **product)
+        yield aot_case(_patch_embed_bwd_dropout_kernel, "bwd_dropout", short, ROWS, targets=targets)

@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vilt_fast.kernels import _device as device_
-from vilt_fast.kernels import ipot as ipot_
-from vilt_fast.kernels.ipot import (
+from ..reference.sinkhorn import SinkhornResult
+from . import _aot, _device, ipot
+from .ipot import (
     LOWEST,
     add_text_sums,
     image_top,
@@ -30,7 +30,6 @@ from vilt_fast.kernels.ipot import (
     some,
     store_plan,
 )  # fmt: skip
-from vilt_fast.reference.sinkhorn import SinkhornResult
 
 
 @triton.jit
@@ -115,7 +114,7 @@ def supports(op, gradient="none", **facts):
     """ "" when Triton can run this, else why not."""
     if gradient == "unrolled":
         return "it has no gradient through the iterations; use gradient='envelope' or another backend."
-    return ipot_.supports(op, **facts)
+    return ipot.supports(op, **facts)
 
 
 def sinkhorn_fwd(
@@ -129,29 +128,20 @@ def sinkhorn_fwd(
     used = torch.zeros(B, dtype=torch.int64, device=cost.device)
     if plan.numel() == 0:
         return SinkhornResult(plan, value, used, error)
-    cost = ipot_.aligned(cost)
+    cost = ipot.aligned(cost)
     weights = [None if w is None else w.float().contiguous() for w in (text_marginal, image_marginal)]
-    with device_.on(cost):
+    with _device.on(cost):
         _sinkhorn_fwd_kernel[(B,)](
-            cost, *ipot_.pads(text_pad, image_pad), *weights, plan, value, used, error, M, N, *cost.stride()[:2],
-            *ipot_.step_of(epsilon), iterations, -1.0 if tolerance is None else float(tolerance), **ipot_.streamed(M),
+            cost, *ipot.pads(text_pad, image_pad), *weights, plan, value, used, error, M, N, *cost.stride()[:2],
+            *ipot.step_of(epsilon), iterations, -1.0 if tolerance is None else float(tolerance), **ipot.streamed(M),
         )  # fmt: skip
     return SinkhornResult(plan, value, used, error)
 
 
 def aot_cases():
     """Every configuration that ships, with ViLT's sizes, for the ahead-of-time report."""
-    signature = dict(
-        cost="*fp32", text_pad="*u8", image_pad="*u8", plan="*fp32", value="*fp32", used="*i64", error="*fp32",
-        M="i32", N="i32", stride_b="i32", stride_m="i32", step_high="fp32", step_low="fp32", iterations="i32",
-        tolerance="fp32",
-    )  # fmt: skip
     for M in (16, 24, 40, 128):
         for weighted in (False, True):
-            options, weights = ipot_.streamed(M), dict(text_weight="*fp32", image_weight="*fp32")
-            yield dict(
-                name=f"sinkhorn {M} rows" + " weighted" * weighted, kernel=_sinkhorn_fwd_kernel,
-                num_warps=options.pop("num_warps"), num_stages=1, arches=ipot_.ARCHES, matmul=False,
-                signature=signature | (weights if weighted else {}),
-                constexprs=options | ({} if weighted else dict.fromkeys(weights)),
-            )  # fmt: skip
+            absent = {} if weighted else dict(text_weight=None, image_weight=None)
+            name = f"sinkhorn {M} rows" + " weighted" * weighted
+            yield _aot.case(_sinkhorn_fwd_kernel, name, "fp32", ipot.streamed(M), **absent)

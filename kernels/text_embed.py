@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device
+from . import _aot, _device
 
 # --- device side ------------------------------------------------------------------------------------------------------
 
@@ -164,14 +164,14 @@ def supports(op, device=None, dtypes=(), width=768, **facts):
     return _device.problem(device, **{f"input {i}": dtype for i, dtype in enumerate(sorted(dtypes, key=str))})
 
 
-WORD = dict(BLOCK_M=16, BLOCK_N=256), dict(num_warps=4)
-TABLE = dict(BLOCK_T=64, BLOCK_M=32, BLOCK_N=64), dict(num_warps=8, num_stages=2)
+WORD = dict(BLOCK_M=16, BLOCK_N=256, num_warps=4)
+TABLE = dict(BLOCK_T=64, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2)
 
 
 def row_config(width):
     """One row a program, 8 to 16 columns a thread."""
     block = triton.next_power_of_2(width)
-    return dict(BLOCK_D=block), dict(num_warps=min(max(block // 256, 1), 32))
+    return dict(BLOCK_D=block, num_warps=min(max(block // 256, 1), 32))
 
 
 def _inputs(input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type):
@@ -191,12 +191,11 @@ def text_embed_fwd(
     n, width = len(position_ids), position.shape[1]
     out = torch.empty(n, width, dtype=out_dtype, device=position.device)
     if n and width:
-        tiles, options = row_config(width)
         rows = _inputs(input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type)
         with _device.on(out):
             _text_embed_fwd_kernel[(n,)](
                 *rows, ln_weight.contiguous(), ln_bias.contiguous(), modality.contiguous(), seed, out, eps, dropout_p,
-                D=width, DROPOUT=dropout_p > 0, **tiles, **options,
+                D=width, DROPOUT=dropout_p > 0, **row_config(width),
             )  # fmt: skip
     return out
 
@@ -219,17 +218,15 @@ def text_embed_bwd(
     if need_word:
         d_word = torch.zeros(word.shape, device=grad.device, dtype=torch.float32 if atomic else word.dtype)
     if n and width:
-        tiles, options = row_config(width)
         with _device.on(grad):
             _text_embed_bwd_kernel[(programs,)](
                 grad.contiguous(), *rows, ln_weight.contiguous(), seed, dx, sums, d_word, n, eps, dropout_p,
-                padding_idx, D=width, DROPOUT=dropout_p > 0, ATOMIC=atomic, **tiles, **options,
+                padding_idx, D=width, DROPOUT=dropout_p > 0, ATOMIC=atomic, **row_config(width),
             )  # fmt: skip
             if need_word and not atomic:
                 ids, order = torch.sort(input_ids, stable=True)
-                tiles, options = WORD
-                _text_embed_bwd_word_kernel[(n, triton.cdiv(width, tiles["BLOCK_N"]))](
-                    dx, ids, order, d_word, n, padding_idx, D=width, **tiles, **options
+                _text_embed_bwd_word_kernel[(n, triton.cdiv(width, WORD["BLOCK_N"]))](
+                    dx, ids, order, d_word, n, padding_idx, D=width, **WORD
                 )
     d_weight, d_bias, d_row = sums.sum(0)
     d_modality = torch.zeros_like(modality)
@@ -245,19 +242,16 @@ def text_embed_bwd(
 
 def _small_tables(dx, position_ids, token_type_ids, position, token_type):
     n, width = dx.shape
-    tiles, options = TABLE
     table_rows = len(position) + len(token_type)
     splits = min(max(triton.cdiv(n, 512), 1), 16)
     out = torch.empty(splits, table_rows, width, dtype=torch.float32, device=dx.device)
-    precision = _device.dot_precision(dx)
-    if precision == "tf32x3" and torch.float32 not in (position.dtype, token_type.dtype):
-        precision = "tf32"  # 10 bits, enough for results that are rounded to float16 or bfloat16
-    grid = (triton.cdiv(table_rows, tiles["BLOCK_T"]), triton.cdiv(width, tiles["BLOCK_N"]), splits)
+    precision = _device.precision(_device.arch(dx), position.dtype, token_type.dtype)
+    grid = (triton.cdiv(table_rows, TABLE["BLOCK_T"]), triton.cdiv(width, TABLE["BLOCK_N"]), splits)
     if width:
         with _device.on(dx):
             _text_embed_bwd_table_kernel[grid](
                 dx, position_ids, token_type_ids, out, n, len(position), table_rows, D=width, SPLITS=splits,
-                PRECISION=precision, **tiles, **options,
+                PRECISION=precision, **TABLE,
             )  # fmt: skip
     sums = out.sum(0)
     places = len(position)  # copies: outputs of an op must not share memory
@@ -269,31 +263,20 @@ def _small_tables(dx, position_ids, token_type_ids, position, token_type):
 
 def aot_cases():
     """Every shipped configuration on ViLT's shapes (D 768; tiles do not depend on the batch)."""
-    tiles, options = row_config(768)
-    for short in ("bf16", "fp32"):
+    for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         live = short == "fp32"  # with dropout and atomics there, without here
-        for arches in ((80, 89, 90, 100), ("gfx942",)):
-            off = {} if live else dict(seed=None)
-            flags = dict(DROPOUT=live, token_type_ids=None, **off)
-            yield _case("fwd", _text_embed_fwd_kernel, short, arches, options, tiles | flags)
-            no_word = {} if live else dict(d_word=None)
-            constants = tiles | flags | no_word | dict(ATOMIC=live)
-            yield _case("bwd", _text_embed_bwd_kernel, short, arches, options, constants)
-            yield _case("bwd_word", _text_embed_bwd_word_kernel, short, arches, WORD[1], WORD[0])
-            precision = "ieee" if arches == ("gfx942",) else "tf32x3" if live else "tf32"
-            constants = TABLE[0] | dict(token_type_ids=None, SPLITS=5, PRECISION=precision)
-            yield _case("bwd_table", _text_embed_bwd_table_kernel, short, arches, TABLE[1], constants)
+        row = row_config(768) | dict(DROPOUT=live, ATOMIC=live)
+        absent = dict(token_type_ids=None) | ({} if live else dict(seed=None, d_word=None))
+        for _, targets in _aot.alike(lambda target: target.precision):
+            table = TABLE | dict(SPLITS=5, PRECISION=_device.precision(targets[0].arch, dtype))
+            wide = dict(targets=targets, dx="*fp32", out="*fp32")
+            yield _case(_text_embed_fwd_kernel, "fwd", short, row, targets=targets, **absent)
+            yield _case(_text_embed_bwd_kernel, "bwd", short, row, **wide, **absent)
+            yield _case(_text_embed_bwd_word_kernel, "bwd_word", short, WORD, **wide)
+            yield _case(
+                _text_embed_bwd_table_kernel, "bwd_table", short, table, matmul=True, token_type_ids=None, **wide
+            )
 
 
-def _case(name, kernel, short, arches, options, constants):
-    constants = constants | dict(D=768)
-    types = dict.fromkeys(("ids", "position_ids", "order", "seed"), "*i64")
-    types |= dict.fromkeys(("n", "L", "table_rows", "padding_idx"), "i32") | dict(eps="fp32", p="fp32")
-    types |= dict.fromkeys(("dx", "sums"), "*fp32")
-    if kernel is _text_embed_bwd_table_kernel:
-        types["out"] = "*fp32"
-    signature = {arg: types.get(arg, f"*{short}") for arg in kernel.arg_names if arg not in constants}
-    return dict(
-        name=f"text_embed {name} {short}", kernel=kernel, signature=signature, constexprs=constants, arches=arches,
-        matmul=kernel is _text_embed_bwd_table_kernel, **{"num_stages": 1} | options,
-    )  # fmt: skip
+def _case(kernel, name, short, config, **more):
+    return _aot.case(kernel, f"text_embed {name} {short}", short, config | dict(D=768), **more)

@@ -24,9 +24,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vilt_fast.kernels import _device as device_
-from vilt_fast.kernels import ipot as ipot_
-from vilt_fast.kernels.ipot import (
+from ..reference.word_patch_distance import cosine_cost
+from . import _aot, _device, ipot
+from .ipot import (
     FAR,
     LOWEST,
     image_top,
@@ -38,7 +38,6 @@ from vilt_fast.kernels.ipot import (
     store_scaling,
     transport,
 )
-from vilt_fast.reference.word_patch_distance import cosine_cost
 
 MAX_COST = 2.0
 
@@ -225,25 +224,26 @@ def _word_patch_distance_bwd_kernel(
 
 def supports(op, device=None, dtype=None, rows=None, **facts):
     """ "" when Triton can run this, else why not."""
-    if reason := device_.problem(device, **{"text and image": dtype}):
+    if reason := _device.problem(device, **{"text and image": dtype}):
         return reason
-    return ipot_.supports(op, device=device, rows=rows)
+    return ipot.supports(op, device=device, rows=rows)
 
 
 def config(M, N, half):
     """(on chip?, tiles and warps) of the forward."""
-    on_chip, options = ipot_.config(M, N, smallest=16)  # tl.dot wants 16 rows
-    return on_chip, options | dict(BLOCK_D=32 if half else 16)
+    on_chip, options = ipot.config(M, N, smallest=16)  # tl.dot wants 16 rows
+    return on_chip, options | dict(BLOCK_D=32 if half else 16, num_stages=2)
 
 
 def bwd_config(M, half):
     """Tiles and warps of the backward, for M up to 48; SHARE columns of the hidden states a program."""
     block_m = 16 if M <= 16 else 64  # with 32 rows, ptxas trades a few registers for occupancy and spills
-    return dict(BLOCK_M=block_m, BLOCK_N=16, BLOCK_D=32 if half else 16, SHARE=64 if half else 32, num_warps=4)
+    tiles = dict(BLOCK_M=block_m, BLOCK_N=16, BLOCK_D=32 if half else 16, SHARE=64 if half else 32)
+    return dict(tiles, num_warps=4, num_stages=1)
 
 
 def _loop(beta):
-    return "linear" if MAX_COST * 1.001 * sum(ipot_.step_of(beta)) <= ipot_.REACH.value else "scaled"
+    return "linear" if MAX_COST * 1.001 * sum(ipot.step_of(beta)) <= ipot.REACH.value else "scaled"
 
 
 def word_patch_distance_fwd(
@@ -263,15 +263,15 @@ def word_patch_distance_fwd(
     if not on_chip:
         cost = cosine_cost(text, image, text_pad, image_pad)
         options = dict(beta=beta, iterations=iterations, inner=inner, scaling=scaling)
-        written = ipot_.ipot_fwd(cost, text_pad, image_pad, **options)
+        written = ipot.ipot_fwd(cost, text_pad, image_pad, **options)
         scaling[:, M:, 1] = written.sum(1)
         return (cost * written).sum((1, 2)), written if return_plan else plan, scaling
     distance = torch.empty(B, **numbers)
-    with device_.on(text):
+    with _device.on(text):
         _word_patch_distance_fwd_kernel[(B,)](
-            text.contiguous(), image.contiguous(), *ipot_.pads(text_pad, image_pad), distance,
-            plan if return_plan else None, scaling, M, N, D, *ipot_.step_of(beta), iterations, inner,
-            PRECISION=device_.dot_precision(text), LOOP=_loop(beta), num_stages=2, **options,
+            text.contiguous(), image.contiguous(), *ipot.pads(text_pad, image_pad), distance,
+            plan if return_plan else None, scaling, M, N, D, *ipot.step_of(beta), iterations, inner,
+            PRECISION=_device.precision(_device.arch(text)), LOOP=_loop(beta), **options,
         )  # fmt: skip
     return distance, plan, scaling
 
@@ -286,11 +286,11 @@ def word_patch_distance_bwd(grad, needs, text, image, text_pad, image_pad, scali
         return _large_bwd(grad, text, image, text_pad, image_pad, scaling, beta, iterations)
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (text, image)]
     options = bwd_config(M, text.element_size() == 2)
-    with device_.on(text):
+    with _device.on(text):
         _word_patch_distance_bwd_kernel[(B, triton.cdiv(D, options["SHARE"]))](
-            grad.contiguous(), text.contiguous(), image.contiguous(), *ipot_.pads(text_pad, image_pad), scaling,
-            *gradients, M, N, D, *ipot_.step_of(beta), iterations, PRECISION=device_.dot_precision(text),
-            SPLIT=text.element_size() == 2, num_stages=1, **options,
+            grad.contiguous(), text.contiguous(), image.contiguous(), *ipot.pads(text_pad, image_pad), scaling,
+            *gradients, M, N, D, *ipot.step_of(beta), iterations, PRECISION=_device.precision(_device.arch(text)),
+            SPLIT=text.element_size() == 2, **options,
         )  # fmt: skip
     return gradients
 
@@ -301,7 +301,7 @@ def _large_bwd(grad, text, image, text_pad, image_pad, scaling, beta, iterations
         text, image = text.detach().requires_grad_(), image.detach().requires_grad_()
         cost = cosine_cost(text, image, text_pad, image_pad)
     u, received = scaling[:, : text.shape[1], None], scaling[:, None, text.shape[1] :, 1]
-    step = sum(ipot_.step_of(beta)) * iterations
+    step = sum(ipot.step_of(beta)) * iterations
     exponents = (u[..., 0].double() + u[..., 1].double().log2() - step * cost.detach().double()) * math.log(2)
     padded = text_pad.unsqueeze(2) | image_pad.unsqueeze(1)
     plan = exponents.masked_fill(padded, -torch.inf).softmax(1).float() * received
@@ -311,28 +311,14 @@ def _large_bwd(grad, text, image, text_pad, image_pad, scaling, beta, iterations
 
 def aot_cases():
     """Every configuration that ships, with ViLT's sizes, for the ahead-of-time report."""
-    shared = dict(
-        text_pad="*u8", image_pad="*u8", M="i32", N="i32", stride_d="i32", step_high="fp32", step_low="fp32",
-        iterations="i32",
-    )  # fmt: skip
-    for dtype in ("*bf16", "*fp32"):
+    forward, backward = _word_patch_distance_fwd_kernel, _word_patch_distance_bwd_kernel
+    for short in ("bf16", "fp32"):
+        half = short == "bf16"
         for M, N in ((40, 240), (24, 240), (16, 100)):
-            for arch in ipot_.ARCHES:
-                states = dict(text=dtype, image=dtype)
-                _, options = config(M, N, dtype != "*fp32")
-                warps = options.pop("num_warps")
-                options["PRECISION"] = "tf32x3" if isinstance(arch, int) else "ieee"
+            for target in _aot.TARGETS:
+                size, more = f"{M}x{N} {short}", dict(targets=[target], matmul=True)
                 for loop in ("linear", "scaled"):
-                    yield dict(
-                        name=f"word_patch_distance {M}x{N} {dtype[1:]} {loop}", num_warps=warps, num_stages=2,
-                        kernel=_word_patch_distance_fwd_kernel, arches=(arch,), matmul=True,
-                        signature=shared | states | dict(distance="*fp32", scaling="*fp32", inner="i32"),
-                        constexprs=options | dict(plan=None, LOOP=loop),
-                    )  # fmt: skip
-                options = bwd_config(M, dtype != "*fp32") | dict(PRECISION=options["PRECISION"])
-                yield dict(
-                    name=f"word_patch_distance_bwd {M}x{N} {dtype[1:]}", num_warps=options.pop("num_warps"),
-                    kernel=_word_patch_distance_bwd_kernel, arches=(arch,), matmul=True, num_stages=1,
-                    signature=shared | states | dict(gradient="*fp32", scaling="*fp32", d_text=dtype, d_image=dtype),
-                    constexprs=options | dict(SPLIT=dtype != "*fp32"),
-                )  # fmt: skip
+                    options = config(M, N, half)[1] | dict(PRECISION=target.precision, LOOP=loop)
+                    yield _aot.case(forward, f"word_patch_distance {size} {loop}", short, options, plan=None, **more)
+                options = bwd_config(M, half) | dict(PRECISION=target.precision, SPLIT=half)
+                yield _aot.case(backward, f"word_patch_distance_bwd {size}", short, options, **more)

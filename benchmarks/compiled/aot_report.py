@@ -25,11 +25,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from vilt_fast.kernels import _aot
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-#: Bytes of shared memory that one block can have: CUDA programming guide, table of compute capabilities (227 of 228 KB
-#: on sm_90 and sm_100, 163 of 164 on sm_80, 99 of 100 on sm_89); CDNA 3 ISA, 64 KB of local data share.
-SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+SHARED = {target.name: target.shared for target in _aot.TARGETS}
 TENSOR_MEMORY = 512  # columns of tensor memory of a multiprocessor, sm_100
 FIELDS = (
     "op", "kernel", "case", "arch", "registers", "stack_bytes", "spill_instructions", "shared_bytes", "shared_limit",

@@ -32,13 +32,14 @@ def tiles(request, monkeypatch):
     """The shipped tiles hold these small shapes in one; small ones have several of everything, and ragged ends."""
     if request.param != "shipped":
         splits = 1 if request.param == "one split" else 3
-        small = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLITS=splits), dict(num_warps=1, num_stages=1)
-        rows = dict(BLOCK_M=2, BLOCK_N=8), dict(num_warps=1)
+        small = dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16, SPLITS=splits, num_warps=1, num_stages=1)
+        rows = dict(BLOCK_M=2, BLOCK_N=8, num_warps=1)
         monkeypatch.setattr(kernels, "fwd_config", lambda *_: small)
         monkeypatch.setattr(kernels, "ROWS", rows)
         monkeypatch.setattr(backward, "weight_config", lambda *_: small)
         monkeypatch.setattr(backward, "ROWS", rows)
-        monkeypatch.setattr(backward, "TABLE", (dict(BLOCK_T=16, BLOCK_M=16, BLOCK_N=16), small[1]))
+        table = dict(BLOCK_T=16, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=1)
+        monkeypatch.setattr(backward, "TABLE", table)
 
 
 def _arguments(
@@ -182,7 +183,7 @@ def test_equal_seeds_drop_the_same_whatever_the_tiles(monkeypatch):
     arguments, dropped = _arguments(torch.float32), []
     arguments["modality"].zero_()
     for splits, block in ((1, 16), (2, 16), (1, 32)):
-        config = dict(BLOCK_M=block, BLOCK_N=block, BLOCK_K=16, SPLITS=splits), dict(num_warps=1)
+        config = dict(BLOCK_M=block, BLOCK_N=block, BLOCK_K=16, SPLITS=splits, num_warps=1)
         monkeypatch.setattr(kernels, "fwd_config", lambda *_, config=config: config)
         torch.manual_seed(5)
         dropped.append(functional.patch_embed(**arguments, dropout_p=0.5, backend="triton") == 0)

@@ -65,8 +65,8 @@ def test_within_budget(dtype, options, deterministic):
 
 def test_small_tiles(monkeypatch):
     # Several blocks of rows, of columns, of table rows and several splits, all ragged.
-    monkeypatch.setattr(kernels, "WORD", (dict(BLOCK_M=2, BLOCK_N=8), dict(num_warps=1)))
-    monkeypatch.setattr(kernels, "TABLE", (dict(BLOCK_T=16, BLOCK_M=16, BLOCK_N=16), dict(num_warps=1, num_stages=1)))
+    monkeypatch.setattr(kernels, "WORD", dict(BLOCK_M=2, BLOCK_N=8, num_warps=1))
+    monkeypatch.setattr(kernels, "TABLE", dict(BLOCK_T=16, BLOCK_M=16, BLOCK_N=16, num_warps=1, num_stages=1))
     arguments = _arguments(torch.float32, rows=515, width=9)
     arguments["position"] = torch.randn(40, 9).to(DEVICE)
     _check(arguments)
