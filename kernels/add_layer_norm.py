@@ -112,7 +112,7 @@ def _add_layer_norm_bwd_kernel(
         tl.store(share + step, tl.sum(dbias, 0), mask=cols < D)
 
 
-def supports(op, device=None, dtype=None, residual_dtype=None, width=1, **facts):
+def supports(*, device=None, dtype=None, residual_dtype=None, width=1, requires_grad=False, dropout=False):
     """ "" when Triton can run this, else why not."""
     if width > MAX_WIDTH:
         return f"rows are {width} wide, at most {MAX_WIDTH} fit in registers."
@@ -136,8 +136,7 @@ def _plain(*tensors):
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
-def add_layer_norm_fwd(x, residual, weight, bias, eps, dropout_p=0.0, seed=None):
-    """((s, y), (mean, rstd)); seed: int64 [1] on the device of x, needed with dropout."""
+def add_layer_norm_fwd(*, x, residual, weight, bias, eps, dropout_p, seed, keep):
     D = x.shape[-1]
     s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     y = x.new_empty(x.shape)
@@ -151,33 +150,35 @@ def add_layer_norm_fwd(x, residual, weight, bias, eps, dropout_p=0.0, seed=None)
                 x, residual, *_plain(weight, bias), seed if dropout_p > 0 else None, s, y, mean, rstd, N, D,
                 x.stride(0), residual.stride(0), eps, dropout_p, **config,
             )  # fmt: skip
-    return (s, y), (mean, rstd)
+    return (s, y), (mean, rstd) if keep else ()
 
 
 def add_layer_norm_bwd(
-    ds, dy, s, mean, rstd, weight, *, seed=None, dropout_p=0.0, x_dtype=None, residual_dtype=None, with_sums=True
-):
-    """(dresidual, dx, sums): sums [2, D] float32 are those for weight and bias.
-
-    dx is empty [0] where it equals dresidual: equal dtypes and no dropout. sums is empty [0] unless ``with_sums``.
-    """
+    *, needs, grad_s, grad_y, s, mean, rstd, weight, bias, dropout_p, seed, x_dtype, residual_dtype
+):  # fmt: skip
+    """The gradient of x is None where it is that of the residual: equal dtypes and no dropout."""
     D = s.shape[-1]
     dropped = dropout_p > 0
     dresidual = s.new_empty(s.shape, dtype=residual_dtype)
-    dx = s.new_empty(s.shape if dropped or x_dtype != residual_dtype else 0, dtype=x_dtype)
-    if not s.numel():
-        return dresidual, dx, s.new_zeros((2, D) if with_sums else 0, dtype=torch.float32)
-    N = s.numel() // D
-    config = _config(N, D)
-    rows_each = triton.cdiv(triton.cdiv(N, config["ROWS"]), _GROUPS) * config["ROWS"]
-    groups = triton.cdiv(N, rows_each)
-    sums = s.new_empty(2, groups, D, dtype=torch.float32) if with_sums else None
-    with _device.on(s):
-        _add_layer_norm_bwd_kernel[(groups,)](
-            *_plain(ds, dy, s), mean, rstd, *_plain(weight), seed if dropped else None, dresidual,
-            dx if dx.dim() > 1 or dx.numel() else None, sums, N, D, rows_each, dropout_p, **config,
-        )  # fmt: skip
-    return dresidual, dx, sums.sum(1) if with_sums else s.new_empty(0, dtype=torch.float32)
+    dx = s.new_empty(s.shape, dtype=x_dtype) if dropped or x_dtype != residual_dtype else None
+    sums = s.new_zeros(2, 1, D, dtype=torch.float32) if any(needs[2:]) else None
+    if s.numel():
+        N = s.numel() // D
+        config = _config(N, D)
+        rows_each = triton.cdiv(triton.cdiv(N, config["ROWS"]), _GROUPS) * config["ROWS"]
+        groups = triton.cdiv(N, rows_each)
+        if sums is not None:
+            sums = s.new_empty(2, groups, D, dtype=torch.float32)
+        with _device.on(s):
+            _add_layer_norm_bwd_kernel[(groups,)](
+                *_plain(grad_s, grad_y, s), mean, rstd, *_plain(weight), seed if dropped else None, dresidual, dx, sums,
+                N, D, rows_each, dropout_p, **config,
+            )  # fmt: skip
+    parameters = [None, None]
+    if sums is not None:  # copies: outputs of an op must not share memory
+        totals = zip(sums.sum(1), (weight, bias), strict=True)
+        parameters = [None if p is None else total.to(p.dtype, copy=True) for total, p in totals]
+    return (dx, dresidual, *parameters), ()
 
 
 def aot_cases():

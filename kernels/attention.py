@@ -202,9 +202,12 @@ def _attention_fwd_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def supports(op, device=None, dtype=None, head_dim=64, together=True, **facts):
+def supports(
+    *, device=None, dtype=None, head_dim=64, requires_grad=False, dropout=False, causal=False, return_lse=False,
+    generator=False, apart=False,
+):  # fmt: skip
     """ "" when Triton can run this, else why not."""
-    if not together:
+    if apart:
         return "cu_seqlens, seqused_k and causal_start must be on the device of q; it never copies between devices."
     if not 1 <= head_dim <= 256:
         return f"head dim is {head_dim}, expected 1 to 256."
@@ -299,22 +302,19 @@ def shape(width, arch):
 
 def bounds_and_numbers(cu_q, cu_k, used_k, start_k, seed, scale, dropout_p, *matrices):
     """What all kernels take in this order: cu_q to grow, the strides of the matrices (q, k, v, ...), heads, rows."""
-    rows, heads, width = matrices[0].shape
+    rows, heads, _ = matrices[0].shape
     return (
-        *dense(cu_q, cu_k, used_k, start_k), seed if dropout_p > 0 else None, width**-0.5 if scale is None else scale,
+        *dense(cu_q, cu_k, used_k, start_k), seed if dropout_p > 0 else None, scale,
         *dropout(dropout_p), *(stride for matrix in matrices for stride in matrix.stride()[:2]), heads, rows,
     )  # fmt: skip
 
 
 def attention_fwd(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
-    seqused_k=None, causal_start=None, dropout_p=0.0, scale=None, return_lse=False, seed=None,
+    *, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal_start, dropout_p, scale, seed,
+    keep,
 ):  # fmt: skip
-    """As `functional.attention`; with dropout, seed is an int64 [1] on the device of q in place of a generator.
-
-    With return_lse it also returns what the backward needs: stats [2, H, Nq] float32, the largest score of a row in
-    units of log2, and 1 / (sum of the exponentials of what the others fall short of it).
-    """
+    """Kept are stats [2, H, Nq] float32: the largest score of a row in units of log2, and 1 / (sum of the exponentials
+    of what the others fall short of it)."""
     rows, heads, width = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
@@ -335,14 +335,14 @@ def attention_fwd(
                 ),
                 q_blocks, **shape(width, _device.arch(q)), **config,
             )  # fmt: skip
-    return (out, lse, stats) if return_lse else out
+    return (out, lse), (stats,) if keep else ()
 
 
 # --- what ships, for compilation ahead of time ------------------------------------------------------------------------
 
 
 def aot_case(kernel, target, dtype, width, config, name, mask, home=True):
-    """One case of benchmarks.aot_report; away from home (what ViLT never meets) it may spill a few bytes."""
+    """One case of benchmarks.compiled.aot_report; away from home (what ViLT never meets) it may spill a few bytes."""
     name = f"{kernel.__name__.strip('_')} {name} {str(dtype)[6:]} d{width} {target.name}"
     element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     return _aot.case(

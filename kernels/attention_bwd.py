@@ -161,12 +161,12 @@ def _attention_bwd_kv_kernel(
 
 
 def attention_bwd(
-    dout, dlse, q, k, v, out, stats, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
-    seqused_k=None, causal_start=None, dropout_p=0.0, scale=None, seed=None,
+    *, needs, grad_out, grad_lse, q, k, v, out, stats, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    seqused_k, causal_start, dropout_p, scale, seed,
 ):  # fmt: skip
-    """Gradients of q, k, v from those of out and lse (or None); out, stats and seed as the forward left them."""
     rows, heads, width = q.shape
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dout = torch.zeros_like(out) if grad_out is None else grad_out
     dout, q = in_place(dout, max_seqlen_q), in_place(q, max_seqlen_q)
     k, v = in_place(k, max_seqlen_k), in_place(v, max_seqlen_k)
     delta = torch.empty_like(stats[0])
@@ -181,14 +181,14 @@ def attention_bwd(
         if dq.numel():
             q_blocks = triton.cdiv(max_seqlen_q, config_q["BLOCK_M"])
             _attention_bwd_q_kernel[(q_blocks * pairs,)](
-                q, k, v, out, stats, dout, *dense(dlse), dq, delta, *arguments, q_blocks, **sizes, **config_q
+                q, k, v, out, stats, dout, *dense(grad_lse), dq, delta, *arguments, q_blocks, **sizes, **config_q
             )  # fmt: skip
         if dk.numel():
             k_blocks = triton.cdiv(max_seqlen_k, config_kv["BLOCK_N"])
             _attention_bwd_kv_kernel[(k_blocks * pairs,)](
                 q, k, v, stats, dout, delta, dk, dv, *arguments, k_blocks, **sizes, **config_kv
             )  # fmt: skip
-    return dq, dk, dv
+    return (dq, dk, dv), ()
 
 
 def aot_cases():

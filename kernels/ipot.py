@@ -331,7 +331,7 @@ def _ipot_fwd_streamed_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def supports(op, device=None, dtype=None, rows=None, **facts):
+def supports(*, device=None, dtype=None, rows=None, columns=None):
     """ "" when Triton can run this, else why not."""
     if reason := _device.problem(device, cost=dtype):
         return reason
@@ -374,8 +374,13 @@ def pads(*masks):
     return [mask.contiguous().view(torch.uint8) for mask in masks]
 
 
-def ipot_fwd(cost, text_pad, image_pad, *, beta=0.5, iterations=50, inner=1, scaling=None):
-    """plan [B, M, N] float32. scaling: a tensor [B, M + N, 2] whose first M rows are to hold u, as
+def ipot_fwd(*, cost, text_pad, image_pad, beta, iterations, inner, keep):
+    plan = launch(cost, text_pad, image_pad, beta=beta, iterations=iterations, inner=inner, scaling=None)
+    return (plan,), ()
+
+
+def launch(cost, text_pad, image_pad, *, beta, iterations, inner, scaling):
+    """plan [B, M, N] float32. scaling: None, or a tensor [B, M + N, 2] whose first M rows are to hold u, as
     (exponent, factor) pairs."""
     B, M, N = cost.shape
     plan = torch.empty(cost.shape, dtype=torch.float32, device=cost.device)

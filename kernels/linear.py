@@ -16,7 +16,7 @@ A fixed number of programs walks the output tiles in groups of GROUP row blocks,
 stay in L2. Accumulators are float32. The epilogue works on quarters of a wide tile: bias, erf and conversion of all of
 a 128 x 256 tile at once would spill. float32 operands go through three TF32 products (tf32x3) on NVIDIA.
 
-Backward: dx = g W, dW = g^T x, db = column sums of g, dresidual = g; library products (see vilt_fast/ops/linear.py).
+Backward: dx = g W, dW = g^T x, db = column sums of g, dresidual = g; library products.
 """
 
 import itertools
@@ -187,7 +187,7 @@ def _kind(x, weight):
     return how if bytes_each == 2 else f"{how} fp8"
 
 
-def supports(op, device=None, dtype=None, residual_dtype=None, **facts):
+def supports(*, device=None, dtype=None, residual_dtype=None, requires_grad=False):
     """ "" when Triton can run this, else why not."""
     return _device.problem(device, x=dtype, residual=residual_dtype)
 
@@ -242,10 +242,25 @@ def _output(tensor, config, tma):
     return TensorDescriptor.from_tensor(tensor, [config["BLOCK_M"], config["BLOCK_N"] // config["PARTS"]])
 
 
-def linear_fwd(x, weight, bias, residual=None):
-    """((out,), ()): out = x W^T + b (+ residual), in the wider dtype of x and residual; nothing but inputs is kept."""
+def linear_fwd(*, x, weight, bias, residual, keep):
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return (launch(x, weight, bias, residual, gelu=False, save=False, out_dtype=out_dtype)[0],), ()
+
+
+def products(grad, x, weight, need_x, need_weight):
+    """(dx, dweight) of x W^T, None where not needed; grad [..., N] is rounded to the dtype of x first."""
+    grad = grad.to(weight.dtype).reshape(-1, weight.shape[0])
+    dx = torch.mm(grad, weight).view(*x.shape) if need_x else None
+    return dx, torch.mm(grad.t(), x.reshape(-1, x.shape[-1])) if need_weight else None
+
+
+def linear_bwd(*, needs, grad_out, x, weight, bias, residual):
+    """The gradient of the residual is None where it is that of the result itself."""
+    need_x, need_weight, need_bias, need_residual = needs
+    dbias = grad_out.flatten(0, -2).sum(0).to(bias.dtype) if need_bias else None
+    apart = need_residual and grad_out.dtype != residual.dtype
+    dresidual = grad_out.to(residual.dtype) if apart else None
+    return (*products(grad_out, x, weight, need_x, need_weight), dbias, dresidual), ()
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------------

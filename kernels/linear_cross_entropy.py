@@ -247,7 +247,7 @@ def _linear_cross_entropy_bwd_scatter_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def supports(op, device=None, dtype=None, **facts):
+def supports(*, device=None, dtype=None, requires_grad=False):
     """ "" when Triton can run this, else why not."""
     return _device.problem(device, x=dtype)
 
@@ -282,8 +282,8 @@ def _plain(tensor):
     return None if tensor is None else tensor.contiguous()
 
 
-def linear_cross_entropy_fwd(x, weight, bias, labels, ignore_index=-100):
-    """((losses,), (lse, kept, count)); losses [R] float32, 0 where ignored. The reduction is left to the caller."""
+def linear_cross_entropy_fwd(*, x, weight, bias, labels, ignore_index, keep):
+    """Losses [R] float32, 0 where ignored; kept are lse and the labelled rows, both zero past their count."""
     R, D = x.shape
     V = len(weight)
     losses, picked = (x.new_empty(R, dtype=torch.float32) for _ in range(2))
@@ -304,7 +304,7 @@ def linear_cross_entropy_fwd(x, weight, bias, labels, ignore_index=-100):
             _linear_cross_entropy_combine_kernel[(triton.cdiv(R, _COMBINE["BLOCK_R"]),)](
                 kept, count, picked, maxima, sums, lse, losses, R, tiles, **_COMBINE
             )
-    return (losses,), (lse, kept, count)
+    return (losses, count), (lse, kept) if keep else ()
 
 
 def _chunk(R, V):
@@ -312,16 +312,15 @@ def _chunk(R, V):
     return min(max(_ALIVE // max(R, 1) // 128 * 128, 128), _MAX_CHUNK, triton.cdiv(V, 128) * 128)
 
 
-def linear_cross_entropy_bwd(
-    grad, x, weight, bias, labels, lse, kept, count, needs_x=True, needs_weight=True, needs_bias=True
-):
-    """(dx, dweight, dbias), empty [0] where not needed; grad [R] float32, that of the losses."""
+def linear_cross_entropy_bwd(*, needs, grad_losses, x, weight, bias, labels, lse, rows, count):
+    needs_x, needs_weight, needs_bias = needs
+    grad, kept = grad_losses, rows
     (R, D), V = x.shape, len(weight)
     dx = x.new_zeros(x.shape if needs_x else 0)
     dweight = weight.new_empty(weight.shape if needs_weight else 0)
     dbias = weight.new_empty(V if needs_bias else 0)
     if not R:
-        return dx, dweight.zero_(), dbias.zero_()
+        return (dx, dweight.zero_(), dbias.zero_()), ()
     x, weight, bias, labels, grad = _rows(x), _rows(weight), _plain(bias), labels.contiguous(), grad.contiguous()
     chunk = _chunk(R, V)
     e, scale = x.new_empty(R, chunk), x.new_empty(1, dtype=torch.float32)
@@ -356,7 +355,7 @@ def linear_cross_entropy_bwd(
         if needs_x:
             grid = (triton.cdiv(R, _SCATTER["BLOCK_R"]), triton.cdiv(D, _SCATTER["BLOCK_D"]))
             _linear_cross_entropy_bwd_scatter_kernel[grid](partial, kept, count, scale, dx, R, splits, D=D, **_SCATTER)
-    return dx, dweight, dbias
+    return (dx, dweight, dbias), ()
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------------

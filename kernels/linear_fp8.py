@@ -42,7 +42,7 @@ def _quantize_fp8_kernel(
         tl.store(q + wide * K + k + cols[None, :], r.to(q.dtype.element_ty), mask=inside)
 
 
-def supports(op, device=None, dtype=None, **facts):
+def supports(*, device=None, dtype=None):
     """ "" when Triton can run this, else why not."""
     reason = _device.problem(device, x=dtype)
     if not reason and not _device.interpreted() and not _device.has_e4m3():
@@ -55,7 +55,11 @@ def _quantize_config(K):
     return dict(ROWS=_ROWS, COLUMNS=columns, WHOLE=columns >= K, num_warps=4)
 
 
-def quantize_fp8(x):
+def quantize_fp8_fwd(*, x, keep):
+    return quantize(x), ()
+
+
+def quantize(x):
     """(q [..., K] float8_e4m3fn, scale [...] float32)."""
     rows = linear._rows(x)
     M, K = rows.shape
@@ -67,14 +71,13 @@ def quantize_fp8(x):
     return q.view(x.shape), scale.view(x.shape[:-1])
 
 
-def linear_fp8_fwd(x, weight, weight_scale, bias, gelu=False):
-    """act(x W^T + b) in the dtype of x."""
-    q, scale = quantize_fp8(x)
+def linear_fp8_fwd(*, x, weight, weight_scale, bias, gelu, keep):
+    q, scale = quantize(x)
     out, _ = linear.launch(
         q, weight, bias, None, gelu=gelu, save=False, out_dtype=x.dtype,
         scales=(scale.view(-1), weight_scale.contiguous()),
     )  # fmt: skip
-    return out
+    return (out,), ()
 
 
 def aot_cases():

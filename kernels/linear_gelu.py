@@ -9,7 +9,7 @@ The backward reads h either way, and plain PyTorch keeps it too. Gradient checkp
 
 Backward: dh = dy * (Phi(h) + h phi(h)) in one elementwise pass that also leaves the column sums of dh, for db, per
 group of rows; summing the groups is a second, small pass in a fixed order, so equal runs give equal bits. dx = dh W and
-dW = dh^T x are library products (vilt_fast/ops/linear_gelu.py).
+dW = dh^T x are library products.
 """
 
 import torch
@@ -43,33 +43,39 @@ def _linear_gelu_bwd_kernel(grad, pre, dpre, sums, M, N, rows_each, BLOCK_M: tl.
         tl.store(sums + group.to(tl.int64) * N + cols, tl.sum(total, 0), mask=cols < N)
 
 
-def supports(op, device=None, dtype=None, **facts):
+def supports(*, device=None, dtype=None, requires_grad=False):
     """ "" when Triton can run this, else why not."""
     return _device.problem(device, x=dtype)
 
 
-def linear_gelu_fwd(x, weight, bias, save=False):
-    """((y,), (h,)): h is the pre-activation in the dtype of x where ``save``, else empty [0]."""
-    out, pre = linear.launch(x, weight, bias, None, gelu=True, save=save, out_dtype=x.dtype)
-    return (out,), (pre,)
+def linear_gelu_fwd(*, x, weight, bias, keep):
+    """Kept is the pre-activation h in the dtype of x."""
+    out, pre = linear.launch(x, weight, bias, None, gelu=True, save=keep, out_dtype=x.dtype)
+    return (out,), (pre,) if keep else ()
 
 
-def linear_gelu_bwd(grad, pre, with_bias):
-    """(dh, db): the gradient of the pre-activation and its column sums in float32 (empty [0] unless ``with_bias``)."""
+def through_gelu(grad, pre, with_sums):
+    """(dh, its column sums in float32 or None) from dy and h."""
     dpre = torch.empty_like(pre, memory_format=torch.contiguous_format)
     N = pre.shape[-1]
     grad, flat = grad.contiguous(), pre.contiguous().view(-1, N)
     M = flat.shape[0]
-    block_m, block_n = _BACKWARD["BLOCK_M"], _BACKWARD["BLOCK_N"]
-    rows_each = max(triton.cdiv(triton.cdiv(M, block_m), _GROUPS), 1) * block_m
+    rows_each = max(triton.cdiv(triton.cdiv(M, _BACKWARD["BLOCK_M"]), _GROUPS), 1) * _BACKWARD["BLOCK_M"]
     groups = triton.cdiv(M, rows_each)
-    sums = pre.new_empty(groups, N, dtype=torch.float32) if with_bias else None
+    sums = pre.new_empty(groups, N, dtype=torch.float32) if with_sums else None
     if dpre.numel():
         with _device.on(pre):
-            _linear_gelu_bwd_kernel[(triton.cdiv(N, block_n), groups)](
+            _linear_gelu_bwd_kernel[(triton.cdiv(N, _BACKWARD["BLOCK_N"]), groups)](
                 grad, flat, dpre, sums, M, N, rows_each, **_BACKWARD
             )
-    return dpre, sums.sum(0) if with_bias else pre.new_empty(0, dtype=torch.float32)
+    return dpre, sums.sum(0) if with_sums else None
+
+
+def linear_gelu_bwd(*, needs, grad_out, x, weight, bias, pre):
+    need_x, need_weight, need_bias = needs
+    dpre, sums = through_gelu(grad_out, pre, need_bias)
+    dbias = sums.to(bias.dtype) if need_bias else None
+    return (*linear.products(dpre, x, weight, need_x, need_weight), dbias), ()
 
 
 def aot_cases():

@@ -86,8 +86,9 @@ def _finish_patches(
     to = tl.load(rows + i, mask=live, other=0)
     if DROPOUT:
         x *= kept(seed, to, cols, D, p)
-    kind = tl.load(modality_index + tl.load(sample + i, mask=live, other=0), mask=live, other=0)
-    x += tl.load(modality + kind[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
+    if modality is not None:
+        kind = tl.load(modality_index + tl.load(sample + i, mask=live, other=0), mask=live, other=0)
+        x += tl.load(modality + kind[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
     tl.store(out + to[:, None] * D + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
 
 
@@ -148,21 +149,24 @@ def _patch_embed_rows_kernel(
     lanes, cols = tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = cols < D
     if block < text_blocks:
-        i = block * BLOCK_M + lanes
-        mask = (i < n_text)[:, None] & real[None, :]
-        to = tl.load(text_rows + i, mask=i < n_text, other=0)
-        x = tl.load(text + i.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
-        tl.store(out + to[:, None] * D + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
+        if text is not None:
+            i = block * BLOCK_M + lanes
+            mask = (i < n_text)[:, None] & real[None, :]
+            to = tl.load(text_rows + i, mask=i < n_text, other=0)
+            x = tl.load(text + i.to(tl.int64)[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
+            tl.store(out + to[:, None] * D + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
     elif block < text_blocks + cls_blocks:
         i = (block - text_blocks) * BLOCK_M + lanes
         mask = (i < B)[:, None] & real[None, :]
         x = tl.load(cls_token + cols, mask=real, other=0).to(tl.float32)
         x = (x + tl.load(position + cols, mask=real, other=0).to(tl.float32))[None, :]
         to = tl.load(cls_rows + i, mask=i < B, other=0)
+        x = x + tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if DROPOUT:
             x = x * kept(seed, to, cols, D, p)
-        kind = tl.load(modality_index + i, mask=i < B, other=0)
-        x = x + tl.load(modality + kind[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
+        if modality is not None:
+            kind = tl.load(modality_index + i, mask=i < B, other=0)
+            x = x + tl.load(modality + kind[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
         tl.store(out + to[:, None] * D + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
     elif SPLITS > 1:  # with one split there are no partial sums, and nothing of this may be compiled
         i = (block - text_blocks - cls_blocks) * BLOCK_M + lanes
@@ -181,12 +185,13 @@ def _patch_embed_rows_kernel(
 
 
 def supports(
-    op, device=None, dtype=None, pixel_dtype=None, text_dtype=None, out_dtype=None, table_dtypes=(), **facts
+    *, device=None, dtype=None, pixel_dtype=None, out_dtype=None, dtypes=(), square=True, requires_grad=False,
+    dropout=False,
 ):  # fmt: skip
     """ "" when the Triton kernels can run this call, else why not."""
-    tables = {f"table {place}": table_dtype for place, table_dtype in enumerate(sorted(table_dtypes, key=str))}
+    tables = {f"a table ({place})": table for place, table in enumerate(sorted(dtypes, key=str))}
     pixels = None if pixel_dtype == torch.uint8 else pixel_dtype
-    return _device.problem(device, weight=dtype, pixels=pixels, text=text_dtype, out=out_dtype, **tables)
+    return _device.problem(device, weight=dtype, pixels=pixels, out=out_dtype, **tables)
 
 
 def small(arch):
@@ -218,19 +223,23 @@ def geometry(pixels, weight):
     return (pixels.shape[2] // ph, pixels.shape[3] // pw, *pixels.stride()), dict(K=channels * ph * pw, PH=ph, PW=pw)
 
 
+def dense(*tensors):
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
 def patch_embed_fwd(
-    pixels, weight, bias, cls_token, position, modality, text,
-    text_rows, patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index, total_rows, *,
-    dropout_p=0.0, out_dtype=None, pixel_scale=None, pixel_shift=None, seed=None,
+    *, pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows, patch_sample,
+    pos_index, pos_weight, cls_rows, modality_index, total_rows, dropout_p, out_dtype, pixel_scale, pixel_shift, seed,
+    keep,
 ):  # fmt: skip
-    """x [N, D]. seed: [1] int64 on the device, needed with dropout."""
-    n, n_text, images, width = len(patch_rows), len(text_rows), len(cls_rows), weight.shape[0]
+    n, n_text, images = len(patch_rows), 0 if text is None else len(text_rows), len(cls_rows)
+    width = weight.shape[0]
     make = torch.empty if n + n_text + images == total_rows else torch.zeros
-    out = make(total_rows, width, dtype=weight.dtype if out_dtype is None else out_dtype, device=weight.device)
-    weight, text, position, modality, cls_token = (
-        t.contiguous() for t in (weight, text, position, modality, cls_token)
+    out = make(total_rows, width, dtype=out_dtype, device=weight.device)
+    weight, text, text_rows, position, modality, cls_token = dense(
+        weight, text, text_rows, position, modality, cls_token
     )
-    places = [t.contiguous() for t in (patch_rows, patch_sample, pos_index, pos_weight, modality_index)]
+    places = dense(patch_rows, patch_sample, pos_index, pos_weight, modality_index)
     epilogue = (None if bias is None else bias.contiguous(), position, modality, *places, seed, out)
     flags = dict(HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0)
     arch = _device.arch(weight)
@@ -251,10 +260,10 @@ def patch_embed_fwd(
     if blocks and width:
         with _device.on(weight):
             _patch_embed_rows_kernel[blocks, triton.cdiv(width, ROWS["BLOCK_N"])](
-                text, text_rows.contiguous(), cls_token, cls_rows.contiguous(), *epilogue, partial, n_text, images, n,
+                text, text_rows, cls_token, cls_rows.contiguous(), *epilogue, partial, n_text, images, n,
                 dropout_p, D=width, **flags, SPLITS=splits, **ROWS,
             )  # fmt: skip
-    return out
+    return (out,), ()
 
 
 # --- what is compiled ahead of time in our checks ---------------------------------------------------------------------

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from . import _device
-from .patch_embed import BATCHES, ROWS, aot_case, aot_targets, geometry, kept, load_patches, patch_starts, small
+from .patch_embed import BATCHES, ROWS, aot_case, aot_targets, dense, geometry, kept, load_patches, patch_starts, small
 from .patch_embed import supports as supports
 
 # --- device side ------------------------------------------------------------------------------------------------------
@@ -122,19 +122,17 @@ TABLE = dict(BLOCK_T=64, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2)
 
 
 def patch_embed_bwd(
-    grad, needs, pixels, weight, bias, cls_token, position, modality, text,
-    text_rows, patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index, *,
-    dropout_p=0.0, pixel_scale=None, pixel_shift=None, seed=None,
+    *, needs, grad_rows, pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows,
+    patch_sample, pos_index, pos_weight, cls_rows, modality_index, dropout_p, pixel_scale, pixel_shift, seed,
 ):  # fmt: skip
-    """Gradients of the seven floating inputs, None where `needs` (7 bools) is False. grad: [N, D]."""
+    grad = grad_rows
     n, images, width, arch = len(patch_rows), len(cls_rows), weight.shape[0], _device.arch(grad)
     grad = grad.contiguous()
-    patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index = (
-        t.contiguous()
-        for t in (patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index)
+    patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index = dense(
+        patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index
     )
     need_pixels, need_weight, need_bias, need_cls, need_position, need_modality, need_text = needs
-    tables = [t.dtype for t in (weight, cls_token, position, modality)]
+    tables = [t.dtype for t in (weight, cls_token, position, modality) if t is not None]
     behind = grad  # the gradient behind the dropout
     if dropout_p > 0 and n + images:
         wide = torch.float32 if torch.float32 in tables else grad.dtype
@@ -185,7 +183,7 @@ def patch_embed_bwd(
         d_position = sums[:-2].to(position.dtype, copy=True)
         d_bias = None if bias is None else sums[-2].to(bias.dtype, copy=True)
         d_cls = sums[-1].to(cls_token.dtype, copy=True)
-    return d_pixels, d_weight, d_bias, d_cls, d_position, d_modality, d_text
+    return (d_pixels, d_weight, d_bias, d_cls, d_position, d_modality, d_text), ()
 
 
 def _pixel_gradient(g, pixels, weight, source):

@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.sinkhorn import SinkhornResult
 from . import _aot, _device, ipot
 from .ipot import (
     LOWEST,
@@ -110,24 +109,22 @@ def _sinkhorn_fwd_kernel(
     tl.store(value + pair, tl.where(empty, 0.0, total / step.to(tl.float32)))
 
 
-def supports(op, gradient="none", **facts):
+def supports(*, device=None, dtype=None, rows=None, columns=None, unrolled=False):
     """ "" when Triton can run this, else why not."""
-    if gradient == "unrolled":
+    if unrolled:
         return "it has no gradient through the iterations; use gradient='envelope' or another backend."
-    return ipot.supports(op, **facts)
+    return ipot.supports(device=device, dtype=dtype, rows=rows)
 
 
 def sinkhorn_fwd(
-    cost, text_pad, image_pad, *, epsilon=0.1, iterations=100, tolerance=None, text_marginal=None,
-    image_marginal=None, gradient="envelope",
+    *, cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal, keep
 ):  # fmt: skip
-    """SinkhornResult(plan [B, M, N], value [B], iterations [B] int64, marginal_error [B]), float32."""
     B, M, N = cost.shape
     plan = torch.empty(cost.shape, dtype=torch.float32, device=cost.device)
     value, error = plan.new_zeros(B), plan.new_zeros(B)
     used = torch.zeros(B, dtype=torch.int64, device=cost.device)
     if plan.numel() == 0:
-        return SinkhornResult(plan, value, used, error)
+        return (plan, value, used, error), ()
     cost = ipot.aligned(cost)
     weights = [None if w is None else w.float().contiguous() for w in (text_marginal, image_marginal)]
     with _device.on(cost):
@@ -135,7 +132,7 @@ def sinkhorn_fwd(
             cost, *ipot.pads(text_pad, image_pad), *weights, plan, value, used, error, M, N, *cost.stride()[:2],
             *ipot.step_of(epsilon), iterations, -1.0 if tolerance is None else float(tolerance), **ipot.streamed(M),
         )  # fmt: skip
-    return SinkhornResult(plan, value, used, error)
+    return (plan, value, used, error), ()
 
 
 def aot_cases():

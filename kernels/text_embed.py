@@ -64,7 +64,8 @@ def _text_embed_fwd_kernel(
     y = xhat * w + tl.load(ln_bias + cols, mask=real, other=0).to(tl.float32)
     if DROPOUT:
         y *= _kept(seed, i, cols, D, p)
-    y += tl.load(modality + cols, mask=real, other=0).to(tl.float32)
+    if modality is not None:
+        y += tl.load(modality + cols, mask=real, other=0).to(tl.float32)
     tl.store(out + tl.cast(i, tl.int64) * D + cols, y.to(out.dtype.element_ty), mask=real)
 
 
@@ -157,7 +158,7 @@ def _text_embed_bwd_table_kernel(
 # --- host side --------------------------------------------------------------------------------------------------------
 
 
-def supports(op, device=None, dtypes=(), width=768, **facts):
+def supports(*, device=None, dtype=None, dtypes=(), width=768, requires_grad=False, dropout=False):
     """ "" when the Triton kernels can run this call, else why not."""
     if width > 16384:
         return f"rows have {width} columns, at most 16384 fit in the registers of a program."
@@ -184,29 +185,30 @@ def _inputs(input_ids, inputs_embeds, position_ids, token_type_ids, word, positi
 
 
 def text_embed_fwd(
-    input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias, modality, *,
-    out_dtype, eps, padding_idx=None, dropout_p=0.0, deterministic=True, seed=None,
+    *, input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias, modality,
+    out_dtype, eps, padding_idx, dropout_p, deterministic, seed, keep,
 ):  # fmt: skip
-    """y [n, D] in `out_dtype`. seed: [1] int64 on the device, needed with dropout."""
     n, width = len(position_ids), position.shape[1]
     out = torch.empty(n, width, dtype=out_dtype, device=position.device)
     if n and width:
         rows = _inputs(input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type)
         with _device.on(out):
             _text_embed_fwd_kernel[(n,)](
-                *rows, ln_weight.contiguous(), ln_bias.contiguous(), modality.contiguous(), seed, out, eps, dropout_p,
+                *rows, ln_weight.contiguous(), ln_bias.contiguous(),
+                None if modality is None else modality.contiguous(), seed, out, eps, dropout_p,
                 D=width, DROPOUT=dropout_p > 0, **row_config(width),
             )  # fmt: skip
-    return out
+    return (out,), ()
 
 
 def text_embed_bwd(
-    grad, needs, input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias,
-    modality, *, eps, padding_idx=None, dropout_p=0.0, deterministic=True, seed=None,
+    *, needs, grad_rows, input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight,
+    ln_bias, modality, eps, padding_idx, dropout_p, deterministic, seed,
 ):  # fmt: skip
-    """Gradients of inputs_embeds, word, position, token_type, ln_weight, ln_bias, modality, where `needs` is true."""
+    grad = grad_rows
     n, width = grad.shape
     need_embeds, need_word, need_position, need_types, *_ = needs
+    need_word = need_word and inputs_embeds is None  # given embeddings take the place of the word table
     padding_idx = -1 if padding_idx is None else padding_idx
     programs = min(max(triton.cdiv(n, 8), 1), 256)
     rows = _inputs(input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type)
@@ -229,15 +231,16 @@ def text_embed_bwd(
                     dx, ids, order, d_word, n, padding_idx, D=width, **WORD
                 )
     d_weight, d_bias, d_row = sums.sum(0)
-    d_modality = torch.zeros_like(modality)
-    d_modality[0] = d_row
+    d_modality = None if modality is None else torch.zeros_like(modality)
+    if modality is not None:
+        d_modality[0] = d_row
     d_position = d_types = None
     if need_position or need_types:
         d_position, d_types = _small_tables(dx, rows[3], rows[5], position, token_type)
     return (
         dx.to(inputs_embeds.dtype) if need_embeds else None, None if d_word is None else d_word.to(word.dtype),
         d_position, d_types, d_weight.to(ln_weight.dtype, copy=True), d_bias.to(ln_bias.dtype, copy=True), d_modality,
-    )  # fmt: skip
+    ), ()  # fmt: skip
 
 
 def _small_tables(dx, position_ids, token_type_ids, position, token_type):

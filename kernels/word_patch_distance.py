@@ -222,11 +222,11 @@ def _word_patch_distance_bwd_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def supports(op, device=None, dtype=None, rows=None, **facts):
+def supports(*, device=None, dtype=None, rows=None, columns=None, hidden=None, requires_grad=False):
     """ "" when Triton can run this, else why not."""
     if reason := _device.problem(device, **{"text and image": dtype}):
         return reason
-    return ipot.supports(op, device=device, rows=rows)
+    return ipot.supports(device=device, rows=rows)
 
 
 def config(M, N, half):
@@ -247,25 +247,22 @@ def _loop(beta):
 
 
 def word_patch_distance_fwd(
-    text, image, text_pad, image_pad, *, beta=0.5, iterations=50, inner=1, return_plan=False
+    *, text, image, text_pad, image_pad, beta, iterations, inner, return_plan, keep
 ):  # fmt: skip
-    """distance [B], plan [B, M, N] or an empty tensor, and for the backward u and r, [B, M + N, 2]; all float32.
-
-    u is in (exponent, factor) pairs, r in their factors.
-    """
+    """Kept are u and r, [B, M + N, 2] float32: u in (exponent, factor) pairs, r in their factors."""
     (B, M, D), N = text.shape, image.shape[1]
     numbers = dict(dtype=torch.float32, device=text.device)
     scaling = torch.empty(B, M + N, 2, **numbers)
     plan = torch.empty((B, M, N) if return_plan else 0, **numbers)
     if M == 0 or N == 0:
-        return torch.zeros(B, **numbers), plan, scaling
+        return (torch.zeros(B, **numbers), plan), (scaling,) if keep else ()
     on_chip, options = config(M, N, text.element_size() == 2)
     if not on_chip:
         cost = cosine_cost(text, image, text_pad, image_pad)
         options = dict(beta=beta, iterations=iterations, inner=inner, scaling=scaling)
-        written = ipot.ipot_fwd(cost, text_pad, image_pad, **options)
+        written = ipot.launch(cost, text_pad, image_pad, **options)
         scaling[:, M:, 1] = written.sum(1)
-        return (cost * written).sum((1, 2)), written if return_plan else plan, scaling
+        return ((cost * written).sum((1, 2)), written if return_plan else plan), (scaling,) if keep else ()
     distance = torch.empty(B, **numbers)
     with _device.on(text):
         _word_patch_distance_fwd_kernel[(B,)](
@@ -273,40 +270,56 @@ def word_patch_distance_fwd(
             plan if return_plan else None, scaling, M, N, D, *ipot.step_of(beta), iterations, inner,
             PRECISION=_device.precision(_device.arch(text)), LOOP=_loop(beta), **options,
         )  # fmt: skip
-    return distance, plan, scaling
+    return (distance, plan), (scaling,) if keep else ()
 
 
-def word_patch_distance_bwd(grad, needs, text, image, text_pad, image_pad, scaling, *, beta=0.5, iterations=50):
-    """Gradients of text and image, in their dtype; both come out of one kernel, whatever is needed."""
+def word_patch_distance_bwd(
+    *, needs, grad_distance, text, image, text_pad, image_pad, plan, state, beta, iterations
+):  # fmt: skip
+    """Both gradients come out of one kernel, whatever is needed; state: what the forward kept."""
     (B, M, D), N = text.shape, image.shape[1]
     if M == 0 or N == 0:
-        return text.new_zeros(text.shape), image.new_zeros(image.shape)
+        return (text.new_zeros(text.shape), image.new_zeros(image.shape)), ()
     on_chip, _ = config(M, N, text.element_size() == 2)
     if not on_chip:
-        return _large_bwd(grad, text, image, text_pad, image_pad, scaling, beta, iterations)
+        return _large_bwd(grad_distance, text, image, text_pad, image_pad, state, beta, iterations), ()
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (text, image)]
     options = bwd_config(M, text.element_size() == 2)
     with _device.on(text):
         _word_patch_distance_bwd_kernel[(B, triton.cdiv(D, options["SHARE"]))](
-            grad.contiguous(), text.contiguous(), image.contiguous(), *ipot.pads(text_pad, image_pad), scaling,
+            grad_distance.contiguous(), text.contiguous(), image.contiguous(), *ipot.pads(text_pad, image_pad), state,
             *gradients, M, N, D, *ipot.step_of(beta), iterations, PRECISION=_device.precision(_device.arch(text)),
             SPLIT=text.element_size() == 2, **options,
         )  # fmt: skip
-    return gradients
+    return tuple(gradients), ()
+
+
+CLAMP = 1e-5  # least norm of a hidden state
 
 
 def _large_bwd(grad, text, image, text_pad, image_pad, scaling, beta, iterations):
     """The same with the plan in memory, for pairs that do not fit on the chip."""
-    with torch.enable_grad():
-        text, image = text.detach().requires_grad_(), image.detach().requires_grad_()
-        cost = cosine_cost(text, image, text_pad, image_pad)
+    cost = cosine_cost(text, image, text_pad, image_pad)
     u, received = scaling[:, : text.shape[1], None], scaling[:, None, text.shape[1] :, 1]
     step = sum(ipot.step_of(beta)) * iterations
-    exponents = (u[..., 0].double() + u[..., 1].double().log2() - step * cost.detach().double()) * math.log(2)
+    exponents = (u[..., 0].double() + u[..., 1].double().log2() - step * cost.double()) * math.log(2)
     padded = text_pad.unsqueeze(2) | image_pad.unsqueeze(1)
     plan = exponents.masked_fill(padded, -torch.inf).softmax(1).float() * received
-    plan = plan.masked_fill(padded, 0)
-    return torch.autograd.grad(cost, (text, image), plan * grad[:, None, None])
+    pull = plan.masked_fill(padded, 0) * -grad[:, None, None]
+    units, norms = zip(*(_unit(x, pad) for x, pad in ((text, text_pad), (image, image_pad))), strict=True)
+    moved = pull @ units[1], pull.transpose(1, 2) @ units[0]
+    return tuple(
+        # No turn of its own where a norm is clamped.
+        ((m - torch.where(n > CLAMP, (m * unit).sum(2, keepdim=True), 0) * unit) / n.clamp_min(CLAMP)).to(text.dtype)
+        for m, unit, n in zip(moved, units, norms, strict=True)
+    )
+
+
+def _unit(states, pad):
+    """(states / max(|state|, 1e-5), |state|) in float32, zero on padding."""
+    states = states.float().masked_fill(pad.unsqueeze(2), 0)
+    norm = states.norm(dim=2, keepdim=True)
+    return states / norm.clamp_min(CLAMP), norm
 
 
 def aot_cases():

@@ -1,4 +1,4 @@
-"""Repository-wide: two threads, no network, fixed seeds; GPU tests are skipped (and say so) without a GPU."""
+"""Repository-wide: few threads, no network, fixed seeds; GPU tests are skipped (and say so) without a GPU."""
 
 import os
 
@@ -11,7 +11,7 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: kernels run in its interpreter, on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # several processes share the cores
 
 
 def pytest_configure(config):
@@ -47,3 +47,13 @@ def isa(request):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered():
+    """What a backend said of a call in another test, which may have played another machine, is forgotten."""
+    from vilt_fast.ops import registry
+
+    registry._remembered.cache_clear()
+    yield
+    registry._remembered.cache_clear()

@@ -6,6 +6,9 @@ one rounding of the result. No tolerance is chosen by hand: the data decide.
 
 import torch
 
+from .ops import _define
+from .reference.encoder import LayerParameters
+
 
 def _measures(error, exact):
     """(largest absolute error, relative L2 error); 0 for empty tensors."""
@@ -67,6 +70,17 @@ def _first(mask):
     return tuple(mask.nonzero()[0].tolist())
 
 
+def opcheck(op, backend, *, keep=False, **arguments):
+    """``torch.library.opcheck`` of ``torch.ops.vilt_fast.<op>`` with one of its backends.
+
+    Args:
+        keep: with what the backward needs. arguments: those of the op's launchers, by name; None if missing.
+    """
+    values = [arguments.pop(name, None) for name in _define.OPS[op].arguments]
+    assert not arguments, f"{op} has no arguments {', '.join(arguments)}"
+    torch.library.opcheck(getattr(torch.ops.vilt_fast, op).default, (*values, backend, keep))
+
+
 def random_weights(module, *, std=0.3, seed=0):
     """Fill every parameter of ``module`` with normal noise, in place; returns it. Zero-initialised tables hide bugs."""
     generator = torch.Generator().manual_seed(seed)
@@ -113,19 +127,16 @@ def encoder_parameters(layers, width, inner, *, std=0.3, bias=True, seed=0, dtyp
     def draw(*shape, scale=std, shift=0.0):
         return (torch.randn(*shape, generator=generator) * scale + shift).to(dtype)
 
-    def linear(rows, columns):
-        return [draw(rows, columns, scale=std / columns**0.5 * 3), draw(rows) if bias else torch.empty(0, dtype=dtype)]
+    def one(name):
+        kind, _, what = name.partition("_")
+        if kind.startswith("norm"):
+            return draw(width, shift=float(what == "weight"))
+        rows, columns = inner if kind == "fc1" else width, inner if kind == "fc2" else width
+        if what == "weight":
+            return draw(rows, columns, scale=std / columns**0.5 * 3)
+        return draw(rows) if bias else torch.empty(0, dtype=dtype)
 
-    def norm():
-        return [draw(width, shift=1.0), draw(width)]
-
-    parameters = []
-    for _ in range(layers):
-        parameters += norm()
-        for _ in range(4):
-            parameters += linear(width, width)
-        parameters += [*norm(), *linear(inner, width), *linear(width, inner)]
-    return parameters
+    return [one(name) for _ in range(layers) for name in LayerParameters._fields]
 
 
 def packing_indices(lengths_text, grids, *, canvas, table=(3, 3), chosen=None, query_rows=0, seed=0):

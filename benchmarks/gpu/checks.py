@@ -68,7 +68,9 @@ def check(context, op, backend, dtype):
     gradients = not plans and op != "linear_fp8"
     if (plans and dtype != torch.float32) or (backend == "cuda" and context.device.type != "cuda"):
         return []
-    facts = {"device": context.device.type, "dtype": dtype, "dtypes": (dtype,)}
+    facts = {"device": context.device.type, "dtype": dtype}
+    if op in ("patch_embed", "text_embed"):
+        facts["dtypes"] = (dtype,)
     if reason := registry.why_unavailable(op, backend, **facts):
         context.note(f"{op}, {backend}, {name}: {reason}", incomplete=backend == "triton")
         return []

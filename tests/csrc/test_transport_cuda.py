@@ -25,9 +25,10 @@ from support.transport_case import (
 
 from benchmarks.compiled import cuda_report
 from vilt_fast import _C, functional
-from vilt_fast.backends import cuda_transport
+from vilt_fast.backends.cuda import _cuda, word_patch_distance
+from vilt_fast.backends.cuda import sinkhorn as cuda_sinkhorn
 from vilt_fast.ops import registry
-from vilt_fast.testing import poisoned, sliced, strided
+from vilt_fast.testing import opcheck, poisoned, sliced, strided
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
@@ -79,7 +80,7 @@ def emulated(library, monkeypatch):
     bind("sinkhorn", *[pointer] * 7, real, integer, real)
     bind("word_patch_distance", pointer, pointer, integer, integer, *[pointer] * 3, real, integer, integer)
     monkeypatch.setattr(_C, "cuda_word_patch_scratch", lambda M, N: bool(library.scratch_needed(M, N)), raising=False)
-    monkeypatch.setattr(cuda_transport, "_stream", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setattr(_cuda, "stream", lambda device: contextlib.nullcontext(0))
     library.set_shared_limit(SHARED)
     yield library.set_shared_limit
     library.set_shared_limit(SHARED)
@@ -168,12 +169,14 @@ def test_without_words_or_patches(emulated):
 
 def test_registered_ops(emulated):
     cost, *pads = costs(**SMALL)
-    torch.library.opcheck(torch.ops.vilt_fast.ipot.default, (cost, *pads, 0.5, 2, 1, "cuda"))
-    extra = (0.5, 2, 1e-3, None, None, "cuda")
-    torch.library.opcheck(torch.ops.vilt_fast.sinkhorn.default, (cost.requires_grad_(), *pads, *extra))
+    pads = dict(text_pad=pads[0], image_pad=pads[1])
+    opcheck("ipot", "cuda", cost=cost, **pads, beta=0.5, iterations=2, inner=1)
+    options = dict(epsilon=0.5, iterations=2, tolerance=1e-3)
+    opcheck("sinkhorn", "cuda", keep=True, cost=cost.requires_grad_(), **pads, **options)
+    text, image, *_ = hidden(width=8, **SMALL)
     for plan in (False, True):
-        arguments = (*hidden(width=8, **SMALL), 0.5, 2, 1, plan, "cuda")
-        torch.library.opcheck(torch.ops.vilt_fast.word_patch_distance.default, arguments)
+        options = dict(beta=0.5, iterations=2, inner=1, return_plan=plan)
+        opcheck("word_patch_distance", "cuda", text=text, image=image, **pads, **options)
 
 
 def test_nvcc_compiles_the_kernels_without_spills():
@@ -211,12 +214,13 @@ def test_what_is_missing_is_said(monkeypatch):
     cost, *pads = costs(**SMALL)
     with pytest.raises(RuntimeError, match="tensors are on cpu, it runs on NVIDIA GPUs"):
         functional.ipot(cost, *pads, backend="cuda")
-    monkeypatch.setattr(cuda_transport, "_missing", lambda: "")
+    monkeypatch.setattr(_cuda, "_missing", lambda: "")
     for facts, match in (
         (dict(rows=1025), "at most 1024"), (dict(requires_grad=True), "no backward"), (dict(hidden=12), "16 bytes"),
-        (dict(gradient="unrolled"), "through the iterations"), (dict(dtype=torch.float64), "float64"), (dict(), "^$"),
+        (dict(dtype=torch.float64), "float64"), (dict(), "^$"),
     ):  # fmt: skip
-        assert re.search(match, registry.why_unavailable("word_patch_distance", "cuda", device="cuda", **facts))
+        assert re.search(match, word_patch_distance.supports(device="cuda", **facts))
+    assert "through the iterations" in cuda_sinkhorn.supports(device="cuda", unrolled=True)
 
 
 @pytest.mark.gpu

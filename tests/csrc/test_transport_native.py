@@ -11,7 +11,7 @@ from support.transport_case import recurrence
 
 from benchmarks import transport
 from vilt_fast import _C, functional
-from vilt_fast.testing import assert_within_budget, padding_masks, poisoned, strided
+from vilt_fast.testing import assert_within_budget, opcheck, padding_masks, poisoned, strided
 
 CPP = {"backend": "cpp"}
 REFERENCE = {"backend": "reference"}
@@ -280,8 +280,9 @@ def test_sinkhorn_gradient_is_the_plan_and_matches_finite_differences():
 def test_registration_and_compile(op):
     cost, *pads = _costs(texts=[4, 3], images=[5, 2])
     cost.requires_grad_(op == "sinkhorn")
-    extra = (0.5, 5, 1, "cpp") if op == "ipot" else (0.5, 5, 1e-3, None, None, "cpp")
-    torch.library.opcheck(getattr(torch.ops.vilt_fast, op).default, (cost, *pads, *extra))
+    options = dict(beta=0.5, inner=1) if op == "ipot" else dict(epsilon=0.5, tolerance=1e-3)
+    given = dict(cost=cost, text_pad=pads[0], image_pad=pads[1], iterations=5)
+    opcheck(op, "cpp", keep=op == "sinkhorn", **given, **options)
 
     def call(c):
         result = getattr(functional, op)(c, *pads, iterations=5)

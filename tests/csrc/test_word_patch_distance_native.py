@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vilt_fast import functional
-from vilt_fast.testing import assert_within_budget, padding_masks, poisoned, sliced, strided
+from vilt_fast.testing import assert_within_budget, opcheck, padding_masks, poisoned, sliced, strided
 
 CPP, REFERENCE = {"backend": "cpp"}, {"backend": "reference"}
 TEXTS = (40, 1, 7, 16, 3, 0, 12, 5)
@@ -162,7 +162,9 @@ def test_neither_plan_nor_costs_are_allocated_without_a_gradient():
 def test_registration_and_compile():
     text, image, *pads = _hidden(texts=[4, 3], images=[5, 2])
     given = text.requires_grad_(), image.requires_grad_()
-    torch.library.opcheck(torch.ops.vilt_fast.word_patch_distance.default, (*given, *pads, 0.5, 5, 1, True, "cpp"))
+    named = dict(text=given[0], image=given[1], text_pad=pads[0], image_pad=pads[1], beta=0.5, iterations=5, inner=1)
+    for plan in (True, False):
+        opcheck("word_patch_distance", "cpp", keep=True, **named, return_plan=plan)
 
     def call(t, v):
         return functional.word_patch_distance(t, v, *pads, iterations=5) * 2

@@ -10,7 +10,7 @@ from support.triton_case import assert_all_within_budget, compiles_ahead_of_time
 from vilt_fast import functional
 from vilt_fast.kernels import _device
 from vilt_fast.kernels import add_layer_norm as kernels
-from vilt_fast.testing import assert_within_budget, poisoned, sliced, strided
+from vilt_fast.testing import assert_within_budget, opcheck, poisoned, sliced, strided
 
 DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.float16, torch.float16)]
 
@@ -98,7 +98,10 @@ def test_dropout_depends_on_the_seed_and_on_nothing_else(monkeypatch):
     seeds = [torch.tensor([n]) for n in (1 << 61, 1 << 61, 3)]
 
     def draw(rows, seed):
-        return kernels.add_layer_norm_fwd(x[:rows], zeros[:rows], None, None, 1e-6, 0.5, seed)[0][0] > 0
+        (s, _), _ = kernels.add_layer_norm_fwd(
+            x=x[:rows], residual=zeros[:rows], weight=None, bias=None, eps=1e-6, dropout_p=0.5, seed=seed, keep=False
+        )
+        return s > 0
 
     singly = draw(30, seeds[0])
     _tiles_of_many_rows(monkeypatch, width=256)
@@ -136,9 +139,13 @@ def test_equal_runs_give_equal_bits(monkeypatch):
 
 def test_registered_op_and_compile():
     x, residual, weight, bias = (t.requires_grad_() for t in _inputs((4, 6)))
-    op = torch.ops.vilt_fast.add_layer_norm.default
-    torch.library.opcheck(op, (x, residual, weight, bias, None, 1e-6, 0.0, "triton"))
-    torch.library.opcheck(op, (x, residual.half(), weight, None, torch.tensor([7]), 1e-6, 0.5, "triton"))
+    opcheck(
+        "add_layer_norm", "triton", keep=True, x=x, residual=residual, weight=weight, bias=bias, eps=1e-6, dropout_p=0.0
+    )
+    opcheck(
+        "add_layer_norm", "triton", keep=True,
+        x=x, residual=residual.half(), weight=weight, eps=1e-6, dropout_p=0.5, seed=torch.tensor([7]),
+    )  # fmt: skip
 
     def loss(*tensors):
         s, y = _triton(*tensors)

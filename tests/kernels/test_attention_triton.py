@@ -8,7 +8,7 @@ from vilt_fast import functional
 from vilt_fast.kernels import attention as kernels
 from vilt_fast.kernels import attention_bwd
 from vilt_fast.ops import registry
-from vilt_fast.testing import assert_within_budget, offsets, sliced, strided
+from vilt_fast.testing import assert_within_budget, offsets, opcheck, sliced, strided
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -295,15 +295,10 @@ def test_generator_makes_dropout_repeatable(kind):
 def test_registered_op(dropout_p):
     q, k, v, *rest = _inputs([5, 0, 3], [4, 2, 3])
     seed = torch.tensor([7], device=DEVICE) if dropout_p else None
-    extra = (_int32([3, 2, 3]), None, dropout_p, 0.25, "triton", seed)
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(torch.ops.vilt_fast.attention.default, (*leaves, *rest, *extra))
-    with torch.no_grad():
-        out, lse, stats = torch.ops.vilt_fast.attention(*leaves, *rest, *extra)
-        dout, dlse = torch.randn_like(out), torch.zeros_like(lse)
-        torch.library.opcheck(
-            torch.ops.vilt_fast.attention_bwd.default, (dout, dlse, *leaves, out, stats, *rest, *extra)
-        )  # fmt: skip
+    names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    named = dict(zip(names, rest, strict=True), seqused_k=_int32([3, 2, 3]), dropout_p=dropout_p, scale=0.25, seed=seed)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+    opcheck("attention", "triton", keep=True, q=q, k=k, v=v, **named)
 
 
 def test_compiles_with_its_gradient():
@@ -326,7 +321,7 @@ def test_limits():
         functional.attention(*arguments, backend="triton")
     with pytest.raises(RuntimeError, match="head dim is 257, expected 1 to 256"):
         functional.attention(*_inputs([3, 2], [3, 2], width=257), backend="triton")
-    assert "meta" in kernels.supports("attention", device="meta")
+    assert "meta" in kernels.supports(device="meta")
     assert registry.launcher("attention_bwd", "triton") is attention_bwd.attention_bwd
 
 

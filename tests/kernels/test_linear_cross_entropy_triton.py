@@ -10,7 +10,7 @@ from support.triton_case import assert_all_within_budget, compiles_ahead_of_time
 from vilt_fast import functional
 from vilt_fast.kernels import _device
 from vilt_fast.kernels import linear_cross_entropy as kernels
-from vilt_fast.testing import assert_within_budget, poisoned, sliced, strided
+from vilt_fast.testing import assert_within_budget, opcheck, poisoned, sliced, strided
 
 SHAPES = [(11, 6, 17), (1, 16, 1), (70, 72, 300), (3, 64, 129)]  # rows, width, vocabulary
 
@@ -132,7 +132,8 @@ def test_words_ruled_out_by_the_bias():
 def test_a_label_out_of_range_is_nan_where_labels_are_not_looked_at():
     x, weight, bias, labels = _inputs(9, every=0)
     labels[2], labels[5] = 17, -1
-    losses = torch.ops.vilt_fast.linear_cross_entropy(x, weight, bias, labels, -100, "triton")[0]
+    given = dict(x=x, weight=weight, bias=bias, labels=labels, ignore_index=-100)
+    (losses, _), _ = kernels.linear_cross_entropy_fwd(**given, keep=False)
     assert losses.isnan().tolist() == [row in (2, 5) for row in range(9)]
 
 
@@ -186,9 +187,10 @@ def test_equal_runs_give_equal_bits():
 def test_registered_op_and_compile():
     *tensors, labels = _inputs()
     inputs = [t.requires_grad_() for t in tensors]
-    op = torch.ops.vilt_fast.linear_cross_entropy.default
-    torch.library.opcheck(op, (*inputs, labels, -100, "triton"))
-    torch.library.opcheck(op, (*inputs[:2], None, labels, -100, "triton"))
+    x, weight, bias = inputs
+    for given in (bias, None):
+        named = dict(x=x, weight=weight, bias=given, labels=labels, ignore_index=-100)
+        opcheck("linear_cross_entropy", "triton", keep=True, **named)
     compiled = torch.compile(lambda *t: _triton(*t), fullgraph=True, backend="aot_eager")
     got, want = (torch.autograd.grad(f(*inputs, labels), inputs) for f in (compiled, _triton))
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

@@ -9,7 +9,7 @@ from support.triton_case import assert_all_within_budget, compiles_ahead_of_time
 from vilt_fast import functional
 from vilt_fast.kernels import _device
 from vilt_fast.kernels import linear_gelu as kernels
-from vilt_fast.testing import assert_within_budget, sliced, strided
+from vilt_fast.testing import assert_within_budget, opcheck, sliced, strided
 
 SHAPES = [((185, 64), 96), ((1, 7), 5), ((0, 16), 8), ((2, 3, 33), 17), ((13, 1), 1), ((40, 24), 264)]
 
@@ -34,7 +34,7 @@ def test_within_budget(shape, rows, dtype, bias):
 def test_derivative_over_the_whole_range(dtype):
     pre = torch.linspace(-30, 30, 601).to(dtype).repeat(23, 1)
     grad = torch.randn(pre.shape).to(dtype)
-    dpre, sums = kernels.linear_gelu_bwd(grad, pre, True)
+    dpre, sums = kernels.through_gelu(grad, pre, True)
 
     def derivative(x, g):
         x = x.clone().requires_grad_()
@@ -50,19 +50,19 @@ def test_derivative_over_the_whole_range(dtype):
 def test_groups_of_rows_cover_all_rows(rows, monkeypatch):
     monkeypatch.setattr(kernels, "_GROUPS", 3)
     pre, grad = torch.randn(rows, 300), torch.randn(rows, 300)
-    dpre, sums = kernels.linear_gelu_bwd(grad, pre, True)
+    dpre, sums = kernels.through_gelu(grad, pre, True)
     assert_within_budget(sums, dpre.sum(0), dpre.double().sum(0))
-    again = kernels.linear_gelu_bwd(grad, pre, True)
+    again = kernels.through_gelu(grad, pre, True)
     assert torch.equal(again[0], dpre) and torch.equal(again[1], sums)
 
 
 def test_the_pre_activation_is_kept_only_for_a_gradient():
     x, weight, bias = _inputs((4, 8), 6)
-    for save, size in ((False, 0), (True, 24)):
-        out, pre = torch.ops.vilt_fast.linear_gelu(x, weight, bias, "triton", save)
-        assert pre.numel() == size and torch.equal(out, _triton(x, weight, bias))
-    torch.testing.assert_close(pre, torch.nn.functional.linear(x, weight, bias))
-    with pytest.raises(RuntimeError, match="called with save=False"):
+    for keep in (False, True):
+        (out,), kept = kernels.linear_gelu_fwd(x=x, weight=weight, bias=bias, keep=keep)
+        assert len(kept) == keep and torch.equal(out, _triton(x, weight, bias))
+    torch.testing.assert_close(kept[0], torch.nn.functional.linear(x, weight, bias))
+    with pytest.raises(RuntimeError, match="called with keep=False"):
         torch.ops.vilt_fast.linear_gelu(x.requires_grad_(), weight, bias, "triton")[0].sum().backward()
 
 
@@ -89,9 +89,9 @@ def test_layouts(layout):
 
 def test_registered_op_and_compile():
     inputs = [t.requires_grad_() for t in _inputs((5, 16), 8)]
-    op = torch.ops.vilt_fast.linear_gelu.default
-    torch.library.opcheck(op, (*inputs, "triton", True))
-    torch.library.opcheck(op, (*inputs[:2], None, "triton", True))
+    x, weight, bias = inputs
+    opcheck("linear_gelu", "triton", keep=True, x=x, weight=weight, bias=bias)
+    opcheck("linear_gelu", "triton", keep=True, x=x, weight=weight)
     compiled = torch.compile(lambda *t: _triton(*t).square().sum(), fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(*inputs), inputs)
     want = torch.autograd.grad(_triton(*inputs).square().sum(), inputs)

@@ -9,7 +9,7 @@ from support.triton_case import assert_all_within_budget, compiles_ahead_of_time
 from vilt_fast import functional
 from vilt_fast.kernels import _device
 from vilt_fast.kernels import linear as kernels
-from vilt_fast.testing import assert_within_budget, poisoned, sliced, strided
+from vilt_fast.testing import assert_within_budget, opcheck, poisoned, sliced, strided
 
 SHAPES = [((185, 64), 96), ((1, 7), 5), ((0, 16), 8), ((2, 3, 33), 17), ((13, 1), 1), ((300, 40), 264)]
 
@@ -123,9 +123,9 @@ def test_tma_only_where_its_rules_hold(monkeypatch):
 
 def test_registered_op_and_compile():
     inputs = [t.requires_grad_() for t in _inputs((5, 16), 8, residual=torch.float32)]
-    op = torch.ops.vilt_fast.linear.default
-    torch.library.opcheck(op, (*inputs, "triton"))
-    torch.library.opcheck(op, (*inputs[:2], None, None, "triton"))
+    x, weight, bias, residual = inputs
+    opcheck("linear", "triton", keep=True, x=x, weight=weight, bias=bias, residual=residual)
+    opcheck("linear", "triton", keep=True, x=x, weight=weight)
     compiled = torch.compile(lambda *t: _triton(*t).square().sum(), fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(*inputs), inputs)
     want = torch.autograd.grad(_triton(*inputs).square().sum(), inputs)

@@ -9,7 +9,7 @@ from vilt_fast import functional
 from vilt_fast.kernels import _device
 from vilt_fast.kernels import patch_embed as kernels
 from vilt_fast.kernels import patch_embed_bwd as backward
-from vilt_fast.testing import assert_within_budget, packing_indices, sliced, strided
+from vilt_fast.testing import assert_within_budget, opcheck, packing_indices, sliced, strided
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TABLE = (3, 3)
@@ -222,10 +222,10 @@ def test_registered_op():
     for name in FLOATS:
         arguments[name].requires_grad_()
     seed = torch.tensor([7], device=DEVICE)
-    names = (*FLOATS, "text_rows", "patch_source", "patch_rows", "patch_sample", "pos_index", "pos_weight", "cls_rows")
-    ordered = [arguments[name] for name in (*names, "modality_index", "total_rows")]
-    op = torch.ops.vilt_fast.patch_embed.default
-    torch.library.opcheck(op, (*ordered, 0.25, torch.float32, "triton", None, None, seed))
+    more = dict(dropout_p=0.25, out_dtype=torch.float32, seed=seed)
+    opcheck("patch_embed", "triton", keep=True, **arguments, **more)
+    alone = dict(modality=None, modality_index=None, text=None, text_rows=None)
+    opcheck("patch_embed", "triton", keep=True, **arguments | alone, **more)
 
     def loss(given):
         return functional.patch_embed(**given, backend="triton").square().mean()

@@ -7,7 +7,7 @@ from support.triton_case import compiles_ahead_of_time, names_every_argument
 from vilt_fast import functional
 from vilt_fast.kernels import _device
 from vilt_fast.kernels import text_embed as kernels
-from vilt_fast.testing import assert_within_budget, sliced, strided
+from vilt_fast.testing import assert_within_budget, opcheck, sliced, strided
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -169,10 +169,10 @@ def test_registered_op():
     arguments = _arguments(torch.float32)
     for name in TABLES:
         arguments[name].requires_grad_()
-    names = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids", *TABLES)
-    op, seed = torch.ops.vilt_fast.text_embed.default, torch.tensor([7], device=DEVICE)
-    ordered = [arguments[name] for name in names]
-    torch.library.opcheck(op, (*ordered, torch.float32, 1e-5, 0, 0.25, True, "triton", seed))
+    seed = torch.tensor([7], device=DEVICE)
+    more = dict(out_dtype=torch.float32, eps=1e-5, padding_idx=0, dropout_p=0.25, deterministic=True, seed=seed)
+    opcheck("text_embed", "triton", keep=True, **arguments | more)
+    opcheck("text_embed", "triton", keep=True, **arguments | more | dict(modality=None))
 
     def loss(given):
         return functional.text_embed(**given, backend="triton").square().mean()

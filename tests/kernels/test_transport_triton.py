@@ -23,7 +23,7 @@ from vilt_fast.kernels import _device
 from vilt_fast.kernels import ipot as ipot_kernels
 from vilt_fast.kernels import sinkhorn as sinkhorn_kernels
 from vilt_fast.kernels import word_patch_distance as distance_kernels
-from vilt_fast.testing import padding_masks, poisoned, sliced, strided
+from vilt_fast.testing import opcheck, padding_masks, poisoned, sliced, strided
 
 HALVES = [torch.float32, torch.float16]
 SMALL = dict(texts=(9, 1, 4, 0), images=(17, 3, 20, 5))
@@ -154,15 +154,15 @@ def test_without_words_or_patches():
 
 def test_registered_ops_and_compile():
     cost, *pads = costs(**SMALL)
-    torch.library.opcheck(torch.ops.vilt_fast.ipot.default, (cost, *pads, 0.5, 3, 1, "triton"))
+    named = dict(text_pad=pads[0], image_pad=pads[1], iterations=3)
+    opcheck("ipot", "triton", cost=cost, **named, beta=0.5, inner=1)
     cost.requires_grad_()
-    extra = (0.5, 3, 1e-3, None, None, "triton")
-    torch.library.opcheck(torch.ops.vilt_fast.sinkhorn.default, (cost, *pads, *extra))
+    opcheck("sinkhorn", "triton", keep=True, cost=cost, **named, epsilon=0.5, tolerance=1e-3)
     text, image, *pads = hidden(width=8, **SMALL)
     states = [text.requires_grad_(), image.requires_grad_()]
     for plan in (False, True):
-        arguments = (*states, *pads, 0.5, 3, 1, plan, "triton")
-        torch.library.opcheck(torch.ops.vilt_fast.word_patch_distance.default, arguments)
+        given = dict(text=text, image=image, beta=0.5, inner=1, return_plan=plan)
+        opcheck("word_patch_distance", "triton", keep=True, **given, **named)
 
     def call(t, v):
         found = functional.word_patch_distance(t, v, *pads, iterations=3, backend="triton").sum()

@@ -9,7 +9,7 @@ from transformers import ViltConfig
 from transformers.models.vilt.modeling_vilt import ViltSelfAttention
 
 from vilt_fast import functional
-from vilt_fast.testing import assert_within_budget, offsets, random_weights, sliced, strided
+from vilt_fast.testing import assert_within_budget, offsets, opcheck, random_weights, sliced, strided
 
 BACKENDS = ("torch", "cpp")
 LENGTHS = {
@@ -190,12 +190,14 @@ def test_generator_makes_dropout_repeatable():
 @torch.no_grad()
 def test_registered_op():
     arguments = _inputs([5, 0, 3], [4, 2, 3], dtype=torch.float32)
-    extra = (_int32([3, 2, 3]), None, 0.0, 0.25, "cpp")
-    torch.library.opcheck(torch.ops.vilt_fast.attention.default, (*arguments, *extra))
+    names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    seqused_k = _int32([3, 2, 3])
+    named = dict(zip(names, arguments, strict=True), seqused_k=seqused_k, dropout_p=0.0, scale=0.25)
+    opcheck("attention", "cpp", **named)
     compiled = torch.compile(
-        lambda *t: functional.attention(*t, seqused_k=extra[0]) * 2, fullgraph=True, backend="aot_eager"
+        lambda *t: functional.attention(*t, seqused_k=seqused_k) * 2, fullgraph=True, backend="aot_eager"
     )
-    want = functional.attention(*arguments, seqused_k=extra[0], backend="cpp") * 2
+    want = functional.attention(*arguments, seqused_k=seqused_k, backend="cpp") * 2
     assert torch.equal(compiled(*arguments), want)
 
 

@@ -6,8 +6,16 @@ from transformers import ViltConfig
 from transformers.models.vilt.modeling_vilt import ViltEncoder
 
 from vilt_fast import functional
-from vilt_fast.reference.encoder import WEIGHTS, quantized_channels, quantized_rows
-from vilt_fast.testing import assert_within_budget, encoder_parameters, offsets, random_weights, sliced, strided
+from vilt_fast.reference.encoder import MATRICES, LayerParameters, quantized_channels, quantized_rows
+from vilt_fast.testing import (
+    assert_within_budget,
+    encoder_parameters,
+    offsets,
+    opcheck,
+    random_weights,
+    sliced,
+    strided,
+)
 
 LAYERS, WIDTH, INNER, HEADS = 2, 64, 96, 2
 EPS = [1e-6, 1e-12, 1e-5, 1e-6]
@@ -34,7 +42,8 @@ def _double(arguments):
 
 
 def _blobs(parameters):
-    return [functional.quantize_linear(p) if i % 16 in WEIGHTS else p for i, p in enumerate(parameters)]
+    places = [name.removesuffix("_weight") in MATRICES for name in LayerParameters._fields]
+    return [functional.quantize_linear(p) if places[i % len(places)] else p for i, p in enumerate(parameters)]
 
 
 def hf_parameters(layer):
@@ -175,10 +184,7 @@ def test_a_query_only_row_changes_no_other():
 def test_registered_op():
     a = _arguments(layers=1)
     for hidden in (False, True):
-        torch.library.opcheck(
-            torch.ops.vilt_fast.encoder.default,
-            (a["x"], a["parameters"], a["cu_seqlens"], a["seqused_k"], 20, HEADS, a["eps"], "float32", hidden, "cpp"),
-        )
+        opcheck("encoder", "cpp", **a, compute="float32", return_hidden=hidden)
     compiled = torch.compile(lambda x: functional.encoder(**(a | {"x": x})) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(a["x"]), functional.encoder(**a, backend="cpp") * 2)
 
@@ -205,8 +211,11 @@ def test_bad_input():
     parameters = arguments["parameters"]
     for change, message in (
         ({"parameters": parameters[:-1]}, "holds 15 tensors, expected 16 a layer"),
-        ({"parameters": [*parameters[:2], parameters[2].T[:5], *parameters[3:]]}, r"parameter 2 has shape \[5, 64\]"),
-        ({"parameters": [parameters[0][:3], *parameters[1:]]}, "parameter 0 has shape"),
+        (
+            {"parameters": [*parameters[:2], parameters[2].T[:5], *parameters[3:]]},
+            r"parameter 2 \(query_weight\) has shape \[5, 64\]",
+        ),
+        ({"parameters": [parameters[0][:3], *parameters[1:]]}, "norm1_weight. has shape"),
         ({"eps": [1e-6]}, "eps holds 1 numbers, expected 2 a layer"),
         ({"compute": "fp8"}, "compute is 'fp8'"),
         ({"num_heads": 3}, "not a multiple of num_heads 3"),

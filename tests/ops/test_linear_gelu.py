@@ -7,7 +7,7 @@ from transformers import ViltConfig
 from transformers.models.vilt.modeling_vilt import ViltIntermediate
 
 from vilt_fast import functional
-from vilt_fast.testing import assert_within_budget, random_weights, sliced, strided
+from vilt_fast.testing import assert_within_budget, opcheck, random_weights, sliced, strided
 
 SHAPES = [((185, 64), 96), ((1, 7), 5), ((0, 16), 8), ((2, 3, 33), 17), ((13, 1), 1)]
 
@@ -47,8 +47,9 @@ def test_cpp_within_budget(shape, rows, bias, dtype, layout):
 @torch.no_grad()
 def test_registered_op():
     inputs = _inputs((5, 16), 8)
-    torch.library.opcheck(torch.ops.vilt_fast.linear_gelu.default, (*inputs, "cpp"))
-    torch.library.opcheck(torch.ops.vilt_fast.linear_gelu.default, (*inputs[:2], None, "cpp"))
+    x, weight, bias = inputs
+    opcheck("linear_gelu", "cpp", x=x, weight=weight, bias=bias)
+    opcheck("linear_gelu", "cpp", x=x, weight=weight)
     compiled = torch.compile(lambda *t: functional.linear_gelu(*t) + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*inputs), functional.linear_gelu(*inputs, backend="cpp") + 1)
 

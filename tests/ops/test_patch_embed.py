@@ -8,7 +8,7 @@ from transformers import ViltConfig
 from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 from vilt_fast import functional
-from vilt_fast.testing import assert_within_budget, packing_indices, random_weights, sliced, strided
+from vilt_fast.testing import assert_within_budget, opcheck, packing_indices, random_weights, sliced, strided
 
 PATCH, WIDTH, TABLE = 4, 12, (3, 3)
 GRIDS = [(3, 3), (2, 5), (1, 1), (4, 1)]
@@ -161,16 +161,9 @@ def test_dropout_is_before_the_modality_row():
 @torch.no_grad()
 def test_registered_op():
     arguments = _arguments(torch.float32, query_rows=1)
-    torch.library.opcheck(
-        torch.ops.vilt_fast.patch_embed.default, (*arguments_in_order(arguments), 0.0, torch.float32, "cpp")
-    )
+    opcheck("patch_embed", "cpp", **arguments, dropout_p=0.0, out_dtype=torch.float32)
     compiled = torch.compile(lambda a: functional.patch_embed(**a) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(arguments), functional.patch_embed(**arguments, backend="cpp") * 2)
-
-
-def arguments_in_order(arguments):
-    names = (*FLOATS, "text_rows", "patch_source", "patch_rows", "patch_sample", "pos_index", "pos_weight", "cls_rows")
-    return [arguments[name] for name in (*names, "modality_index", "total_rows")]
 
 
 def test_bad_input():

@@ -1,6 +1,6 @@
 """What the tests of transport share: the recurrence in numpy, hard batches, the error budget of kernels for GPUs.
 
-Those kernels are called through torch.ops, below the validation of `functional`, which refuses NaN and a device that
+Those kernels are called below the validation of `functional`, which refuses NaN and a device that
 is not theirs.
 """
 
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from vilt_fast import functional
+from vilt_fast.ops._define import OPS
 from vilt_fast.testing import assert_within_budget, padding_masks, poisoned
 
 # ViLT's largest sample, then ragged ones: of one, of none, of just more than some tile.
@@ -49,7 +50,9 @@ def on(device, tensors):
 
 
 def ipot(backend, cost, text_pad, image_pad, beta=0.5, iterations=50, inner=1):
-    return torch.ops.vilt_fast.ipot(cost, text_pad, image_pad, beta, iterations, inner, backend)
+    return OPS["ipot"](
+        backend, cost=cost, text_pad=text_pad, image_pad=image_pad, beta=beta, iterations=iterations, inner=inner
+    )[0]
 
 
 def assert_ipot(backend, arguments, device="cpu", **options):
@@ -65,9 +68,10 @@ def assert_ipot(backend, arguments, device="cpu", **options):
 
 
 def sinkhorn(backend, cost, text_pad, image_pad, epsilon=0.1, iterations=100, tolerance=None, weights=(None, None)):
-    return torch.ops.vilt_fast.sinkhorn(
-        cost, text_pad, image_pad, epsilon, iterations, tolerance, weights[0], weights[1], backend
-    )
+    return OPS["sinkhorn"](
+        backend, cost=cost, text_pad=text_pad, image_pad=image_pad, epsilon=epsilon, iterations=iterations,
+        tolerance=tolerance, text_marginal=weights[0], image_marginal=weights[1],
+    )  # fmt: skip
 
 
 def assert_sinkhorn(backend, arguments, device="cpu", weights=(None, None), **options):
@@ -89,8 +93,10 @@ def assert_sinkhorn(backend, arguments, device="cpu", weights=(None, None), **op
 
 def distance(backend, text, image, text_pad, image_pad, beta=0.5, iterations=50, inner=1, return_plan=False):
     """(distance, plan) of the op."""
-    operation = torch.ops.vilt_fast.word_patch_distance
-    return operation(text, image, text_pad, image_pad, beta, iterations, inner, return_plan, backend)[:2]
+    return OPS["word_patch_distance"](
+        backend, text=text, image=image, text_pad=text_pad, image_pad=image_pad, beta=beta, iterations=iterations,
+        inner=inner, return_plan=return_plan,
+    )  # fmt: skip
 
 
 def with_gradients(function, text, image, text_pad, image_pad):

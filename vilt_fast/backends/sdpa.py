@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from ..reference.attention import visible
 
 
-def supports(op, return_lse=False, generator=False, **facts):
+def supports(
+    *, device=None, dtype=None, head_dim=64, requires_grad=False, dropout=False, causal=False, return_lse=False,
+    generator=False, apart=False,
+):  # fmt: skip
     if return_lse:
         return "SDPA does not return the log-sum-exp; use backend='reference' or return_lse=False."
     if generator:
@@ -33,7 +36,7 @@ def _take(rows, starts, length):
     return block.unflatten(0, (len(starts), length)).transpose(1, 2)
 
 
-def attention_fwd(
+def attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *,
     seqused_k=None, causal_start=None, dropout_p=0.0, scale=None, return_lse=False, generator=None,
 ):  # fmt: skip

@@ -122,3 +122,8 @@ def autocast(*tensors):
         return tensors
     to = torch.get_autocast_dtype(kind)
     return tuple(t.to(to) if t is not None and t.dtype == torch.float32 else t for t in tensors)
+
+
+def seed(device, dropout_p):
+    """What a dropout mask is a function of, int64 [1] on the device; None without dropout."""
+    return torch.randint(2**62, (1,), device=device) if dropout_p > 0 else None

@@ -1,101 +1,92 @@
-"""add_layer_norm: validation, choice of backend, torch.ops.vilt_fast.add_layer_norm and its gradient.
+"""add_layer_norm: a residual stream grows by a branch, and its LayerNorm."""
 
-Facts for `supports`: dtype, residual_dtype, width (D), requires_grad, dropout (bool).
-"""
+import dataclasses
 
 import torch
+from torch import Tensor
 
 from . import _check, registry
+from ._define import Op
 
-OP = "add_layer_norm"
-
-torch.library.define(
-    "vilt_fast::add_layer_norm",
-    "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, float eps, float dropout_p, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "vilt_fast::add_layer_norm_bwd",
-    "(Tensor? ds, Tensor? dy, Tensor s, Tensor mean, Tensor rstd, Tensor? weight, Tensor? seed, float dropout_p, "
-    "ScalarType x_dtype, ScalarType residual_dtype, bool with_sums, str backend) -> (Tensor, Tensor, Tensor)",
-)
+_NAME = "add_layer_norm"
 
 
-@torch.library.impl("vilt_fast::add_layer_norm", "CompositeExplicitAutograd")
-def _run(x, residual, weight, bias, seed, eps, dropout_p, backend):
-    outputs, kept = registry.launcher(OP, backend)(x, residual, weight, bias, eps, dropout_p, seed)
-    return (*outputs, *kept)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    residual_dtype: torch.dtype
+    width: int
+    requires_grad: bool = False
+    dropout: bool = False
 
 
-@torch.library.register_fake("vilt_fast::add_layer_norm")
-def _fake(x, residual, *rest):
+def _fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dropout_p: float,
+    seed: Tensor | None,
+):  # fmt: skip
     s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    return s, x.new_empty(x.shape), *(x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return (s, x.new_empty(x.shape)), (mean, rstd)
 
 
-@torch.library.impl("vilt_fast::add_layer_norm_bwd", "CompositeExplicitAutograd")
-def _run_backward(ds, dy, s, mean, rstd, weight, seed, dropout_p, x_dtype, residual_dtype, with_sums, backend):
-    return registry.launcher("add_layer_norm_bwd", backend)(
-        ds, dy, s, mean, rstd, weight, seed=seed, dropout_p=dropout_p, x_dtype=x_dtype, residual_dtype=residual_dtype,
-        with_sums=with_sums,
-    )  # fmt: skip
-
-
-@torch.library.register_fake("vilt_fast::add_layer_norm_bwd")
-def _fake_backward(ds, dy, s, mean, rstd, weight, seed, dropout_p, x_dtype, residual_dtype, with_sums, backend):
+def _fake_backward(
+    needs: list[bool], grad_s: Tensor | None, grad_y: Tensor | None, s: Tensor, mean: Tensor, rstd: Tensor,
+    weight: Tensor | None, bias: Tensor | None, dropout_p: float, seed: Tensor | None, x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+):  # fmt: skip
     apart = dropout_p > 0 or x_dtype != residual_dtype
     return (
+        s.new_empty(s.shape, dtype=x_dtype) if apart else None,
         s.new_empty(s.shape, dtype=residual_dtype),
-        s.new_empty(s.shape if apart else [0], dtype=x_dtype),
-        s.new_empty([2, s.shape[-1]] if with_sums else [0], dtype=torch.float32),
-    )
+        *(None if p is None else p.new_empty(p.shape) for p in (weight, bias)),
+    ), ()
 
 
-def _keep(ctx, inputs, output):
-    x, residual, weight, bias, seed, _, ctx.dropout_p, ctx.backend = inputs
-    s, _, mean, rstd = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.x_dtype, ctx.residual_dtype = x.dtype, residual.dtype
-    ctx.dtypes = [None if p is None else p.dtype for p in (weight, bias)]
-    ctx.save_for_backward(s, mean, rstd, weight, seed)
+_OP = Op(
+    _NAME, _fake, _fake_backward,
+    outputs=("s", "y"), kept=("mean", "rstd"), differentiable=("x", "residual", "weight", "bias"),
+    equal={"x": "residual"},
+)  # fmt: skip
 
 
-def _differentiate(ctx, ds, dy, *_):
-    if ds is None and dy is None:
-        return (None,) * 8
-    needs = ctx.needs_input_grad[2:4]
-    dresidual, dx, sums = torch.ops.vilt_fast.add_layer_norm_bwd(
-        ds, dy, *ctx.saved_tensors, ctx.dropout_p, ctx.x_dtype, ctx.residual_dtype, any(needs), ctx.backend
-    )
-    apart = ctx.dropout_p > 0 or ctx.x_dtype != ctx.residual_dtype
-    parameters = [
-        sums[place].to(dtype) if needed else None
-        for place, (needed, dtype) in enumerate(zip(needs, ctx.dtypes, strict=True))
-    ]
-    return dx if apart else dresidual, dresidual, *parameters, None, None, None, None
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``s = dropout(x) + residual`` and ``LayerNorm(s)``, both.
 
+    Args:
+        x, residual: [..., D], of one shape; the residual may be of a wider dtype (a float32 stream, bfloat16 layers).
+        weight, bias: [D] or None. eps: added to the variance.
+        dropout_p: probability that an element of ``x`` counts as 0.
 
-torch.library.register_autograd("vilt_fast::add_layer_norm", _differentiate, setup_context=_keep)
+    Returns:
+        s [..., D] in the wider dtype of x and residual, and the normalised y [..., D] in the dtype of x. Differentiable
+        (reference, triton) in all tensors; the sums over rows are deterministic.
 
-
-def add_layer_norm(x, residual, weight, bias, eps, dropout_p, backend):
+    Source: Dosovitskiy et al. 2021, eq. 2-3.
+    """
     tensors = dict(x=x, residual=residual, weight=weight, bias=bias)
-    specs = dict.fromkeys(tensors, "D") | {"x": "... D", "residual": "... D"}
-    sizes = _check.shapes(OP, **{name: (tensor, specs[name]) for name, tensor in tensors.items()})
+    sizes = _check.shapes(_NAME, x=(x, "... D"), residual=(residual, "... D"), weight=(weight, "D"), bias=(bias, "D"))
     if x.shape != residual.shape:
         raise ValueError(
             f"add_layer_norm: residual has shape {list(residual.shape)}, expected that of x, {list(x.shape)}."
         )
-    _check.dtypes(OP, _check.FLOATS, **tensors)
-    _check.same_device(OP, **tensors)
-    _check.probability(OP, dropout_p)
-    name = registry.resolve(
-        OP, backend, x.device.type, dtype=x.dtype, residual_dtype=residual.dtype, width=sizes["D"],
-        requires_grad=_check.needs_grad(*tensors.values()), dropout=dropout_p > 0,
+    _check.dtypes(_NAME, _check.FLOATS, **tensors)
+    _check.same_device(_NAME, **tensors)
+    _check.probability(_NAME, dropout_p)
+    name = _OP.resolve(
+        backend,
+        Facts(
+            device=x.device.type, dtype=x.dtype, residual_dtype=residual.dtype, width=sizes["D"],
+            requires_grad=_check.needs_grad(*tensors.values()), dropout=dropout_p > 0,
+        ),
     )  # fmt: skip
     if name in registry.PLAIN:
-        return registry.launcher(OP, name)(x, residual, weight, bias, eps, dropout_p=dropout_p)
-    seed = torch.randint(2**62, (1,), device=x.device) if dropout_p > 0 else None
-    s, y, _, _ = torch.ops.vilt_fast.add_layer_norm(x, residual, weight, bias, seed, eps, dropout_p, name)
-    return s, y
+        return _OP.plain(name, **tensors, eps=eps, dropout_p=dropout_p)
+    return _OP(name, **tensors, eps=eps, dropout_p=dropout_p, seed=_check.seed(x.device, dropout_p))

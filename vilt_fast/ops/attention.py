@@ -1,81 +1,47 @@
-"""attention: validation, choice of backend, torch.ops.vilt_fast.attention and its gradient, attention_bwd.
+"""attention: softmax(QK^T / sqrt(d)) V within each sample of a packed batch."""
 
-Facts for `supports`: dtype, head_dim, requires_grad; dropout, causal, return_lse, generator (bool); together (bool: the
-offsets and bounds are on the device of q).
-"""
+import dataclasses
 
 import torch
+from torch import Generator, Tensor
 
 from . import _check, registry
-
-_SHARED = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? seqused_k, "
-    "Tensor? causal_start, float dropout_p, float scale, str backend, Tensor? seed=None)"
-)
-torch.library.define("vilt_fast::attention", f"(Tensor q, Tensor k, Tensor v, {_SHARED} -> (Tensor, Tensor, Tensor)")
-torch.library.define(
-    "vilt_fast::attention_bwd",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, "
-    f"{_SHARED} -> (Tensor, Tensor, Tensor)",
-)
+from ._define import Op
 
 
-@torch.library.impl("vilt_fast::attention", "CompositeExplicitAutograd")
-def _run(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal_start, dropout_p, scale,
-    backend, seed=None,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    head_dim: int
+    requires_grad: bool = False
+    dropout: bool = False
+    causal: bool = False
+    return_lse: bool = False
+    generator: bool = False
+    apart: bool = False  #: offsets are not on the device of q
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    seqused_k: Tensor | None, causal_start: Tensor | None, dropout_p: float, scale: float, seed: Tensor | None,
 ):  # fmt: skip
-    """out, lse and stats: what the backward of this backend wants to know of each row, empty if it has none."""
-    options = {} if seed is None else {"seed": seed}
-    out, lse, *stats = registry.launcher("attention", backend)(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k,
-        causal_start=causal_start, dropout_p=dropout_p, scale=scale, return_lse=True, **options,
-    )  # fmt: skip
-    return out, lse, stats[0] if stats else lse.new_empty(0)
-
-
-@torch.library.register_fake("vilt_fast::attention")
-def _fake(q, *rest):
+    """Kept are stats: what the backward wants to know of each row."""
     rows, heads, _ = q.shape
     lse = q.new_empty(heads, rows, dtype=torch.float32)
-    stats = lse.new_empty(2, heads, rows) if rest[10] in registry.backends("attention_bwd") else lse.new_empty(0)
-    return q.new_empty(q.shape), lse, stats
+    return (q.new_empty(q.shape), lse), (lse.new_empty(2, heads, rows),)
 
 
-@torch.library.impl("vilt_fast::attention_bwd", "CompositeExplicitAutograd")
-def _run_backward(
-    dout, dlse, q, k, v, out, stats, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal_start,
-    dropout_p, scale, backend, seed=None,
+def _fake_backward(
+    needs: list[bool], grad_out: Tensor | None, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+    stats: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int,
+    seqused_k: Tensor | None, causal_start: Tensor | None, dropout_p: float, scale: float, seed: Tensor | None,
 ):  # fmt: skip
-    return registry.launcher("attention_bwd", backend)(
-        dout, dlse, q, k, v, out, stats, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k,
-        causal_start=causal_start, seed=seed, dropout_p=dropout_p, scale=scale,
-    )  # fmt: skip
+    return tuple(t.new_empty(t.shape) for t in (q, k, v)), ()
 
 
-@torch.library.register_fake("vilt_fast::attention_bwd")
-def _fake_backward(dout, dlse, q, k, v, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _keep(ctx, inputs, output):
-    ctx.set_materialize_grads(False)
-    ctx.longest, ctx.numbers = inputs[5:7], inputs[9:12]
-    out, _, stats = output
-    ctx.save_for_backward(*inputs[:3], out, stats, *inputs[3:5], *inputs[7:9], inputs[12])
-
-
-def _differentiate(ctx, dout, dlse, _):
-    saved = ctx.saved_tensors  # q, k, v, out, stats, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed
-    if dout is None:
-        dout = torch.zeros_like(saved[3])
-    gradients = torch.ops.vilt_fast.attention_bwd(
-        dout, dlse, *saved[:7], *ctx.longest, *saved[7:9], *ctx.numbers, saved[9]
-    )
-    return (*gradients, *[None] * 10)
-
-
-torch.library.register_autograd("vilt_fast::attention", _differentiate, setup_context=_keep)
+_OP = Op(
+    "attention", _fake, _fake_backward,
+    outputs=("out", "lse"), kept=("stats",), differentiable=("q", "k", "v"),
+)  # fmt: skip
 
 
 def _seed(device, generator):
@@ -86,9 +52,42 @@ def _seed(device, generator):
 
 
 def attention(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal_start, dropout_p, scale,
-    return_lse, generator, backend,
-):  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    seqused_k: Tensor | None = None,
+    causal_start: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    return_lse: bool = False,
+    generator: Generator | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``dropout(softmax(scale * q k^T)) v`` within each sample of a packed batch.
+
+    Args:
+        q: [Nq, H, d]; k, v: [Nk, H, d], one floating dtype, any strides.
+        cu_seqlens_q, cu_seqlens_k: [B + 1] int32, first row of each sample and the total; query and key lengths of a
+            sample may differ. max_seqlen_q, max_seqlen_k: upper bounds of those lengths. On a GPU, where it cannot be
+            looked at, the total may be less than the rows there are; the rest of the result is undefined then.
+        seqused_k: [B] int32, only that many leading rows of each sample are keys (default: all).
+        causal_start: [B] int32, prefix language modelling: key rows at index >= start are visible only to query rows
+            with index >= theirs (indices within the sample).
+        dropout_p: on the probabilities. scale: 1/sqrt(d) by default.
+        return_lse: also return the log-sum-exp of the scaled scores.
+        generator: for dropout.
+
+    Returns:
+        out [Nq, H, d], and with ``return_lse`` lse [H, Nq] float32 (float64 for float64 inputs). A sample without keys
+        gives zeros and -inf.
+
+    Source: Vaswani et al. 2017, eq. 1; argument names as in flash-attn.
+    """
     q, k, v = _check.autocast(q, k, v)
     sizes = _check.shapes(
         "attention",
@@ -110,22 +109,21 @@ def attention(
     )  # fmt: skip
     _check.same_device("attention", q=q, k=k, v=v)
     _check.probability("attention", dropout_p)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
-    name = registry.resolve(
-        "attention", backend, q.device.type, dtype=q.dtype, head_dim=sizes["d"],
-        requires_grad=_check.needs_grad(q, k, v), dropout=dropout_p > 0, causal=causal_start is not None,
-        return_lse=return_lse, generator=generator is not None,
-        together=all(t is None or t.device == q.device for t in bounds),
+    name = _OP.resolve(
+        backend,
+        Facts(
+            device=q.device.type, dtype=q.dtype, head_dim=sizes["d"], requires_grad=_check.needs_grad(q, k, v),
+            dropout=dropout_p > 0, causal=causal_start is not None, return_lse=return_lse,
+            generator=generator is not None, apart=any(t is not None and t.device != q.device for t in bounds),
+        ),
+    )  # fmt: skip
+    arguments = dict(
+        q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k, seqused_k=seqused_k, causal_start=causal_start, dropout_p=dropout_p,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )  # fmt: skip
     if name in registry.PLAIN:
-        return registry.launcher("attention", name)(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k,
-            causal_start=causal_start, dropout_p=dropout_p, scale=scale, return_lse=return_lse, generator=generator,
-        )  # fmt: skip
-    seed = _seed(q.device, generator) if dropout_p > 0 else None
-    out, lse, _ = torch.ops.vilt_fast.attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal_start, dropout_p, scale,
-        name, seed,
-    )  # fmt: skip
+        return _OP.plain(name, **arguments, return_lse=return_lse, generator=generator)
+    out, lse = _OP(name, **arguments, seed=_seed(q.device, generator) if dropout_p > 0 else None)
     return (out, lse) if return_lse else out

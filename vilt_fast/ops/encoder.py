@@ -1,65 +1,70 @@
-"""encoder and quantize_linear: validation, choice of backend, torch.ops.vilt_fast.encoder.
+"""encoder: a stack of pre-norm transformer blocks over packed rows."""
 
-Facts for `supports`: dtype (of x), compute, weights ("float" or "blob"), weight_dtypes (a set), requires_grad.
-"""
+import dataclasses
 
 import torch
+from torch import Tensor
 
+from ..reference.encoder import MATRICES, LayerParameters
 from . import _check, registry
+from ._define import Op
 
-PER_LAYER = 16
-WEIGHTS = (2, 4, 6, 8, 12, 14)  # q k v o fc1 fc2 within a layer's 16 parameters
 COMPUTE = ("float32", "bfloat16", "int8")
-
-torch.library.define(
-    "vilt_fast::encoder",
-    "(Tensor x, Tensor[] parameters, Tensor cu_seqlens, Tensor seqused_k, SymInt max_seqlen, int num_heads, "
-    "float[] eps, str compute, bool return_hidden, str backend) -> Tensor",
-)
+_LAYER = len(LayerParameters._fields)
 
 
-@torch.library.impl("vilt_fast::encoder", "CompositeExplicitAutograd")
-def _run(x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads, eps, compute, return_hidden, backend):
-    return registry.launcher("encoder", backend)(
-        x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads=num_heads, eps=eps, compute=compute,
-        return_hidden=return_hidden,
-    )  # fmt: skip
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    compute: str
+    blobs: bool = False  #: the weights are those of quantize_linear
+    parameter_dtypes: frozenset = frozenset()  #: of all that are no blobs
+    requires_grad: bool = False
 
 
-@torch.library.register_fake("vilt_fast::encoder")
-def _fake(x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads, eps, compute, return_hidden, backend):
-    return x.new_empty(len(parameters) // PER_LAYER, *x.shape) if return_hidden else x.new_empty(x.shape)
+def _fake(
+    x: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, seqused_k: Tensor, max_seqlen: int, num_heads: int,
+    eps: list[float], compute: str, return_hidden: bool,
+):  # fmt: skip
+    return (x.new_empty(len(parameters) // _LAYER, *x.shape) if return_hidden else x.new_empty(x.shape),), ()
 
 
-def _check_parameters(parameters, width, blobs):
-    if not parameters or len(parameters) % PER_LAYER:
-        raise ValueError(
-            f"encoder: parameters holds {len(parameters)} tensors, expected 16 a layer (empty for a missing bias)."
-        )
-
-    def refuse(place, expected):
-        raise ValueError(f"encoder: parameter {place} has shape {list(parameters[place].shape)}, expected {expected}.")
-
-    for start in range(0, len(parameters), PER_LAYER):
-        shapes = [tuple(p.shape) for p in parameters[start : start + PER_LAYER]]
-        for i in (0, 1, 10, 11):
-            if shapes[i] != (width,):
-                refuse(start + i, f"[{width}] (LayerNorm)")
-        if blobs:  # only the backend knows what is in them
-            for i in WEIGHTS:
-                if len(shapes[i]) != 1:
-                    refuse(start + i, "a blob of quantize_linear: quantise all six weights of every layer, or none")
-            continue
-        inner = shapes[12][0]
-        for i in WEIGHTS:
-            out, columns = inner if i == 12 else width, inner if i == 14 else width
-            if shapes[i] != (out, columns):
-                refuse(start + i, f"[{out}, {columns}] ([out, in])")
-            if shapes[i + 1] not in ((out,), (0,)):
-                refuse(start + i + 1, f"[{out}], or [0] for none")
+_OP = Op("encoder", _fake, outputs=("stream",))
 
 
-def encoder(x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads, eps, compute, return_hidden, backend):
+def encoder(
+    x: Tensor,
+    parameters: list[Tensor],
+    cu_seqlens: Tensor,
+    seqused_k: Tensor,
+    max_seqlen: int,
+    *,
+    num_heads: int,
+    eps: list[float],
+    compute: str = "float32",
+    return_hidden: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """A stack of pre-norm transformer blocks over packed rows, meant for inference.
+
+    Each block: ``x += O(attention(QKV(LN1 x)))``, ``x += FC2(gelu(FC1(LN2 x)))``.
+
+    Args:
+        x: [N, D] float32 (reference: also float64), not modified.
+        parameters: 16 tensors a layer, those of :class:`LayerParameters` in its order, end to end; weights [out, in], a
+            missing bias is an empty tensor. The six weights of every layer may be blobs of :func:`quantize_linear`
+            (``compute="int8"``, cpp); the reference takes float weights and emulates int8.
+        cu_seqlens: [B + 1] int32; seqused_k: [B] int32, the leading rows of each sample that are keys; both on the CPU
+            for the cpp backend. max_seqlen: upper bound of the lengths.
+        eps: 2 numbers a layer (LN1, LN2).
+        compute: how the operands of matrix products are represented: "float32", "bfloat16" or "int8" (weights per
+            output channel, activations per row). The residual stream, norms and softmax are float32 in all three.
+        return_hidden: return the stream after every layer.
+
+    Returns:
+        [N, D], the residual stream after the last layer, before the final norm; [layers, N, D] with ``return_hidden``.
+
+    Source: Dosovitskiy et al. 2021, eq. 2-3.
+    """
     sizes = _check.shapes("encoder", x=(x, "N D"), cu_seqlens=(cu_seqlens, "B+1"), seqused_k=(seqused_k, "B"))
     if sizes["B"] < 1:
         raise ValueError("encoder: cu_seqlens has one entry, so there is no sample; expected B + 1 >= 2 entries.")
@@ -72,27 +77,49 @@ def encoder(x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads, eps, co
     if blobs and compute != "int8":
         raise ValueError(f"encoder: compute is {compute!r} but the weights are quantised; use compute='int8'.")
     _check_parameters(parameters, sizes["D"], blobs)
-    if len(eps) != 2 * (len(parameters) // PER_LAYER):
+    if len(eps) != 2 * (len(parameters) // _LAYER):
         raise ValueError(f"encoder: eps holds {len(eps)} numbers, expected 2 a layer (LN1, LN2).")
     _check.dtypes("encoder", (torch.float32, torch.float64), x=x)
     _check.dtypes("encoder", (torch.int32,), cu_seqlens=cu_seqlens, seqused_k=seqused_k)
-    name = registry.resolve(
-        "encoder", backend, x.device.type, dtype=x.dtype, compute=compute, weights="blob" if blobs else "float",
-        weight_dtypes={p.dtype for p in parameters if p.numel()} - {torch.uint8},
+    facts = Facts(
+        device=x.device.type, dtype=x.dtype, compute=compute, blobs=blobs,
+        parameter_dtypes=frozenset(p.dtype for p in parameters if p.numel()) - {torch.uint8},
         requires_grad=_check.needs_grad(x, *parameters),
     )  # fmt: skip
-    if name in registry.PLAIN:
-        return registry.launcher("encoder", name)(
-            x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads=num_heads, eps=eps, compute=compute,
-            return_hidden=return_hidden,
-        )  # fmt: skip
-    return torch.ops.vilt_fast.encoder(
-        x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads, eps, compute, return_hidden, name
-    )
+    name = _OP.resolve(backend, facts)
+    arguments = dict(
+        x=x, parameters=parameters, cu_seqlens=cu_seqlens, seqused_k=seqused_k, max_seqlen=max_seqlen,
+        num_heads=num_heads, eps=eps, compute=compute, return_hidden=return_hidden,
+    )  # fmt: skip
+    return _OP.plain(name, **arguments) if name in registry.PLAIN else _OP(name, **arguments)[0]
 
 
-def quantize_linear(weight, backend):
-    _check.shapes("quantize_linear", weight=(weight, "N K"))
-    _check.dtypes("quantize_linear", (torch.float32, torch.bfloat16), weight=weight)
-    name = registry.resolve("quantize_linear", backend, weight.device.type, dtype=weight.dtype)
-    return registry.launcher("quantize_linear", name)(weight)
+def _check_parameters(parameters, width, blobs):
+    if not parameters or len(parameters) % _LAYER:
+        raise ValueError(
+            f"encoder: parameters holds {len(parameters)} tensors, expected 16 a layer (empty for a missing bias)."
+        )
+    for layer, p in enumerate(LayerParameters.layers(parameters)):
+
+        def refuse(name, expected, layer=layer, p=p):
+            place = layer * _LAYER + LayerParameters._fields.index(name)
+            given = list(getattr(p, name).shape)
+            raise ValueError(f"encoder: parameter {place} ({name}) has shape {given}, expected {expected}.")
+
+        for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"):
+            if getattr(p, name).shape != (width,):
+                refuse(name, f"[{width}] (LayerNorm)")
+        inner = None if blobs else p.fc1_weight.shape[0]
+        for name in MATRICES:
+            weight = getattr(p, f"{name}_weight")
+            if blobs:  # only the backend knows what is in them
+                if weight.dim() != 1 or weight.dtype != torch.uint8:
+                    refuse(
+                        f"{name}_weight", "a blob of quantize_linear: quantise all six weights of every layer, or none"
+                    )
+                continue
+            rows, columns = inner if name == "fc1" else width, inner if name == "fc2" else width
+            if weight.shape != (rows, columns):
+                refuse(f"{name}_weight", f"[{rows}, {columns}] ([out, in])")
+            if getattr(p, f"{name}_bias").shape not in ((rows,), (0,)):
+                refuse(f"{name}_bias", f"[{rows}], or [0] for none")

@@ -1,26 +1,25 @@
-"""ipot: validation, choice of backend, torch.ops.vilt_fast.ipot.
+"""ipot: the transport plan of the inexact proximal point method, masked and batched."""
 
-Facts for `supports`: dtype, rows (M), columns (N), inner.
-"""
+import dataclasses
 
 import torch
+from torch import Tensor
 
 from . import _check, registry
-
-torch.library.define(
-    "vilt_fast::ipot",
-    "(Tensor cost, Tensor text_pad, Tensor image_pad, float beta, int iterations, int inner, str backend) -> Tensor",
-)
+from ._define import Op
 
 
-@torch.library.impl("vilt_fast::ipot", "CompositeExplicitAutograd")
-def _run(cost, text_pad, image_pad, beta, iterations, inner, backend):
-    return registry.launcher("ipot", backend)(cost, text_pad, image_pad, beta=beta, iterations=iterations, inner=inner)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    rows: int  #: M
+    columns: int  #: N
 
 
-@torch.library.register_fake("vilt_fast::ipot")
-def _fake(cost, text_pad, image_pad, beta, iterations, inner, backend):
-    return torch.empty(cost.shape, dtype=torch.float32, device=cost.device)
+def _fake(cost: Tensor, text_pad: Tensor, image_pad: Tensor, beta: float, iterations: int, inner: int):
+    return (torch.empty(cost.shape, dtype=torch.float32, device=cost.device),), ()
+
+
+_OP = Op("ipot", _fake, outputs=("plan",))
 
 
 def check_costs(op, cost, text_pad, image_pad):
@@ -43,14 +42,37 @@ def check_finite(op, backend, cost, text_pad, image_pad):
         raise ValueError(f"{op}: cost is NaN or infinite on real entries of samples {samples}; expected finite.")
 
 
-def ipot(cost, text_pad, image_pad, beta, iterations, inner, backend):
+def ipot(
+    cost: Tensor,
+    text_pad: Tensor,
+    image_pad: Tensor,
+    *,
+    beta: float = 0.5,
+    iterations: int = 50,
+    inner: int = 1,
+    backend: str | None = None,
+) -> Tensor:
+    """Transport plan of the inexact proximal point method, as ViLT and UNITER run it.
+
+    Args:
+        cost: [B, M, N]; finite on real entries (ValueError on the CPU), anything on padding.
+        text_pad: [B, M] bool, image_pad: [B, N] bool, True where padded.
+        beta: proximal step, > 0.
+        iterations: outer steps, part of the definition (50 have not converged). inner: scaling steps in each.
+
+    Returns:
+        plan [B, M, N], same orientation as ``cost``, float32 (float64 for float64 costs), zero on padding; all zero for
+        a sample without real tokens or patches. No gradient.
+
+    Source: Xie et al. 2020, algorithm 1; the original ``vilt/modules/objectives.py``.
+    """
     sizes = check_costs("ipot", cost, text_pad, image_pad)
     _check.positive("ipot", beta=beta)
     _check.counts("ipot", iterations=iterations, inner=inner)
-    name = registry.resolve(
-        "ipot", backend, cost.device.type, dtype=cost.dtype, rows=sizes["M"], columns=sizes["N"], inner=inner
-    )
+    facts = Facts(device=cost.device.type, dtype=cost.dtype, rows=sizes["M"], columns=sizes["N"])
+    name = _OP.resolve(backend, facts)
     check_finite("ipot", name, cost, text_pad, image_pad)
+    arguments = dict(cost=cost, text_pad=text_pad, image_pad=image_pad, beta=beta, iterations=iterations, inner=inner)
     if name in registry.PLAIN:
-        return registry.launcher("ipot", name)(cost, text_pad, image_pad, beta=beta, iterations=iterations, inner=inner)
-    return torch.ops.vilt_fast.ipot(cost.detach(), text_pad, image_pad, beta, iterations, inner, name)
+        return _OP.plain(name, **arguments)
+    return _OP(name, **arguments | {"cost": cost.detach()})[0]

@@ -1,53 +1,53 @@
-"""linear: validation, choice of backend, torch.ops.vilt_fast.linear, and the gradients of a matrix product.
+"""linear: xW^T + b, and a residual, in one pass."""
 
-Facts for `supports`: dtype, residual_dtype (or None), requires_grad.
-"""
+import dataclasses
 
 import torch
+from torch import Tensor
 
 from . import _check, registry
-
-torch.library.define(
-    "vilt_fast::linear", "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str backend) -> Tensor"
-)
+from ._define import Op
 
 
-@torch.library.impl("vilt_fast::linear", "CompositeExplicitAutograd")
-def _run(x, weight, bias, residual, backend):
-    (out,), _ = registry.launcher("linear", backend)(x, weight, bias, residual)
-    return out
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    residual_dtype: torch.dtype | None = None
+    requires_grad: bool = False
 
 
-@torch.library.register_fake("vilt_fast::linear")
-def _fake(x, weight, bias, residual, backend):
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None):
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype)
+    return (x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype),), ()
 
 
-def products(grad, x, weight, needs_x, needs_weight):
-    """(dx, dweight) of x W^T, None where not needed; grad [..., N] is rounded to the dtype of x first."""
-    grad = grad.to(weight.dtype).reshape(-1, weight.shape[0])
-    dx = torch.mm(grad, weight).view(*x.shape) if needs_x else None
-    return dx, torch.mm(grad.t(), x.reshape(-1, x.shape[-1])) if needs_weight else None
+def _fake_backward(
+    needs: list[bool], grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+):  # fmt: skip
+    same = residual is None or residual.dtype == grad_out.dtype
+    given = (x, weight, bias, None if same else residual)
+    return tuple(None if t is None else t.new_empty(t.shape) for t in given), ()
 
 
-def _keep(ctx, inputs, output):
-    x, weight, bias, residual, _ = inputs
-    ctx.dtypes = [None if t is None else t.dtype for t in (bias, residual)]
-    ctx.save_for_backward(x, weight)
+_OP = Op(
+    "linear", _fake, _fake_backward,
+    outputs=("out",), differentiable=("x", "weight", "bias", "residual"), equal={"residual": "grad_out"},
+)  # fmt: skip
 
 
-def _differentiate(ctx, grad):
-    needs = ctx.needs_input_grad
-    dx, dweight = products(grad, *ctx.saved_tensors, *needs[:2])
-    dbias = grad.flatten(0, -2).sum(0).to(ctx.dtypes[0]) if needs[2] else None
-    return dx, dweight, dbias, grad.to(ctx.dtypes[1]) if needs[3] else None, None
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    """``x W^T + b + residual``, in one pass over the result.
 
+    Args:
+        x: [..., K]; weight: [N, K]; bias: [N] or None; one floating dtype (under autocast: any, cast as it would).
+        residual: [..., N] or None, any floating dtype.
 
-torch.library.register_autograd("vilt_fast::linear", _differentiate, setup_context=_keep)
+    Returns:
+        [..., N] in the wider dtype of x and residual. Differentiable in all tensors.
 
-
-def linear(x, weight, bias, residual, backend):
+    Source: ``torch.nn.functional.linear``.
+    """
     x, weight, bias = _check.autocast(x, weight, bias)
     _check.shapes("linear", x=(x, "... K"), weight=(weight, "N K"), bias=(bias, "N"), residual=(residual, "... N"))
     if residual is not None and residual.shape[:-1] != x.shape[:-1]:
@@ -56,10 +56,11 @@ def linear(x, weight, bias, residual, backend):
     _check.dtypes("linear", _check.FLOATS, x=x, residual=residual)
     _check.same_dtype("linear", x=x, weight=weight, bias=bias)
     _check.same_device("linear", x=x, weight=weight, bias=bias, residual=residual)
-    name = registry.resolve(
-        "linear", backend, x.device.type, dtype=x.dtype, residual_dtype=None if residual is None else residual.dtype,
+    facts = Facts(
+        device=x.device.type, dtype=x.dtype, residual_dtype=None if residual is None else residual.dtype,
         requires_grad=_check.needs_grad(x, weight, bias, residual),
     )  # fmt: skip
+    name = _OP.resolve(backend, facts)
     if name in registry.PLAIN:
-        return registry.launcher("linear", name)(x, weight, bias, residual)
-    return torch.ops.vilt_fast.linear(x, weight, bias, residual, name)
+        return _OP.plain(name, x=x, weight=weight, bias=bias, residual=residual)
+    return _OP(name, x=x, weight=weight, bias=bias, residual=residual)[0]

@@ -1,92 +1,118 @@
-"""patch_embed: validation, choice of backend, torch.ops.vilt_fast.patch_embed and its gradient.
-
-Facts for `supports`: dtype (of weight), pixel_dtype, text_dtype, out_dtype,
-table_dtypes (a set: cls_token, position, modality), dropout (bool), square (bool: ph == pw), requires_grad.
+"""patch_embed: patches, image [CLS] and text rows of all samples, written into one packed buffer.
 
 The dropout mask is a function of `seed`, which is an input of the op: so the op is pure, nothing else has to be kept
 for the backward, and a recomputed forward drops the same elements.
 """
 
+import dataclasses
+
 import torch
+from torch import Tensor
+from torch import dtype as DType
 
 from . import _check, registry
+from ._define import Op
 
-_INPUTS = (
-    "Tensor pixels, Tensor weight, Tensor? bias, Tensor cls_token, Tensor position, Tensor modality, Tensor text, "
-    "Tensor text_rows, Tensor patch_source, Tensor patch_rows, Tensor patch_sample, Tensor pos_index, "
-    "Tensor pos_weight, Tensor cls_rows, Tensor modality_index"
-)
-_EXTRAS = "Tensor? pixel_scale=None, Tensor? pixel_shift=None, Tensor? seed=None"
-_FLOATS = 7  # so many of the inputs, the first ones, are differentiable
-
-torch.library.define(
-    "vilt_fast::patch_embed",
-    f"({_INPUTS}, SymInt total_rows, float dropout_p, ScalarType out_dtype, str backend, {_EXTRAS}) -> Tensor",
-)
-torch.library.define(
-    "vilt_fast::patch_embed_bwd",
-    f"(Tensor grad, bool[] needs, {_INPUTS}, float dropout_p, str backend, {_EXTRAS}) -> Tensor[]",
-)
+_NAME = "patch_embed"
 
 
-def _extras(pixel_scale=None, pixel_shift=None, seed=None):
-    """What backends without normalisation or dropout need not know of."""
-    extras = dict(pixel_scale=pixel_scale, pixel_shift=pixel_shift, seed=seed)
-    return {name: tensor for name, tensor in extras.items() if tensor is not None}
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    pixel_dtype: DType
+    out_dtype: DType
+    dtypes: frozenset  #: of text, cls_token, position, modality
+    square: bool  #: patches are as high as wide
+    requires_grad: bool = False
+    dropout: bool = False
 
 
-@torch.library.impl("vilt_fast::patch_embed", "CompositeExplicitAutograd")
-def _run(*arguments):
-    *inputs, dropout_p, out_dtype, backend = arguments[:19]
-    launch = registry.launcher("patch_embed", backend)
-    return launch(*inputs, dropout_p=dropout_p, out_dtype=out_dtype, **_extras(*arguments[19:]))
+def _fake(
+    pixels: Tensor, weight: Tensor, bias: Tensor | None, cls_token: Tensor, position: Tensor, modality: Tensor | None,
+    text: Tensor | None, text_rows: Tensor | None, patch_source: Tensor, patch_rows: Tensor, patch_sample: Tensor,
+    pos_index: Tensor, pos_weight: Tensor, cls_rows: Tensor, modality_index: Tensor | None, total_rows: int,
+    dropout_p: float, out_dtype: torch.dtype, pixel_scale: Tensor | None, pixel_shift: Tensor | None,
+    seed: Tensor | None,
+):  # fmt: skip
+    return (weight.new_empty(total_rows, weight.shape[0], dtype=out_dtype),), ()
 
 
-@torch.library.register_fake("vilt_fast::patch_embed")
-def _fake(pixels, weight, *arguments):
-    total_rows, _, out_dtype = arguments[13:16]
-    return weight.new_empty(total_rows, weight.shape[0], dtype=out_dtype)
+def _fake_backward(
+    needs: list[bool], grad_rows: Tensor, pixels: Tensor, weight: Tensor, bias: Tensor | None, cls_token: Tensor,
+    position: Tensor, modality: Tensor | None, text: Tensor | None, text_rows: Tensor | None, patch_source: Tensor,
+    patch_rows: Tensor, patch_sample: Tensor, pos_index: Tensor, pos_weight: Tensor, cls_rows: Tensor,
+    modality_index: Tensor | None, dropout_p: float, pixel_scale: Tensor | None, pixel_shift: Tensor | None,
+    seed: Tensor | None,
+):  # fmt: skip
+    given = (pixels, weight, bias, cls_token, position, modality, text)
+    return tuple(None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given), ()
 
 
-@torch.library.impl("vilt_fast::patch_embed_bwd", "CompositeExplicitAutograd")
-def _run_bwd(*arguments):
-    *inputs, dropout_p, backend = arguments[:19]
-    launch = registry.launcher("patch_embed_bwd", backend)
-    gradients = launch(*inputs, dropout_p=dropout_p, **_extras(*arguments[19:]))
-    return [g for g, need in zip(gradients, arguments[1], strict=True) if need]
-
-
-@torch.library.register_fake("vilt_fast::patch_embed_bwd")
-def _fake_bwd(grad, needs, *arguments):
-    given = zip(arguments, needs, strict=False)
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, need in given if need]
-
-
-def _setup(ctx, inputs, output):
-    *tensors, _, ctx.dropout_p, _, ctx.backend, pixel_scale, pixel_shift, seed = inputs
-    ctx.save_for_backward(*tensors, pixel_scale, pixel_shift, seed)
-
-
-def _backward(ctx, grad):
-    *tensors, pixel_scale, pixel_shift, seed = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:_FLOATS])
-    gradients = torch.ops.vilt_fast.patch_embed_bwd(
-        grad, needs, *tensors, ctx.dropout_p, ctx.backend, pixel_scale, pixel_shift, seed
-    )
-    gradients = iter(gradients)
-    return *(next(gradients) if need else None for need in needs), *[None] * (len(ctx.needs_input_grad) - _FLOATS)
-
-
-torch.library.register_autograd("vilt_fast::patch_embed", _backward, setup_context=_setup)
+_OP = Op(
+    _NAME, _fake, _fake_backward,
+    outputs=("rows",), differentiable=("pixels", "weight", "bias", "cls_token", "position", "modality", "text"),
+)  # fmt: skip
 
 
 def patch_embed(
-    pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows, patch_sample,
-    pos_index, pos_weight, cls_rows, modality_index, total_rows, dropout_p, out_dtype, pixel_scale, pixel_shift,
-    backend,
-):  # fmt: skip
+    pixels: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cls_token: Tensor,
+    position: Tensor,
+    modality: Tensor | None,
+    text: Tensor | None,
+    text_rows: Tensor | None,
+    patch_source: Tensor,
+    patch_rows: Tensor,
+    patch_sample: Tensor,
+    pos_index: Tensor,
+    pos_weight: Tensor,
+    cls_rows: Tensor,
+    modality_index: Tensor | None,
+    total_rows: int,
+    *,
+    dropout_p: float = 0.0,
+    out_dtype: DType | None = None,
+    pixel_scale: Tensor | None = None,
+    pixel_shift: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The packed input of the transformer: text, image [CLS] and patch rows of all samples, end to end.
+
+    A patch row is ``dropout(projection + bias + bilinear position) + modality row``, a [CLS] row is
+    ``dropout(cls_token + position[0]) + modality row``, a text row is copied. Rows that nobody lists are zero.
+
+    Args:
+        pixels: [B, C, height, width] of any strides, any floating dtype (converted to that of ``weight``) or uint8;
+            height and width need not be multiples of the patch. What lies outside the listed patches has no effect,
+            even NaN.
+        weight: [D, C, ph, pw], the projection; its last two sizes are the patch size. bias: [D] or None.
+        cls_token: [D].
+        position: [1 + G, D], row 0 for [CLS].
+        modality: [M, D], the modality table (0 text, 1 image, 2 second image), and modality_index: [B] int64 rows of
+            it; None, both of them, to add nothing.
+        text: [n_text, D], from :func:`text_embed`, modality row included, and text_rows: [n_text] int64, where each
+            goes; None, both of them, for images alone.
+        patch_source: [n] int64, flat ``image * gh * gw + y * gw + x`` with ``gh = height // ph``, ``gw = width // pw``.
+        patch_rows: [n] int64, where each patch goes.
+        patch_sample: [n] int64, which entry of ``cls_rows`` and ``modality_index`` a patch belongs to.
+        pos_index: [n, 4] int64 rows of ``position``; pos_weight: [n, 4] float32, their bilinear weights.
+        cls_rows: [B] int64.
+        total_rows: N, rows of the result.
+        dropout_p: applied before the modality row is added.
+        out_dtype: dtype of the result, that of ``weight`` by default. The projection runs in the dtype of ``weight``,
+            the additions in at least float32.
+        pixel_scale, pixel_shift: [C], for uint8 pixels and only for them: a pixel counts as
+            ``pixel * pixel_scale[c] + pixel_shift[c]``, e.g. ``1 / (255 std)`` and ``-mean / std``.
+
+    Returns:
+        x [N, D]. Differentiable (reference, triton) in floating pixels and in every floating table; gradients are
+        deterministic.
+
+    Source: ViLT (Kim et al. 2021) sec. 3.1; HuggingFace ``ViltEmbeddings.visual_embed``.
+    """
     sizes = _check.shapes(
-        "patch_embed",
+        _NAME,
         weight=(weight, "D C ph pw"), pixels=(pixels, "B C height width"), bias=(bias, "D"),
         cls_token=(cls_token, "D"), position=(position, "G+1 D"), modality=(modality, "M D"), text=(text, "n_text D"),
         text_rows=(text_rows, "n_text"), patch_source=(patch_source, "n"), patch_rows=(patch_rows, "n"),
@@ -94,9 +120,15 @@ def patch_embed(
         cls_rows=(cls_rows, "B"), modality_index=(modality_index, "B"), pixel_scale=(pixel_scale, "C"),
         pixel_shift=(pixel_shift, "C"),
     )  # fmt: skip
-    if sizes["n_text"] + sizes["n"] + sizes["B"] > total_rows:
+    for names, one, other in (
+        ("text and text_rows", text, text_rows), ("modality and modality_index", modality, modality_index)
+    ):  # fmt: skip
+        if (one is None) != (other is None):
+            raise ValueError(f"patch_embed: {names} belong together; give both or neither.")
+    n_text = 0 if text is None else sizes["n_text"]
+    if n_text + sizes["n"] + sizes["B"] > total_rows:
         raise ValueError(
-            f"patch_embed: total_rows is {total_rows}, but {sizes['n_text']} text, {sizes['n']} patch and {sizes['B']} "
+            f"patch_embed: total_rows is {total_rows}, but {n_text} text, {sizes['n']} patch and {sizes['B']} "
             "CLS rows are listed; each row is written once."
         )
     floats = dict(weight=weight, bias=bias, cls_token=cls_token, position=position, modality=modality, text=text)
@@ -106,35 +138,30 @@ def patch_embed(
             f"patch_embed: pixels are {pixels.dtype}; pixel_scale and pixel_shift belong to uint8 pixels, both of "
             "them, and to no others."
         )
-    _check.dtypes("patch_embed", (*_check.FLOATS, torch.uint8), pixels=pixels)
-    _check.dtypes("patch_embed", _check.FLOATS, pixel_scale=pixel_scale, pixel_shift=pixel_shift, **floats)
-    _check.same_dtype("patch_embed", weight=weight, bias=bias)
-    _check.dtypes("patch_embed", _check.FLOATS, pos_weight=pos_weight)
+    _check.dtypes(_NAME, (*_check.FLOATS, torch.uint8), pixels=pixels)
+    _check.dtypes(_NAME, _check.FLOATS, pixel_scale=pixel_scale, pixel_shift=pixel_shift, **floats)
+    _check.same_dtype(_NAME, weight=weight, bias=bias)
+    _check.dtypes(_NAME, _check.FLOATS, pos_weight=pos_weight)
     indices = dict(
         text_rows=text_rows, patch_source=patch_source, patch_rows=patch_rows, patch_sample=patch_sample,
         pos_index=pos_index, cls_rows=cls_rows, modality_index=modality_index,
     )  # fmt: skip
-    _check.dtypes("patch_embed", (torch.int64,), **indices)
-    _check.same_device(
-        "patch_embed", pixels=pixels, **floats, **indices, pos_weight=pos_weight, pixel_scale=pixel_scale,
-        pixel_shift=pixel_shift,
-    )  # fmt: skip
-    _check.probability("patch_embed", dropout_p)
+    _check.dtypes(_NAME, (torch.int64,), **indices)
+    normalization = dict(pixel_scale=pixel_scale, pixel_shift=pixel_shift)
+    _check.same_device(_NAME, pixels=pixels, **floats, **indices, pos_weight=pos_weight, **normalization)
+    _check.probability(_NAME, dropout_p)
     out_dtype = weight.dtype if out_dtype is None else out_dtype
-    name = registry.resolve(
-        "patch_embed", backend, pixels.device.type, dtype=weight.dtype, pixel_dtype=pixels.dtype, text_dtype=text.dtype,
-        out_dtype=out_dtype, table_dtypes={t.dtype for t in (cls_token, position, modality)}, dropout=dropout_p > 0,
+    facts = Facts(
+        device=pixels.device.type, dtype=weight.dtype, pixel_dtype=pixels.dtype, out_dtype=out_dtype,
+        dtypes=frozenset(t.dtype for t in (text, cls_token, position, modality) if t is not None),
         square=sizes["ph"] == sizes["pw"], requires_grad=_check.needs_grad(pixels, *floats.values()),
+        dropout=dropout_p > 0,
     )  # fmt: skip
-    arguments = (
-        pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows, patch_sample,
-        pos_index, pos_weight, cls_rows, modality_index, total_rows,
+    name = _OP.resolve(backend, facts)
+    arguments = dict(
+        pixels=pixels, **floats, **indices, pos_weight=pos_weight, total_rows=total_rows, dropout_p=dropout_p,
+        out_dtype=out_dtype, **normalization,
     )  # fmt: skip
     if name in registry.PLAIN:
-        return registry.launcher("patch_embed", name)(
-            *arguments, dropout_p=dropout_p, out_dtype=out_dtype, pixel_scale=pixel_scale, pixel_shift=pixel_shift
-        )
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**62, (1,), device=pixels.device)
-    return torch.ops.vilt_fast.patch_embed(*arguments, dropout_p, out_dtype, name, pixel_scale, pixel_shift, seed)
+        return _OP.plain(name, **arguments)
+    return _OP(name, **arguments, seed=_check.seed(pixels.device, dropout_p))[0]

@@ -1,20 +1,26 @@
 """Which function computes which op: the only dispatch in the project.
 
-Every row of ``_ROWS`` reads (op, backend) -> "module:launcher". A module is imported when its op is first wanted. It
-may define
+Every row of ``_ROWS`` reads (op, backend) -> "module:launcher". A module is imported when its op is first wanted.
 
-    supports(op, **facts) -> str      "" when it can do it, else what is missing or what to do instead
+A launcher is called by keyword, with the arguments of the op's fake (``vilt_fast/ops/<op>.py``), already validated, and
+``keep``: whether a gradient will be wanted. It returns ``(outputs, kept)``, two tuples of tensors; without ``keep``,
+kept is empty. A backward (``<op>_bwd``) gets what its own fake names and returns ``(gradients, ())``, None where one is
+not needed. The backends in ``PLAIN`` are ordinary PyTorch, differentiated by autograd: they take and return what the
+public function does.
 
-and that is the one place where a backend states its limits (dtypes, head dims, sizes, build). ``supports(op)`` without
-facts says whether it can run at all on this machine. The facts an op passes are listed in ``vilt_fast/ops/<op>.py``.
+The module of a launcher may define
 
-A launcher takes the arguments of ``vilt_fast.functional.<op>`` without ``backend``, already validated. The backends in
-``PLAIN`` are ordinary PyTorch: called directly, differentiated by autograd. All others run behind
-``torch.ops.vilt_fast.<op>``.
+    supports(*, device=None, dtype=None, ...) -> str      "" when it can do it, else what is missing or what to do
+
+and that is the one place where a backend states its limits (dtypes, head dims, sizes, build). It is asked with the
+op's ``Facts``, by name, and must name each one: a call that wants something its backend has not heard of is refused.
+Called without facts it says whether the backend can run on this machine at all.
 """
 
+import dataclasses
+import functools
 import importlib
-from types import SimpleNamespace
+import inspect
 
 import torch
 
@@ -25,15 +31,15 @@ _ORDER_OF = {("linear", "cuda"): ("reference", "triton")}
 
 _ROWS = {
     ("patch_embed", "reference"): "vilt_fast.reference.patch_embed:patch_embed",
-    ("patch_embed", "cpp"): "vilt_fast.backends.cpp:patch_embed_fwd",
+    ("patch_embed", "cpp"): "vilt_fast.backends.cpp.patch_embed:patch_embed_fwd",
     ("patch_embed", "triton"): "vilt_fast.kernels.patch_embed:patch_embed_fwd",
     ("patch_embed_bwd", "triton"): "vilt_fast.kernels.patch_embed_bwd:patch_embed_bwd",
     ("text_embed", "reference"): "vilt_fast.reference.text_embed:text_embed",
     ("text_embed", "triton"): "vilt_fast.kernels.text_embed:text_embed_fwd",
     ("text_embed_bwd", "triton"): "vilt_fast.kernels.text_embed:text_embed_bwd",
     ("attention", "reference"): "vilt_fast.reference.attention:attention",
-    ("attention", "torch"): "vilt_fast.backends.sdpa:attention_fwd",
-    ("attention", "cpp"): "vilt_fast.backends.cpp:attention_fwd",
+    ("attention", "torch"): "vilt_fast.backends.sdpa:attention",
+    ("attention", "cpp"): "vilt_fast.backends.cpp.attention:attention_fwd",
     ("attention", "triton"): "vilt_fast.kernels.attention:attention_fwd",
     ("attention_bwd", "triton"): "vilt_fast.kernels.attention_bwd:attention_bwd",
     ("add_layer_norm", "reference"): "vilt_fast.reference.add_layer_norm:add_layer_norm",
@@ -41,56 +47,104 @@ _ROWS = {
     ("add_layer_norm_bwd", "triton"): "vilt_fast.kernels.add_layer_norm:add_layer_norm_bwd",
     ("linear", "reference"): "vilt_fast.reference.linear:linear",
     ("linear", "triton"): "vilt_fast.kernels.linear:linear_fwd",
+    ("linear_bwd", "triton"): "vilt_fast.kernels.linear:linear_bwd",
     ("linear_gelu", "reference"): "vilt_fast.reference.linear_gelu:linear_gelu",
-    ("linear_gelu", "cpp"): "vilt_fast.backends.cpp:linear_gelu_fwd",
+    ("linear_gelu", "cpp"): "vilt_fast.backends.cpp.linear_gelu:linear_gelu_fwd",
     ("linear_gelu", "triton"): "vilt_fast.kernels.linear_gelu:linear_gelu_fwd",
     ("linear_gelu_bwd", "triton"): "vilt_fast.kernels.linear_gelu:linear_gelu_bwd",
     ("encoder", "reference"): "vilt_fast.reference.encoder:encoder",
-    ("encoder", "cpp"): "vilt_fast.backends.cpp:encoder_fwd",
-    ("quantize_linear", "cpp"): "vilt_fast.backends.cpp:quantize_linear",
+    ("encoder", "cpp"): "vilt_fast.backends.cpp.encoder:encoder_fwd",
+    ("quantize_linear", "cpp"): "vilt_fast.backends.cpp.quantize_linear:quantize_linear_fwd",
     ("ipot", "reference"): "vilt_fast.reference.ipot:ipot",
-    ("ipot", "cpp"): "vilt_fast.backends.cpp_transport:ipot_fwd",
+    ("ipot", "cpp"): "vilt_fast.backends.cpp.ipot:ipot_fwd",
     ("ipot", "triton"): "vilt_fast.kernels.ipot:ipot_fwd",
-    ("ipot", "cuda"): "vilt_fast.backends.cuda_transport:ipot_fwd",
+    ("ipot", "cuda"): "vilt_fast.backends.cuda.ipot:ipot_fwd",
     ("sinkhorn", "reference"): "vilt_fast.reference.sinkhorn:sinkhorn",
-    ("sinkhorn", "cpp"): "vilt_fast.backends.cpp_transport:sinkhorn_fwd",
+    ("sinkhorn", "cpp"): "vilt_fast.backends.cpp.sinkhorn:sinkhorn_fwd",
     ("sinkhorn", "triton"): "vilt_fast.kernels.sinkhorn:sinkhorn_fwd",
-    ("sinkhorn", "cuda"): "vilt_fast.backends.cuda_transport:sinkhorn_fwd",
+    ("sinkhorn", "cuda"): "vilt_fast.backends.cuda.sinkhorn:sinkhorn_fwd",
     ("word_patch_distance", "reference"): "vilt_fast.reference.word_patch_distance:word_patch_distance",
-    ("word_patch_distance", "cpp"): "vilt_fast.backends.cpp_transport:word_patch_distance_fwd",
+    ("word_patch_distance", "cpp"): "vilt_fast.backends.cpp.word_patch_distance:word_patch_distance_fwd",
     ("word_patch_distance", "triton"): "vilt_fast.kernels.word_patch_distance:word_patch_distance_fwd",
-    ("word_patch_distance", "cuda"): "vilt_fast.backends.cuda_transport:word_patch_distance_fwd",
-    ("word_patch_distance_bwd", "cpp"): "vilt_fast.backends.cpp_transport:word_patch_distance_bwd",
+    ("word_patch_distance", "cuda"): "vilt_fast.backends.cuda.word_patch_distance:word_patch_distance_fwd",
+    ("word_patch_distance_bwd", "cpp"): "vilt_fast.backends.cpp.word_patch_distance:word_patch_distance_bwd",
     ("word_patch_distance_bwd", "triton"): "vilt_fast.kernels.word_patch_distance:word_patch_distance_bwd",
     ("linear_fp8", "reference"): "vilt_fast.reference.linear_fp8:linear_fp8",
     ("linear_fp8", "triton"): "vilt_fast.kernels.linear_fp8:linear_fp8_fwd",
     ("quantize_fp8", "reference"): "vilt_fast.reference.linear_fp8:quantize_fp8",
-    ("quantize_fp8", "triton"): "vilt_fast.kernels.linear_fp8:quantize_fp8",
+    ("quantize_fp8", "triton"): "vilt_fast.kernels.linear_fp8:quantize_fp8_fwd",
     ("linear_cross_entropy", "reference"): "vilt_fast.reference.linear_cross_entropy:linear_cross_entropy",
     ("linear_cross_entropy", "triton"): "vilt_fast.kernels.linear_cross_entropy:linear_cross_entropy_fwd",
     ("linear_cross_entropy_bwd", "triton"): "vilt_fast.kernels.linear_cross_entropy:linear_cross_entropy_bwd",
 }
-# One slot an entry, filled on first use. Slots rather than a cache dict: torch.compile reads a slot only after
-# `_import` has filled it, whereas a dict that grows while it is being traced looks stale to it.
-_SLOTS = {key: SimpleNamespace(where=where) for key, where in _ROWS.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a backend is asked about a call. Each op derives its own; a default is the case that asks for nothing."""
+
+    device: str  #: type of the device that the tensors are on
+    dtype: torch.dtype
+
+
+class _Slot:
+    """A row, filled when it is first wanted."""
+
+    # Slots rather than a cache dict: torch.compile reads a slot only after `_import` has filled it, whereas a dict that
+    # grows while it is being traced looks stale to it.
+
+    def __init__(self, where):
+        self.where = where
+        self.launcher = None
+        self.supports = None
+        self.heard = ()  #: names of the facts that `supports` takes
+
+
+_SLOTS = {key: _Slot(where) for key, where in _ROWS.items()}
 
 
 @torch.compiler.assume_constant_result
 def _import(op, backend):
     slot = _SLOTS[op, backend]
-    if not hasattr(slot, "launcher"):
+    if slot.launcher is None:
         module_name, _, function_name = slot.where.partition(":")
         module = importlib.import_module(module_name)
         slot.supports = getattr(module, "supports", None)
+        if slot.supports is not None:
+            parameters = inspect.signature(slot.supports).parameters.values()
+            if any(p.kind is not p.KEYWORD_ONLY for p in parameters):
+                raise TypeError(
+                    f"{module_name}.supports must take each fact by name: def supports(*, device=None, ...)."
+                )
+            slot.heard = tuple(p.name for p in parameters)
         slot.launcher = getattr(module, function_name)
     return True
 
 
-def why_unavailable(op, backend, **facts):
-    """ "" when ``backend`` can compute ``op`` (with these facts, or at all on this machine), else why not."""
+def why_unavailable(op, backend, facts=None, **some):
+    """ "" when ``backend`` can compute ``op``, else why not: with all the facts of a call, with some, or at all."""
     _import(op, backend)
-    supports = _SLOTS[op, backend].supports
-    return "" if supports is None else supports(op, **facts)
+    slot = _SLOTS[op, backend]
+    if slot.supports is None:
+        return ""
+    if facts is None:
+        return slot.supports(**some)
+    # torch.compile traces through a cache, and warns of it.
+    return (_asked if torch.compiler.is_compiling() else _remembered)(op, backend, facts)
+
+
+def _asked(op, backend, facts):
+    slot, named = _SLOTS[op, backend], {}
+    for field in dataclasses.fields(facts):
+        value = getattr(facts, field.name)
+        if field.name in slot.heard:
+            named[field.name] = value
+        elif value != field.default:
+            return f"its supports() has not heard of {field.name}, which is {value!r} here."
+    return slot.supports(**named)
+
+
+_remembered = functools.lru_cache(maxsize=1024)(_asked)
 
 
 def backends(op):
@@ -104,34 +158,32 @@ def launcher(op, backend):
     return _SLOTS[op, backend].launcher
 
 
-def resolve(op, backend, device, **facts):
+def resolve(op, backend, facts):
     """Name of the backend that computes ``op``.
 
     Args:
         op: name of the op, e.g. ``"attention"``.
         backend: a name, or None for the first of the device's order that supports ``facts``
             (cuda: cuda, triton, torch, reference, but for ``linear``; anything else: cpp, torch, reference).
-        device: device type of the inputs, ``"cpu"``, ``"cuda"``, ...
-        facts: what the call needs, handed to the backend's ``supports``.
+        facts: what the call needs, the op's own kind of :class:`Facts`.
 
     Raises:
         ValueError: ``backend`` does not exist for this op.
         RuntimeError: ``backend`` was asked for by name and cannot do it (never falls back), or none can.
     """
-    facts["device"] = device
     if backend is not None:
         if (op, backend) not in _SLOTS:
             raise ValueError(f"{op}: no backend {backend!r}; there are {', '.join(sorted(backends(op)))}.")
-        reason = why_unavailable(op, backend, **facts)
+        reason = why_unavailable(op, backend, facts)
         if reason:
             raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {reason}")
         return backend
     reasons = []
-    kind = "cuda" if device == "cuda" else "cpu"
+    kind = "cuda" if facts.device == "cuda" else "cpu"
     for name in _ORDER_OF.get((op, kind), _ORDER[kind]):
         if (op, name) not in _SLOTS:
             continue
-        reason = why_unavailable(op, name, **facts)
+        reason = why_unavailable(op, name, facts)
         if not reason:
             return name
         reasons.append(f"{name}: {reason}")

@@ -1,58 +1,74 @@
-"""sinkhorn: validation, choice of backend, torch.ops.vilt_fast.sinkhorn and its envelope gradient.
+"""sinkhorn: entropic transport plans in the log domain, masked and batched."""
 
-The op's outputs are (plan, value, iterations, marginal_error); only value has a gradient, the plan times that of the
-value, into the costs. A backend that unrolls has to be plain PyTorch.
-
-Facts for `supports`: dtype, rows (M), columns (N), marginals (bool), tolerance (bool), gradient ("none" when nothing
-requires one, else the mode).
-"""
+import dataclasses
 
 import torch
+from torch import Tensor
 
 from ..reference.sinkhorn import SinkhornResult
 from . import _check, registry
+from ._define import Op
 from .ipot import check_costs, check_finite
 
-torch.library.define(
-    "vilt_fast::sinkhorn",
-    "(Tensor cost, Tensor text_pad, Tensor image_pad, float epsilon, int iterations, float? tolerance, "
-    "Tensor? text_marginal, Tensor? image_marginal, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    rows: int  #: M
+    columns: int  #: N
+    unrolled: bool = False  #: a gradient through the iterations is wanted
 
 
-@torch.library.impl("vilt_fast::sinkhorn", "CompositeExplicitAutograd")
-def _run(cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal, backend):
-    return tuple(
-        registry.launcher("sinkhorn", backend)(
-            cost, text_pad, image_pad, epsilon=epsilon, iterations=iterations, tolerance=tolerance,
-            text_marginal=text_marginal, image_marginal=image_marginal,
-        )
-    )  # fmt: skip
-
-
-@torch.library.register_fake("vilt_fast::sinkhorn")
-def _fake(cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal, backend):
+def _fake(
+    cost: Tensor, text_pad: Tensor, image_pad: Tensor, epsilon: float, iterations: int, tolerance: float | None,
+    text_marginal: Tensor | None, image_marginal: Tensor | None,
+):  # fmt: skip
     plan = torch.empty(cost.shape, dtype=torch.float32, device=cost.device)
-    per_sample = plan.new_empty(len(cost))
-    return plan, per_sample, per_sample.new_empty(len(cost), dtype=torch.int64), torch.empty_like(per_sample)
+    value, error = (plan.new_empty(len(cost)) for _ in range(2))
+    return (plan, value, value.new_empty(len(cost), dtype=torch.int64), error), ()
 
 
-def _keep(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[0])
+def _envelope(needs, grad_value, plan, cost):
+    """d value / d cost is the plan."""
+    return ((plan * grad_value[:, None, None]).to(cost.dtype),)
 
 
-def _backward(ctx, grad_plan, grad_value, *_):
-    (plan,) = ctx.saved_tensors
-    return ((plan * grad_value[:, None, None]).to(ctx.dtype), *[None] * 8)
-
-
-torch.library.register_autograd("vilt_fast::sinkhorn", _backward, setup_context=_keep)
+_OP = Op(
+    "sinkhorn", _fake,
+    outputs=("plan", "value", "iterations", "marginal_error"), differentiable=("cost",),
+    differentiable_outputs=("value",), backward=_envelope,
+)  # fmt: skip
 
 
 def sinkhorn(
-    cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal, gradient, backend
-):
+    cost: Tensor,
+    text_pad: Tensor,
+    image_pad: Tensor,
+    *,
+    epsilon: float = 0.1,
+    iterations: int = 100,
+    tolerance: float | None = None,
+    text_marginal: Tensor | None = None,
+    image_marginal: Tensor | None = None,
+    gradient: str = "envelope",
+    backend: str | None = None,
+) -> SinkhornResult:
+    """Entropic transport plan in the log domain: minimises ``<C, T> + epsilon KL(T || mu nu^t)``.
+
+    Args:
+        cost, text_pad, image_pad: as in :func:`ipot`.
+        epsilon: in units of the cost, > 0. iterations: at most so many.
+        tolerance: a sample stops changing once its marginal error is at most this.
+        text_marginal: [B, M], image_marginal: [B, N], weights >= 0, normalised per sample over the real entries;
+            uniform by default.
+        gradient: "envelope" (d value / d cost = plan, plan constant) or "unrolled" (through the iterations, for plan
+            and value).
+
+    Returns:
+        ``SinkhornResult(plan [B, M, N], value [B], iterations [B] int64, marginal_error [B])``; marginal_error is the
+        L1 error of the text marginals, the image marginals are exact.
+
+    Source: Cuturi 2013; Peyre and Cuturi 2019.
+    """
     sizes = check_costs("sinkhorn", cost, text_pad, image_pad)
     _check.shapes(
         "sinkhorn", cost=(cost, "B M N"), text_marginal=(text_marginal, "B M"), image_marginal=(image_marginal, "B N")
@@ -70,23 +86,20 @@ def sinkhorn(
             real = marginal.detach().masked_fill(pad, 0)
             if not bool((real.isfinite() & (real >= 0)).all()):
                 raise ValueError(f"sinkhorn: {name}_marginal is negative, NaN or infinite on real entries.")
-    grad = _check.needs_grad(cost, text_marginal, image_marginal)
-    backend = registry.resolve(
-        "sinkhorn", backend, cost.device.type, dtype=cost.dtype, rows=sizes["M"], columns=sizes["N"],
-        marginals=text_marginal is not None or image_marginal is not None, tolerance=tolerance is not None,
-        gradient=gradient if grad else "none",
+    unrolled = gradient == "unrolled" and _check.needs_grad(cost, text_marginal, image_marginal)
+    facts = Facts(
+        device=cost.device.type, dtype=cost.dtype, rows=sizes["M"], columns=sizes["N"], unrolled=unrolled
     )  # fmt: skip
+    backend = _OP.resolve(backend, facts)
     weightless = [
         pad if marginal is None else pad | (marginal == 0)  # an entry of weight 0 counts as padded
         for pad, marginal in ((text_pad, text_marginal), (image_pad, image_marginal))
     ]
     check_finite("sinkhorn", backend, cost, *weightless)
+    arguments = dict(
+        cost=cost, text_pad=text_pad, image_pad=image_pad, epsilon=epsilon, iterations=iterations, tolerance=tolerance,
+        text_marginal=text_marginal, image_marginal=image_marginal,
+    )  # fmt: skip
     if backend in registry.PLAIN:
-        return registry.launcher("sinkhorn", backend)(
-            cost, text_pad, image_pad, epsilon=epsilon, iterations=iterations, tolerance=tolerance,
-            text_marginal=text_marginal, image_marginal=image_marginal, gradient=gradient,
-        )  # fmt: skip
-    plan, value, used, error = torch.ops.vilt_fast.sinkhorn(
-        cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal, backend
-    )
-    return SinkhornResult(plan.detach(), value, used, error.detach())
+        return _OP.plain(backend, **arguments, gradient=gradient)
+    return SinkhornResult(*_OP(backend, **arguments))

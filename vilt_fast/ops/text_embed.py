@@ -1,76 +1,54 @@
-"""text_embed: validation, choice of backend, torch.ops.vilt_fast.text_embed and its gradient.
-
-Facts for `supports`: dtype, dtypes (a set: of all tables and given embeddings), width (D), requires_grad,
-dropout, embeds (bool).
+"""text_embed: word + position + segment -> LayerNorm -> dropout -> + modality row, as packed text rows.
 
 The dropout mask is a function of `seed`, which is an input of the op: so the op is pure, nothing else has to be kept
 for the backward, and a recomputed forward drops the same elements.
 """
 
+import dataclasses
 import functools
 
 import torch
+from torch import Tensor
 
 from . import _check, registry
+from ._define import Op
 
-_INPUTS = (
-    "Tensor? input_ids, Tensor? inputs_embeds, Tensor position_ids, Tensor? token_type_ids, Tensor word, "
-    "Tensor position, Tensor token_type, Tensor ln_weight, Tensor ln_bias, Tensor modality"
-)
-_OPTIONS = "float eps, int? padding_idx, float dropout_p, bool deterministic, str backend, Tensor? seed=None"
-_FLOATS = (1, 4, 5, 6, 7, 8, 9)  # which of the inputs are differentiable
-
-torch.library.define("vilt_fast::text_embed", f"({_INPUTS}, ScalarType out_dtype, {_OPTIONS}) -> Tensor")
-torch.library.define("vilt_fast::text_embed_bwd", f"(Tensor grad, bool[] needs, {_INPUTS}, {_OPTIONS}) -> Tensor[]")
+_NAME = "text_embed"
 
 
-def _options(eps, padding_idx, dropout_p, deterministic, seed=None):
-    return dict(eps=eps, padding_idx=padding_idx, dropout_p=dropout_p, deterministic=deterministic, seed=seed)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    dtypes: frozenset  #: of all tables and given embeddings
+    width: int  #: D
+    requires_grad: bool = False
+    dropout: bool = False
 
 
-@torch.library.impl("vilt_fast::text_embed", "CompositeExplicitAutograd")
-def _run(*arguments):
-    inputs, (out_dtype, *numbers, backend) = arguments[:10], arguments[10:16]
-    launch = registry.launcher("text_embed", backend)
-    return launch(*inputs, out_dtype=out_dtype, **_options(*numbers, *arguments[16:]))
+def _fake(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor, token_type_ids: Tensor | None,
+    word: Tensor, position: Tensor, token_type: Tensor, ln_weight: Tensor, ln_bias: Tensor, modality: Tensor | None,
+    out_dtype: torch.dtype, eps: float, padding_idx: int | None, dropout_p: float, deterministic: bool,
+    seed: Tensor | None,
+):  # fmt: skip
+    return (position.new_empty(position_ids.shape[0], position.shape[1], dtype=out_dtype),), ()
 
 
-@torch.library.register_fake("vilt_fast::text_embed")
-def _fake(input_ids, inputs_embeds, position_ids, token_type_ids, word, position, *arguments):
-    return position.new_empty(position_ids.shape[0], position.shape[1], dtype=arguments[4])
+def _fake_backward(
+    needs: list[bool], grad_rows: Tensor, input_ids: Tensor | None, inputs_embeds: Tensor | None, position_ids: Tensor,
+    token_type_ids: Tensor | None, word: Tensor, position: Tensor, token_type: Tensor, ln_weight: Tensor,
+    ln_bias: Tensor, modality: Tensor | None, eps: float, padding_idx: int | None, dropout_p: float,
+    deterministic: bool, seed: Tensor | None,
+):  # fmt: skip
+    words = word if inputs_embeds is None else None  # given embeddings take the place of the word table
+    tables = (inputs_embeds, words, position, token_type, ln_weight, ln_bias, modality)
+    return tuple(None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tables), ()
 
 
-@torch.library.impl("vilt_fast::text_embed_bwd", "CompositeExplicitAutograd")
-def _run_bwd(*arguments):
-    inputs, (*numbers, backend) = arguments[:12], arguments[12:17]
-    launch = registry.launcher("text_embed_bwd", backend)
-    gradients = launch(*inputs, **_options(*numbers, *arguments[17:]))
-    return [g for g, need in zip(gradients, arguments[1], strict=True) if need]
-
-
-@torch.library.register_fake("vilt_fast::text_embed_bwd")
-def _fake_bwd(grad, needs, *arguments):
-    given = zip((arguments[place] for place in _FLOATS), needs, strict=True)
-    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, need in given if need]
-
-
-def _setup(ctx, inputs, output):
-    *ctx.numbers, ctx.backend, seed = inputs[11:]
-    ctx.save_for_backward(*inputs[:10], seed)
-
-
-def _backward(ctx, grad):
-    *inputs, seed = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[place] for place in _FLOATS]
-    needs[1] = needs[1] and inputs[1] is None  # given embeddings take the place of the word table
-    gradients = iter(torch.ops.vilt_fast.text_embed_bwd(grad, needs, *inputs, *ctx.numbers, ctx.backend, seed))
-    result = [None] * len(ctx.needs_input_grad)
-    for place, need in zip(_FLOATS, needs, strict=True):
-        result[place] = next(gradients) if need else None
-    return tuple(result)
-
-
-torch.library.register_autograd("vilt_fast::text_embed", _backward, setup_context=_setup)
+_OP = Op(
+    _NAME, _fake, _fake_backward,
+    outputs=("rows",),
+    differentiable=("inputs_embeds", "word", "position", "token_type", "ln_weight", "ln_bias", "modality"),
+)  # fmt: skip
 
 
 def _check_range(name, ids, table):
@@ -83,13 +61,44 @@ def _check_range(name, ids, table):
 
 
 def text_embed(
-    input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias, modality,
-    eps, padding_idx, dropout_p, deterministic, backend,
-):  # fmt: skip
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    position_ids: Tensor,
+    token_type_ids: Tensor | None,
+    word: Tensor,
+    position: Tensor,
+    token_type: Tensor,
+    ln_weight: Tensor,
+    ln_bias: Tensor,
+    modality: Tensor | None,
+    *,
+    eps: float,
+    padding_idx: int | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Text rows: ``dropout(LayerNorm(word + token type + position)) + modality[0]``.
+
+    Args:
+        input_ids: [n] int64 or int32, rows of ``word``; or None and
+        inputs_embeds: [n, D], used in their place.
+        position_ids: [n] integers; token_type_ids: [n] integers, or None for all 0.
+        word: [V, D]; position: [L, D]; token_type: [S, D]; ln_weight, ln_bias: [D].
+        modality: [M, D], of which row 0 is added last; None adds nothing.
+        eps: of the LayerNorm (1e-12 in ViLT).
+        padding_idx: row of ``word`` that gets no gradient, as in ``torch.nn.Embedding``.
+        deterministic: False lets a backend (triton) add up the gradient of ``word`` in any order, with atomics.
+
+    Returns:
+        [n, D], in the widest dtype of the added tables. Raises IndexError for an id outside its table (CPU).
+
+    Source: Devlin et al. 2019; HuggingFace ``TextEmbeddings``.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("text_embed: give input_ids or inputs_embeds, one of them and not both.")
     _check.shapes(
-        "text_embed",
+        _NAME,
         position=(position, "L D"), word=(word, "V D"), token_type=(token_type, "S D"), ln_weight=(ln_weight, "D"),
         ln_bias=(ln_bias, "D"), modality=(modality, "M D"), input_ids=(input_ids, "n"),
         inputs_embeds=(inputs_embeds, "n D"), position_ids=(position_ids, "n"), token_type_ids=(token_type_ids, "n"),
@@ -99,25 +108,24 @@ def text_embed(
         ln_bias=ln_bias, modality=modality,
     )  # fmt: skip
     indices = dict(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
-    _check.dtypes("text_embed", _check.FLOATS, **floats)
-    _check.dtypes("text_embed", _check.INDICES, **indices)
-    _check.same_device("text_embed", **floats, **indices)
-    _check.probability("text_embed", dropout_p)
+    _check.dtypes(_NAME, _check.FLOATS, **floats)
+    _check.dtypes(_NAME, _check.INDICES, **indices)
+    _check.same_device(_NAME, **floats, **indices)
+    _check.probability(_NAME, dropout_p)
     for name, table in (("input_ids", word), ("position_ids", position), ("token_type_ids", token_type)):
         _check_range(name, indices[name], table)
-    name = registry.resolve(
-        "text_embed", backend, position.device.type, dtype=position.dtype,
-        dtypes={t.dtype for t in floats.values() if t is not None}, width=position.shape[1],
-        requires_grad=_check.needs_grad(*floats.values()), dropout=dropout_p > 0, embeds=inputs_embeds is not None,
+    facts = Facts(
+        device=position.device.type, dtype=position.dtype,
+        dtypes=frozenset(t.dtype for t in floats.values() if t is not None), width=position.shape[1],
+        requires_grad=_check.needs_grad(*floats.values()), dropout=dropout_p > 0,
     )  # fmt: skip
-    inputs = (
-        input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias, modality
-    )  # fmt: skip
+    name = _OP.resolve(backend, facts)
+    arguments = dict(**indices, **floats, eps=eps, padding_idx=padding_idx, dropout_p=dropout_p)
     if name in registry.PLAIN:
-        return registry.launcher("text_embed", name)(*inputs, eps=eps, padding_idx=padding_idx, dropout_p=dropout_p)
+        return _OP.plain(name, **arguments)
     rows = word if inputs_embeds is None else inputs_embeds
-    out_dtype = functools.reduce(torch.promote_types, (t.dtype for t in (rows, position, token_type, modality)))
-    seed = None
-    if dropout_p > 0:
-        seed = torch.randint(2**62, (1,), device=position.device)
-    return torch.ops.vilt_fast.text_embed(*inputs, out_dtype, eps, padding_idx, dropout_p, deterministic, name, seed)
+    added = (rows, position, token_type) if modality is None else (rows, position, token_type, modality)
+    return _OP(
+        name, **arguments, out_dtype=functools.reduce(torch.promote_types, (t.dtype for t in added)),
+        deterministic=deterministic, seed=_check.seed(position.device, dropout_p),
+    )[0]  # fmt: skip

@@ -1,104 +1,101 @@
-"""word_patch_distance: validation, choice of backend, torch.ops.vilt_fast.word_patch_distance and its gradient.
+"""word_patch_distance: hidden states to transport distance: cosine costs, IPOT, <C, T>.
 
-The op returns (distance, plan, scaling). What the backward has to keep besides its inputs is T, in one of two forms:
-the plan itself, which is then asked for, or, for the backends in `_KEEPS_SCALING`, what T can be made from again, as
-scaling [B, M + N, 2] (kernels/word_patch_distance.py), so that nothing of the plan's size exists; else empty. A
-backend that has a row `word_patch_distance_bwd` gets (grad [B], needs, text, image, text_pad, image_pad, kept) and, if
-it keeps scalings, beta and iterations; it returns two gradients, None where not needed:
+What the backward has to keep besides its inputs is T, as ``state``: the plan itself [B, M, N] (cpp, unless it is an
+output anyway), or what T can be made from again, [B, M + N, 2] (triton, see kernels/word_patch_distance.py), so that
+nothing of the plan's size exists. T is constant:
 
     dC_ij = g T_ij;   d text_i = -g (I - t^ t^t) sum_j T_ij v^_j / |t_i|,   t^ = t / |t|, no projection below |t| = 1e-5
-
-Facts for `supports`: dtype, rows (M), columns (N), hidden (D), inner, requires_grad, return_plan.
 """
 
+import dataclasses
+
 import torch
+from torch import Tensor
 
 from . import _check, registry
+from ._define import Op
 
-_KEEPS_SCALING = ("triton",)
-
-torch.library.define(
-    "vilt_fast::word_patch_distance",
-    "(Tensor text, Tensor image, Tensor text_pad, Tensor image_pad, float beta, int iterations, int inner, "
-    "bool return_plan, str backend) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "vilt_fast::word_patch_distance_bwd",
-    "(Tensor grad, bool[] needs, Tensor text, Tensor image, Tensor text_pad, Tensor image_pad, Tensor kept, "
-    "float beta, int iterations, str backend) -> Tensor[]",
-)
+_NAME = "word_patch_distance"
 
 
-@torch.library.impl("vilt_fast::word_patch_distance", "CompositeExplicitAutograd")
-def _run(text, image, text_pad, image_pad, beta, iterations, inner, return_plan, backend):
-    distance, plan, *scaling = registry.launcher("word_patch_distance", backend)(
-        text, image, text_pad, image_pad, beta=beta, iterations=iterations, inner=inner, return_plan=return_plan
-    )
-    return distance, plan, scaling[0] if scaling else distance.new_empty(0)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    rows: int  #: M
+    columns: int  #: N
+    hidden: int  #: D
+    requires_grad: bool = False
 
 
-@torch.library.register_fake("vilt_fast::word_patch_distance")
-def _fake(text, image, text_pad, image_pad, beta, iterations, inner, return_plan, backend):
+def _fake(
+    text: Tensor, image: Tensor, text_pad: Tensor, image_pad: Tensor, beta: float, iterations: int, inner: int,
+    return_plan: bool, backend: str,
+):  # fmt: skip
     distance = text.new_empty(len(text), dtype=torch.float32)
-    plan = distance.new_empty((*text.shape[:2], image.shape[1]) if return_plan else (0,))
-    tokens = text.shape[1] + image.shape[1]
-    return distance, plan, distance.new_empty((len(text), tokens, 2) if backend in _KEEPS_SCALING else (0,))
+    whole = (*text.shape[:2], image.shape[1])
+    state = (len(text), text.shape[1] + image.shape[1], 2) if backend == "triton" else (0,) if return_plan else whole
+    return (distance, distance.new_empty(whole if return_plan else (0,))), (distance.new_empty(state),)
 
 
-@torch.library.impl("vilt_fast::word_patch_distance_bwd", "CompositeExplicitAutograd")
-def _run_bwd(grad, needs, text, image, text_pad, image_pad, kept, beta, iterations, backend):
-    options = dict(beta=beta, iterations=iterations) if backend in _KEEPS_SCALING else {}
-    gradients = registry.launcher("word_patch_distance_bwd", backend)(
-        grad, needs, text, image, text_pad, image_pad, kept, **options
-    )
-    return [g for g, need in zip(gradients, needs, strict=True) if need]
+def _fake_backward(
+    needs: list[bool], grad_distance: Tensor, text: Tensor, image: Tensor, text_pad: Tensor, image_pad: Tensor,
+    plan: Tensor, state: Tensor, beta: float, iterations: int,
+):  # fmt: skip
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (text, image)), ()
 
 
-@torch.library.register_fake("vilt_fast::word_patch_distance_bwd")
-def _fake_bwd(grad, needs, text, image, text_pad, image_pad, kept, beta, iterations, backend):
-    wanted = (x for x, need in zip((text, image), needs, strict=True) if need)
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in wanted]
+_OP = Op(
+    _NAME, _fake, _fake_backward,
+    outputs=("distance", "plan"), kept=("state",), differentiable=("text", "image"),
+    differentiable_outputs=("distance",),
+)  # fmt: skip
 
 
-def _keep(ctx, inputs, output):
-    *tensors, beta, iterations, _, _, backend = inputs
-    ctx.options = beta, iterations, backend
-    ctx.save_for_backward(*tensors, output[2 if backend in _KEEPS_SCALING else 1])
+def word_patch_distance(
+    text: Tensor,
+    image: Tensor,
+    text_pad: Tensor,
+    image_pad: Tensor,
+    *,
+    beta: float = 0.5,
+    iterations: int = 50,
+    inner: int = 1,
+    return_plan: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Optimal transport distance between words and patches: cosine cost C, IPOT plan T, ``<C, T>``.
 
+    Args:
+        text: [B, M, D], image: [B, N, D] hidden states of one floating dtype; text_pad, image_pad: bool, True where
+            padded. Padded rows are never read. beta, iterations, inner: see :func:`ipot`.
+        return_plan: also return T [B, M, N].
 
-def _backward(ctx, grad, *_):
-    needs = list(ctx.needs_input_grad[:2])
-    found = iter(torch.ops.vilt_fast.word_patch_distance_bwd(grad, needs, *ctx.saved_tensors, *ctx.options))
-    return (*(next(found) if need else None for need in needs), *[None] * 7)
+    Returns:
+        distance [B] in float32 (float64 for float64 inputs), 0 for a sample without real tokens or patches.
+        Differentiable in text and image with T constant. NaN in a real row makes that sample's distance NaN, no other.
 
-
-torch.library.register_autograd("vilt_fast::word_patch_distance", _backward, setup_context=_keep)
-
-
-def word_patch_distance(text, image, text_pad, image_pad, beta, iterations, inner, return_plan, backend):
-    op = "word_patch_distance"
+    Source: ViLT (Kim et al. 2021) sec. 3.2, the original ``optimal_transport_dist``.
+    """
     sizes = _check.shapes(
-        op, text=(text, "B M D"), image=(image, "B N D"), text_pad=(text_pad, "B M"), image_pad=(image_pad, "B N")
+        _NAME, text=(text, "B M D"), image=(image, "B N D"), text_pad=(text_pad, "B M"), image_pad=(image_pad, "B N")
     )
     if sizes["B"] < 1:
-        raise ValueError(f"{op}: text has shape {list(text.shape)}: no sample; expected B >= 1.")
-    _check.dtypes(op, _check.FLOATS, text=text)
-    _check.same_dtype(op, text=text, image=image)
-    _check.dtypes(op, (torch.bool,), text_pad=text_pad, image_pad=image_pad)
-    _check.same_device(op, text=text, image=image, text_pad=text_pad, image_pad=image_pad)
-    _check.positive(op, beta=beta)
-    _check.counts(op, iterations=iterations, inner=inner)
-    requires_grad = _check.needs_grad(text, image)
-    name = registry.resolve(
-        op, backend, text.device.type, dtype=text.dtype, rows=sizes["M"], columns=sizes["N"], hidden=sizes["D"],
-        inner=inner, requires_grad=requires_grad, return_plan=return_plan,
+        raise ValueError(f"{_NAME}: text has shape {list(text.shape)}: no sample; expected B >= 1.")
+    _check.dtypes(_NAME, _check.FLOATS, text=text)
+    _check.same_dtype(_NAME, text=text, image=image)
+    _check.dtypes(_NAME, (torch.bool,), text_pad=text_pad, image_pad=image_pad)
+    _check.same_device(_NAME, text=text, image=image, text_pad=text_pad, image_pad=image_pad)
+    _check.positive(_NAME, beta=beta)
+    _check.counts(_NAME, iterations=iterations, inner=inner)
+    facts = Facts(
+        device=text.device.type, dtype=text.dtype, rows=sizes["M"], columns=sizes["N"], hidden=sizes["D"],
+        requires_grad=_check.needs_grad(text, image),
+    )  # fmt: skip
+    name = _OP.resolve(backend, facts)
+    arguments = dict(
+        text=text, image=image, text_pad=text_pad, image_pad=image_pad, beta=beta, iterations=iterations, inner=inner,
+        return_plan=return_plan,
     )  # fmt: skip
     if name in registry.PLAIN:
-        return registry.launcher(op, name)(
-            text, image, text_pad, image_pad, beta=beta, iterations=iterations, inner=inner, return_plan=return_plan
-        )
-    keep_plan = requires_grad and name not in _KEEPS_SCALING
-    distance, plan, _ = torch.ops.vilt_fast.word_patch_distance(
-        text, image, text_pad, image_pad, beta, iterations, inner, return_plan or keep_plan, name
-    )
-    return (distance, plan.detach()) if return_plan else distance
+        return _OP.plain(name, **arguments)
+    distance, plan = _OP(name, **arguments)
+    return (distance, plan) if return_plan else distance

@@ -1,8 +1,7 @@
 """A stack of pre-norm transformer blocks over packed rows: x += O(attention(QKV(LN1 x))); x += FC2(gelu(FC1(LN2 x))).
 
-Shapes: x [N, D]; parameters: 16 tensors a layer, ln1.w ln1.b q.w q.b k.w k.b v.w v.b o.w o.b ln2.w ln2.b fc1.w fc1.b
-fc2.w fc2.b (weights [out, in]; a missing bias is an empty tensor); eps: 2 floats a layer. Returns the residual stream
-[N, D] after the last block (before the final norm), or after every block [layers, N, D].
+Shapes: x [N, D]; parameters: those of a `LayerParameters` a layer, end to end; eps: 2 floats a layer. Returns the
+residual stream [N, D] after the last block (before the final norm), or after every block [layers, N, D].
 
 `compute` says how the operands of the matrix products are represented; everything else (sums, norms, softmax, the
 residual stream) stays in the dtype of x:
@@ -15,13 +14,44 @@ residual stream) stays in the dtype of x:
 Source: Dosovitskiy et al. 2021, eq. 2-3; per-row activations as in ZeroQuant (Yao et al. 2022), sec. 4.1.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .attention import attention
 
-PER_LAYER = 16
-WEIGHTS = (2, 4, 6, 8, 12, 14)  # the linear weights within a layer's 16 parameters
+
+class LayerParameters(NamedTuple):
+    """The tensors of one block, in the order that `encoder` takes them (and csrc/cpu's `Layer` has them)."""
+
+    norm1_weight: Tensor  #: [D]
+    norm1_bias: Tensor
+    query_weight: Tensor  #: [D, D], [out, in] like all weights; a missing bias is an empty tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+    value_weight: Tensor
+    value_bias: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    norm2_weight: Tensor
+    norm2_bias: Tensor
+    fc1_weight: Tensor  #: [inner, D]
+    fc1_bias: Tensor
+    fc2_weight: Tensor  #: [D, inner]
+    fc2_bias: Tensor
+
+    @classmethod
+    def layers(cls, parameters):
+        """Those of each layer, from all of them end to end."""
+        size = len(cls._fields)
+        return [cls(*parameters[i : i + size]) for i in range(0, len(parameters), size)]
+
+
+#: What has a weight matrix and a bias: `<name>_weight`, `<name>_bias`.
+MATRICES = ("query", "key", "value", "out", "fc1", "fc2")
 
 
 def _bfloat16(t):
@@ -53,9 +83,9 @@ _ROUNDING = {  # compute: (inputs of a linear layer, its weight, q/k/v)
 }
 
 
-def supports(op, weights="float", **facts):
+def supports(*, device=None, dtype=None, compute="float32", blobs=False, parameter_dtypes=(), requires_grad=False):
     """Takes the float weights, and emulates int8 from them; the blobs of `quantize_linear` are opaque."""
-    return "it takes float weights; blobs of quantize_linear belong to the cpp backend." if weights == "blob" else ""
+    return "it takes float weights; blobs of quantize_linear belong to the cpp backend." if blobs else ""
 
 
 def encoder(
@@ -68,14 +98,13 @@ def encoder(
         return F.linear(rows_like(x), weight_like(weight), bias if bias.numel() else None)
 
     hidden = []
-    for layer, p in enumerate(parameters[i : i + PER_LAYER] for i in range(0, len(parameters), PER_LAYER)):
-        ln1_w, ln1_b, q_w, q_b, k_w, k_b, v_w, v_b, o_w, o_b, ln2_w, ln2_b, fc1_w, fc1_b, fc2_w, fc2_b = p
-        y = F.layer_norm(x, x.shape[-1:], ln1_w, ln1_b, eps[2 * layer])
-        qkv = (linear(y, w, b) for w, b in ((q_w, q_b), (k_w, k_b), (v_w, v_b)))
-        q, k, v = (operand_like(t).unflatten(-1, (num_heads, -1)) for t in qkv)
+    for layer, p in enumerate(LayerParameters.layers(parameters)):
+        y = F.layer_norm(x, x.shape[-1:], p.norm1_weight, p.norm1_bias, eps[2 * layer])
+        weights = ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
+        q, k, v = (operand_like(linear(y, w, b)).unflatten(-1, (num_heads, -1)) for w, b in weights)
         y = attention(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, seqused_k=seqused_k).flatten(1)
-        x = x + linear(y, o_w, o_b)
-        y = F.layer_norm(x, x.shape[-1:], ln2_w, ln2_b, eps[2 * layer + 1])
-        x = x + linear(F.gelu(linear(y, fc1_w, fc1_b)), fc2_w, fc2_b)
+        x = x + linear(y, p.out_weight, p.out_bias)
+        y = F.layer_norm(x, x.shape[-1:], p.norm2_weight, p.norm2_bias, eps[2 * layer + 1])
+        x = x + linear(F.gelu(linear(y, p.fc1_weight, p.fc1_bias)), p.fc2_weight, p.fc2_bias)
         hidden.append(x)
     return torch.stack(hidden) if return_hidden else x

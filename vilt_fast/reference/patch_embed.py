@@ -8,6 +8,7 @@ Shapes: pixels [B, C, height, width]; weight [D, C, ph, pw]; bias [D] or None; c
 for [CLS]; modality [M, D]; text [n_text, D]; text_rows [n_text]; for n listed patches patch_source [n] (flat
 image*gh*gw + y*gw + x, with gh = height // ph, gw = width // pw), patch_rows [n], patch_sample [n] (which entry of
 modality_index), pos_index [n, 4], pos_weight [n, 4] float32; cls_rows [B]; modality_index [B].
+Without `modality` and `modality_index` nothing is added, without `text` and `text_rows` no text rows are written.
 Rows that nobody lists are zero. Pixels outside the listed patches are never read, so even NaN there changes nothing.
 uint8 pixels become pixel * pixel_scale[c] + pixel_shift[c].
 The projection runs in the dtype of `weight`, the sums in at least float32.
@@ -39,12 +40,16 @@ def patch_embed(
     projected = F.linear(chosen.flatten(1), weight.flatten(1), bias).to(wide)
     corners = position.to(wide)[pos_index]  # [n, 4, D]
     patches = projected + (corners * pos_weight.to(wide).unsqueeze(-1)).sum(1)
-    patches = F.dropout(patches, dropout_p) + modality.to(wide)[modality_index[patch_sample]]
-
+    patches = F.dropout(patches, dropout_p)
     cls = (cls_token.to(wide) + position[0].to(wide)).expand(len(cls_rows), -1)
-    cls = F.dropout(cls, dropout_p) + modality.to(wide)[modality_index]
+    cls = F.dropout(cls, dropout_p)
+    if modality is not None:
+        patches = patches + modality.to(wide)[modality_index[patch_sample]]
+        cls = cls + modality.to(wide)[modality_index]
 
     x = cls.new_zeros(total_rows, cls.shape[1])
-    for rows, values in ((text_rows, text.to(wide)), (patch_rows, patches), (cls_rows, cls)):
+    if text is not None:
+        x = x.index_copy(0, text_rows, text.to(wide))
+    for rows, values in ((patch_rows, patches), (cls_rows, cls)):
         x = x.index_copy(0, rows, values)
     return x.to(weight.dtype if out_dtype is None else out_dtype)

@@ -7,9 +7,9 @@ alignas(128) char memory[232448];  // what `extern __shared__` finds
 }
 }  // namespace vf
 
-#include "../../csrc/cuda/ipot.cu"
-#include "../../csrc/cuda/sinkhorn.cu"
-#include "../../csrc/cuda/word_patch_distance.cu"
+#include "../../../csrc/cuda/ipot.cu"
+#include "../../../csrc/cuda/sinkhorn.cu"
+#include "../../../csrc/cuda/word_patch_distance.cu"
 
 extern "C" {
 void start() { emulated_shared_memory = vf::memory; }

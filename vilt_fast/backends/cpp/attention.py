@@ -1,0 +1,39 @@
+"""attention on the CPU: csrc/cpu/attention.cpp."""
+
+import torch
+
+from . import _native
+
+
+def supports(
+    *, device=None, dtype=None, head_dim=64, requires_grad=False, dropout=False, causal=False, return_lse=False,
+    generator=False, apart=False,
+):  # fmt: skip
+    if causal:
+        return "it has no causal attention."
+    if head_dim > 256:
+        return f"head dim is {head_dim}, at most 256."
+    return _native.problem(device, requires_grad=requires_grad, dropout=dropout, dtype=dtype)
+
+
+def attention_fwd(
+    *, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal_start, dropout_p, scale, seed,
+    keep,
+):  # fmt: skip
+    from vilt_fast import _C
+
+    _native.check_on_cpu(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k)
+    cu_seqlens_q = _native.check_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    cu_seqlens_k = _native.check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    seqused_k = None if seqused_k is None else seqused_k.contiguous()
+    q, k, v = map(_native.dense_rows, (q, k, v))
+    rows, heads, width = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(heads, rows, dtype=torch.float32)
+    if out.numel():
+        _C.attention(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), _native.NAMES[q.dtype], heads, width,
+            len(cu_seqlens_q) - 1, q.stride(0), k.stride(0), v.stride(0), out.stride(0), cu_seqlens_q.data_ptr(),
+            cu_seqlens_k.data_ptr(), _native.address(seqused_k), scale, lse.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+    return (out, lse), ()

@@ -1,0 +1,71 @@
+"""patch_embed on the CPU: csrc/cpu/patch_embed.cpp."""
+
+import torch
+
+from . import _native
+
+
+def supports(
+    *, device=None, dtype=None, pixel_dtype=None, out_dtype=None, dtypes=(), square=True, requires_grad=False,
+    dropout=False,
+):  # fmt: skip
+    if not square:
+        return "patches are not square."
+    tables = {f"a table ({place})": table for place, table in enumerate(sorted(dtypes, key=str))}
+    return _native.problem(
+        device, requires_grad=requires_grad, dropout=dropout, weight=dtype, pixels=pixel_dtype, out=out_dtype, **tables
+    )
+
+
+def _check_indices(limits, indices):
+    for name, tensor in indices.items():
+        if tensor is not None and tensor.numel():
+            low, high = (bound.item() for bound in tensor.aminmax())
+            if low < 0 or high >= limits[name]:
+                raise IndexError(
+                    f"patch_embed: {name} holds {low if low < 0 else high}, expected 0 <= index < {limits[name]}."
+                )
+
+
+def patch_embed_fwd(
+    *, pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows, patch_sample,
+    pos_index, pos_weight, cls_rows, modality_index, total_rows, dropout_p, out_dtype, pixel_scale, pixel_shift, seed,
+    keep,
+):  # fmt: skip
+    from vilt_fast import _C
+
+    width, channels, size, _ = weight.shape
+    images, _, height, columns = pixels.shape
+    gh, gw = height // size, columns // size
+    limits = dict(
+        text_rows=total_rows, patch_rows=total_rows, cls_rows=total_rows, patch_source=images * gh * gw,
+        patch_sample=len(cls_rows), pos_index=position.shape[0],
+        modality_index=0 if modality is None else modality.shape[0],
+    )  # fmt: skip
+    indices = dict(
+        text_rows=text_rows, patch_rows=patch_rows, cls_rows=cls_rows, patch_source=patch_source,
+        patch_sample=patch_sample, pos_index=pos_index, modality_index=modality_index,
+    )  # fmt: skip
+    _check_indices(limits, indices)
+    dense = [
+        None if t is None else t.contiguous()
+        for t in (weight, bias, patch_source, patch_rows, pos_index, position, cls_token, cls_rows, modality)
+    ]
+    weight, bias, patch_source, patch_rows, pos_index, position, cls_token, cls_rows, modality = dense
+    modality_index = None if modality_index is None else modality_index.contiguous()
+    patch_sample = patch_sample.contiguous()
+    pos_weight = pos_weight.to(torch.float32).contiguous()
+    listed = (0 if text is None else len(text_rows)) + len(patch_rows) + len(cls_rows)
+    out = (torch.empty if listed == total_rows else torch.zeros)(total_rows, width, dtype=torch.float32)
+    if text is not None:
+        out.index_copy_(0, text_rows, text.to(torch.float32))
+    address, names = _native.address, _native.NAMES
+    _C.patch_embed(
+        pixels.data_ptr(), names[pixels.dtype], list(pixels.stride()), size, channels, weight.data_ptr(),
+        names[weight.dtype], address(bias), names[weight.dtype], width, address(patch_source), gh, gw,
+        address(patch_rows), address(pos_index), address(pos_weight), position.data_ptr(), names[position.dtype],
+        cls_token.data_ptr(), names[cls_token.dtype], cls_rows.data_ptr(), address(modality),
+        "f32" if modality is None else names[modality.dtype], address(modality_index), address(patch_sample),
+        out.data_ptr(), len(patch_rows), len(cls_rows), names[weight.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return (out.to(out_dtype),), ()

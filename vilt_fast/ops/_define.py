@@ -1,0 +1,300 @@
+"""How an op is registered with torch and how its launchers are called: once, for all of them.
+
+An op is described by its *fake*: a function with the arguments of its launchers, annotated, that makes what a launcher
+returns, ``(outputs, kept)``, without computing it. If it has a backward of its own, a second fake does the same for
+that. Everything else follows from the two: the schema, what autograd saves, the checks of what a launcher returns.
+
+    def _fake(x: Tensor, weight: Tensor, bias: Tensor | None):
+        return (x.new_empty(*x.shape[:-1], len(weight)),), (x.new_empty(...),)
+
+    def _fake_backward(needs: list[bool], grad_out: Tensor, x: Tensor, weight: Tensor, pre: Tensor):
+        return (torch.empty_like(x), ...), ()
+
+    _OP = Op("linear_gelu", _fake, _fake_backward, outputs=("out",), kept=("pre",), differentiable=("x", "weight", ...))
+
+The arguments of a backward are known by name: ``needs`` (which gradients are wanted, in the order of
+``differentiable``), ``grad_<output>`` (None where there is none), an argument, output or kept tensor of the forward, or
+``<argument>_dtype``. It returns one gradient a differentiable argument.
+
+A call without a gradient, in plain eager mode, goes straight to the launcher: torch.library takes several times as long
+as a small kernel. Everything else (autograd, torch.compile, export, transforms) goes through ``torch.ops.vilt_fast``.
+"""
+
+import inspect
+import os
+
+import torch
+from torch import Tensor
+
+from . import _check, registry
+
+OPS = {}  #: {name: Op} of all that have been imported
+
+
+class Op:
+    """An op with launchers in the registry.
+
+    Args:
+        name: of the op in the registry and in ``torch.ops.vilt_fast``.
+        fake: see above. If it has an argument ``backend``, it is told which one.
+        fake_backward: see above; the launchers of ``<name>_bwd`` are then called for gradients.
+        backward: in place of ``fake_backward``, the gradient in ordinary PyTorch, the same for every backend.
+        outputs, kept: names of what the fake returns. Kept tensors are there for the backward alone.
+        differentiable: names of the arguments that have a gradient.
+        differentiable_outputs: names of the outputs that have one; by default all.
+        equal: {argument: other}: a gradient that a backward gives as None although it is needed is that of the other
+            argument, or the incoming ``grad_<output>``.
+    """
+
+    def __init__(
+        self, name, fake, fake_backward=None, *, outputs, kept=(), differentiable=(), differentiable_outputs=None,
+        equal=None, backward=None,
+    ):  # fmt: skip
+        OPS[name] = self
+        self.name, self.outputs, self.kept = name, outputs, kept
+        self.differentiable = differentiable
+        self.arguments = tuple(n for n in inspect.signature(fake).parameters if n != "backend")
+        self._equal = equal or {}
+        self._fake = fake
+        self._fake_backward, self._backward = fake_backward, backward
+        self._told = "backend" in inspect.signature(fake).parameters
+        self._seen = set()  # backends whose launcher has been looked at
+        self._op = _register(name, self._schema(fake, len(outputs) + len(kept), keep=True), self._run, self._run_fake)
+        if fake_backward or backward:
+            silent = set(outputs) - set(differentiable_outputs or outputs)
+            self._silent = [i for i, n in enumerate((*outputs, *kept)) if n in silent or n in kept]
+            self._wanted = tuple(inspect.signature(fake_backward or backward).parameters)
+            if fake_backward:
+                schema = self._schema(fake_backward, None)
+                self._op_bwd = _register(f"{name}_bwd", schema, self._run_backward, self._run_fake_backward)
+                self._once(f"{name}_bwd")
+            torch.library.register_autograd(f"vilt_fast::{name}", self._differentiate, setup_context=self._setup)
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    def resolve(self, backend, facts):
+        """Name of the backend that computes a call; see :func:`registry.resolve`."""
+        return registry.resolve(self.name, backend, facts)
+
+    def plain(self, backend, **arguments):
+        """What an ordinary PyTorch backend gives."""
+        return registry.launcher(self.name, backend)(**arguments)
+
+    def __call__(self, backend, **arguments):
+        """The outputs, by a backend that is not plain."""
+        values = [arguments[name] for name in self.arguments]
+        keep = bool(self.differentiable) and _check.needs_grad(*(arguments[name] for name in self.differentiable))
+        if not keep and _plain_eager(values):
+            launch = registry.launcher(self.name, backend)
+            result = launch(**arguments, keep=False)
+            if backend not in self._seen or os.environ.get("VILT_FAST_CHECK") == "1":
+                self._check(backend, result, arguments, keep=False)
+            return result[0]
+        results = self._op(*values, backend, keep)
+        return (results,) if isinstance(results, Tensor) else results[: len(self.outputs)]
+
+    # --- behind torch.ops ---------------------------------------------------------------------------------------------
+
+    def _schema(self, fake, returned, keep=False):
+        parameters = [
+            p.replace(kind=p.POSITIONAL_OR_KEYWORD, default=p.empty)
+            for p in inspect.signature(fake).parameters.values()
+            if p.name != "backend"
+        ]
+        parameters.append(inspect.Parameter("backend", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str))
+        if keep:
+            parameters.append(
+                inspect.Parameter("keep", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=bool, default=False)
+            )
+        result = list[Tensor] if returned is None else Tensor if returned == 1 else tuple[(Tensor,) * returned]
+
+        def prototype():
+            pass
+
+        prototype.__signature__ = inspect.Signature(parameters, return_annotation=result)
+        return torch.library.infer_schema(prototype, mutates_args=())
+
+    def _faked(self, arguments, backend, keep):
+        outputs, kept = self._fake(**arguments, **({"backend": backend} if self._told else {}))
+        return outputs, kept if keep else ()
+
+    def _flat(self, outputs, kept):
+        if len(kept) < len(self.kept):  # the schema has a place for each
+            kept = tuple(outputs[0].new_empty(0) for _ in self.kept)
+        results = (*outputs, *kept)
+        return results[0] if len(results) == 1 else results
+
+    def _named(self, values):
+        """(arguments, backend, keep) of a call; the dispatcher leaves out a last value that is a default."""
+        count = len(self.arguments)
+        arguments = dict(zip(self.arguments, values[:count], strict=True))
+        return arguments, values[count], values[count + 1] if len(values) > count + 1 else False
+
+    def _run(self, *values):
+        arguments, backend, keep = self._named(values)
+        result = registry.launcher(self.name, backend)(**arguments, keep=keep)
+        if (backend, keep) not in self._seen or os.environ.get("VILT_FAST_CHECK") == "1":
+            self._check(backend, result, arguments, keep)
+        return self._flat(*result)
+
+    def _run_fake(self, *values):
+        return self._flat(*self._faked(*self._named(values)))
+
+    def _check(self, backend, result, arguments, keep):
+        """TypeError unless a launcher keeps to the contract: what it is called the first time, it is looked at."""
+        who = f"{self.name}: the launcher of backend {backend!r}"
+        if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, tuple) for part in result)):
+            raise TypeError(f"{who} returned {_shape_of(result)}, expected (outputs, kept), two tuples of tensors.")
+        names = (self.outputs, self.kept if keep else ())
+        for what, named, got, expected in zip(
+            ("outputs", "kept"), names, result, self._faked(arguments, backend, keep), strict=True
+        ):
+            if len(got) != len(expected):
+                raise TypeError(
+                    f"{who} returned {len(got)} {what}, expected {len(expected)}: {', '.join(named) or 'none'}."
+                )
+            for name, tensor, like in zip(named, got, expected, strict=True):
+                if not isinstance(tensor, Tensor) or (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+                    raise TypeError(f"{who} returned {name} as {_shape_of(tensor)}, expected {_shape_of(like)}.")
+        self._seen |= {(backend, keep)} if keep else {(backend, keep), backend}
+
+    # --- gradients ----------------------------------------------------------------------------------------------------
+
+    def _setup(self, ctx, inputs, output):
+        known, ctx.backend, ctx.keep = self._named(inputs)
+        results = (output,) if isinstance(output, Tensor) else output
+        known |= zip((*self.outputs, *self.kept), results, strict=True)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(results[i] for i in self._silent))
+        tensors, ctx.others = {}, {}
+        for name in self._wanted:
+            if name in known:
+                place = tensors if isinstance(known[name], Tensor) else ctx.others
+                place[name] = known[name]
+            elif name.endswith("_dtype"):
+                ctx.others[name] = known[name.removesuffix("_dtype")].dtype
+        ctx.names = tuple(tensors)
+        ctx.shapes = [None if known[name] is None else known[name].shape for name in self.differentiable]
+        ctx.save_for_backward(*tensors.values())
+
+    def _differentiate(self, ctx, *grads):
+        given = dict(zip((f"grad_{name}" for name in self.outputs), grads, strict=False))
+        nothing = (None,) * len(ctx.needs_input_grad)
+        if all(grad is None for grad in given.values()):
+            return nothing
+        if not ctx.keep:
+            raise RuntimeError(f"{self.name}: called with keep=False, so there is nothing to differentiate with.")
+        needed = dict(zip(self.arguments, ctx.needs_input_grad, strict=False))
+        also = {self._equal[name] for name in self._equal if needed[name]}
+        needs = [needed[name] or name in also for name in self.differentiable]
+        known = ctx.others | dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | given | {"needs": needs}
+        arguments = {name: known[name] for name in self._wanted}
+        if self._backward:
+            gradients = self._backward(**arguments)
+            gradients = _differentiable_once(self.name, arguments.values(), gradients)
+        else:
+            made = iter(self._op_bwd(*arguments.values(), ctx.backend))
+            gradients = [next(made) if need else None for need in needs]
+            # An empty gradient of something that is not empty stands for None, which the schema has no word for.
+            gradients = [
+                None if g is None or g.shape != shape else g for g, shape in zip(gradients, ctx.shapes, strict=True)
+            ]
+        found = dict(zip(self.differentiable, gradients, strict=True))
+        for name, other in self._equal.items():
+            if needed[name] and found[name] is None:
+                found[name] = given[other] if other in given else found[other]
+        return tuple(
+            found.get(name) if need else None
+            for name, need in zip((*self.arguments, None, None), ctx.needs_input_grad, strict=False)
+        )
+
+    def _run_backward(self, *values):
+        *values, backend = values
+        arguments = dict(zip(self._wanted, values, strict=True))
+        return self._listed(registry.launcher(f"{self.name}_bwd", backend)(**arguments), arguments)
+
+    def _run_fake_backward(self, *values):
+        arguments = dict(zip(self._wanted, values[:-1], strict=True))
+        return self._listed(self._fake_backward(**arguments), arguments)
+
+    def _listed(self, result, arguments):
+        gradients, _ = result
+        like = next(v for v in arguments.values() if isinstance(v, Tensor))
+        needed = (g for g, need in zip(gradients, arguments["needs"], strict=True) if need)
+        return [like.new_empty(0) if g is None else g for g in needed]
+
+    def _once(self, name):
+        """The backward has no gradient: it says so, where torch would silently leave one out."""
+
+        def setup(ctx, inputs, output):
+            pass
+
+        def refuse(ctx, *grads):
+            raise RuntimeError(_TWICE.format(self.name))
+
+        torch.library.register_autograd(f"vilt_fast::{name}", refuse, setup_context=setup)
+
+
+_TWICE = "{0}: its gradient cannot be differentiated again; backend='reference' can."
+
+
+def _register(name, schema, run, fake):
+    torch.library.define(f"vilt_fast::{name}", schema)
+    torch.library.impl(f"vilt_fast::{name}", "CompositeExplicitAutograd")(run)
+    torch.library.register_fake(f"vilt_fast::{name}")(fake)
+    return getattr(torch.ops.vilt_fast, name).default
+
+
+class _Once(torch.autograd.Function):
+    """The identity; what it is the gradient of cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, op, gradient, *sources):
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_TWICE.format(ctx.op))
+
+
+def _differentiable_once(op, sources, gradients):
+    sources = [s for s in sources if isinstance(s, Tensor)]
+    if not _check.needs_grad(*sources):
+        return gradients
+    return tuple(None if g is None else _Once.apply(op, g.detach(), *sources) for g in gradients)
+
+
+def _shape_of(value):
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shape_of, value))})"
+    return f"a {type(value).__name__}"
+
+
+# What stands between a call in Python and a kernel, as far as this torch lets it be asked: modes (fake tensors, FLOP
+# counters), functorch transforms, tangents of forward-mode AD, tracers, profilers that want to see the op.
+_INTERNALS = (
+    getattr(torch._C, "_len_torch_dispatch_stack", None),
+    getattr(torch._C, "_are_functorch_transforms_active", None),
+    getattr(torch._C, "_get_tracing_state", None),
+    getattr(torch.autograd, "_profiler_enabled", None),
+)
+_KNOWN = None not in _INTERNALS and hasattr(torch.autograd.forward_ad, "_current_level")
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _plain_eager(values):
+    """Whether nothing but a launcher is to see this call: plain tensors, no mode, no transform, no tracer."""
+    if not _KNOWN or torch.compiler.is_compiling() or any(ask() for ask in _INTERNALS):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    for value in values:
+        if isinstance(value, Tensor):
+            if type(value) not in _PLAIN_TYPES:
+                return False
+        elif type(value) is list and any(isinstance(v, Tensor) and type(v) not in _PLAIN_TYPES for v in value):
+            return False
+    return True
