@@ -8,69 +8,16 @@ object, so that `copy.deepcopy` and `pickle` carry it along.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 
-import torch
 from torch import nn
 
-from .engine.graphs import EncoderGraphs
-from .engine.quantization import KINDS, WeightCache
-from .models.vilt.plan import SequencePlan
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How an accelerated model computes."""
-
-    quantize: str | None = None
-    cuda_graphs: bool = False
-    patch_order: str = "raster"
-    generator: torch.Generator | None = None
-
-    def __post_init__(self):
-        if self.quantize not in (None, *KINDS):
-            raise ValueError(f"quantize must be None, {' or '.join(map(repr, KINDS))}, got {self.quantize!r}.")
-        if not isinstance(self.cuda_graphs, bool):
-            raise ValueError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}.")
-        if self.patch_order not in ("raster", "reference"):
-            raise ValueError(f"patch_order must be 'raster' or 'reference', got {self.patch_order!r}.")
-        if self.generator is not None and not isinstance(self.generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator, got {type(self.generator).__name__}.")
-        if self.generator is not None and self.patch_order == "reference":
-            raise ValueError("patch_order='reference' draws from torch's default generator: pass no generator.")
-
-
-class Swapped:
-    """A method that stands in for a module's own, as an attribute of the instance. Adapters derive from it."""
-
-    name = "forward"  #: of the method
-
-    def __init__(self, module: nn.Module, options: Options):
-        self.module = module
-        self.options = options
-        self.weights = WeightCache(options.quantize) if options.quantize else None
-        self.graphs = EncoderGraphs() if options.cuda_graphs else None
-
-    @property
-    def __signature__(self):
-        return inspect.signature(self.own)
-
-    @property
-    def own(self):
-        """The module's own method, as its class defines it."""
-        return getattr(type(self.module), self.name).__get__(self.module)
-
-    def __call__(self, *args, **kwargs):
-        raise NotImplementedError
+from .engine.packing import Packing
+from .models import find
+from .models.base import Swapped
 
 
 def accelerate(
-    model: nn.Module,
-    *,
-    quantize: str | None = None,
-    cuda_graphs: bool = False,
-    patch_order: str = "raster",
-    generator: torch.Generator | None = None,
+    model: nn.Module, *, quantize: str | None = None, cuda_graphs: bool = False, **family_options
 ) -> nn.Module:
     """Make a ViLT model compute packed and fused, in place; parameters, `state_dict` and outputs stay what they are.
 
@@ -81,20 +28,19 @@ def accelerate(
             quantised copy of these weights; training is not touched.
         cuda_graphs: on a GPU, capture the blocks once per bucket of sizes and replay them as one launch, in inference:
             for low latency at small batches. Keeps buffers of the captured sizes. A CPU is not touched.
-        patch_order: "raster" gives image tokens row by row. "reference" reproduces the random order that the reference
-            draws, under the same torch seed, so that outputs can be compared element by element.
-        generator: for the patches that a positive `config.max_image_length` samples.
+        family_options: what only some models know. ViLT: `patch_order="raster"` gives image tokens row by row,
+            "reference" reproduces the random order that the reference draws, under the same torch seed, so that outputs
+            can be compared element by element; `generator` (a `torch.Generator`) is for the patches that a positive
+            `config.max_image_length` samples.
 
     Returns:
         The same model. Accelerating again replaces the options.
 
     Raises:
-        TypeError: no part of `model` is a ViLT that is known here. Nothing has been changed then.
+        TypeError: no part of `model` is a ViLT that is known here, or it has no such option. Nothing has been changed
+            then.
         ValueError: an option has no such value. Nothing has been changed then.
     """
-    from .models import find
-
-    options = Options(quantize, cuda_graphs, patch_order, generator)
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}.")
     swaps = find(model)
@@ -110,9 +56,19 @@ def accelerate(
             f"{type(model).__name__} contains no ViLT model: accelerate takes transformers' Vilt* classes and the "
             "original ViLTransformerSS, or a module around one of them."
         )
-    for module, kind in swaps:
-        setattr(module, kind.name, kind(module, options))
+    given = dict(quantize=quantize, cuda_graphs=cuda_graphs, **family_options)
+    made = [(module, kind(module, _options(kind, given))) for module, kind in swaps]
+    for module, swapped in made:
+        setattr(module, swapped.name, swapped)
     return model
+
+
+def _options(kind, given):
+    known = sorted(field.name for field in dataclasses.fields(kind.options_type))
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"accelerate has no option {unknown[0]!r} for this model; it has {', '.join(known)}.")
+    return kind.options_type(**given)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -134,12 +90,11 @@ def refresh(model: nn.Module) -> nn.Module:
         TypeError: `model` is no `torch.nn.Module`.
     """
     for swapped in _swaps(model, "refresh"):
-        if swapped.weights is not None:
-            swapped.weights.clear()
+        swapped.refresh()
     return model
 
 
-def sequence_plan(model: nn.Module, **inputs) -> SequencePlan:
+def sequence_plan(model: nn.Module, **inputs) -> Packing:
     """Where the tokens of these inputs go; pass it to calls with the same masks and sizes as `sequence_plan=`.
 
     Making a plan is the only part of a forward that waits for the device. With one made ahead, a forward runs without
@@ -155,8 +110,7 @@ def sequence_plan(model: nn.Module, **inputs) -> SequencePlan:
         InputError: inputs that the model cannot be computed on.
     """
     for swapped in _swaps(model, "sequence_plan"):
-        if hasattr(swapped, "plan"):
-            return swapped.plan(**inputs)
+        return swapped.plan(**inputs)
     raise TypeError(
         f"{type(model).__name__} takes no sequence_plan: pass one of transformers' Vilt* models, after "
         "vilt_fast.accelerate(model)."

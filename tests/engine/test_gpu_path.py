@@ -8,7 +8,7 @@ from support.models import batch, build, call, labels, leaves, real_positions
 from torch import nn
 
 import vilt_fast
-from vilt_fast.engine import encode as engine
+from vilt_fast.engine import native
 from vilt_fast.ops import registry
 from vilt_fast.testing import assert_within_budget
 
@@ -23,7 +23,7 @@ def device(monkeypatch):
     if torch.cuda.is_available():
         return "cuda"
     monkeypatch.setitem(registry._ORDER, "cpu", registry._ORDER["cuda"])
-    monkeypatch.setattr(engine, "_native_run", lambda *a: [])
+    monkeypatch.setattr(native, "unavailable", lambda rows: "as on a GPU")
     return "cpu"
 
 

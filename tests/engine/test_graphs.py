@@ -11,8 +11,7 @@ from support.models import batch, build, call, leaves
 
 import vilt_fast
 from vilt_fast import functional
-from vilt_fast.engine import encode as engine
-from vilt_fast.engine import graphs
+from vilt_fast.engine import graphs, native
 
 GPU = torch.cuda.is_available()
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2}
@@ -37,7 +36,7 @@ def device(monkeypatch):
         return "cuda"
     monkeypatch.setattr(graphs, "Recording", Again)
     monkeypatch.setattr(graphs, "usable", lambda rows: True)
-    monkeypatch.setattr(engine, "_native_run", lambda *a: [])
+    monkeypatch.setattr(native, "unavailable", lambda rows: "as on a GPU")
     attention = functional.attention
 
     def as_on_a_gpu(q, k, v, cu_seqlens, *rest, **options):

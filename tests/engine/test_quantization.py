@@ -21,9 +21,9 @@ from support.models import (
 
 import vilt_fast
 from vilt_fast import functional
-from vilt_fast.engine import encode as engine
 from vilt_fast.engine import quantization
 from vilt_fast.engine.quantization import WeightCache
+from vilt_fast.ops import registry
 from vilt_fast.testing import assert_within_budget, encoder_parameters
 
 MATRICES = (2, 4, 6, 8, 12, 14)
@@ -256,7 +256,7 @@ def test_switching_between_int8_and_float():
     assert same(inference(vilt_fast.accelerate(model)), inference(plain))
     assert same(inference(vilt_fast.accelerate(model, quantize="int8")), int8)
     moved_to_float64(model)
-    assert engine.registry.why_unavailable("encoder", "cpp") == ""
+    assert registry.why_unavailable("encoder", "cpp") == ""
     assert same(inference(model.float()), int8)
 
 

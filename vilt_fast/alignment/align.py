@@ -9,7 +9,6 @@ Source: ViLT (Kim et al. 2021), its figure of transport plans; the original `dem
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -18,8 +17,8 @@ from torch import nn
 
 from .. import functional
 from ..errors import InputError
-from ..models.vilt.patches import sampled_mask
-from ..swap import Options, Swapped
+from ..models import find
+from ..models.base import Swapped, SwappedTrunk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +80,8 @@ def align(
         InputError: (a `ValueError`) inputs that ViLT cannot be computed on, a text without words, no tokenizer.
         ValueError: beta or iterations out of range.
     """
-    trunk, kind = _trunk(model)
+    swapped = _trunk(model)
+    trunk = swapped.module
     single = isinstance(text, str)
     if isinstance(image, Mapping):
         if text is not None:
@@ -97,7 +97,7 @@ def align(
 
     device = next(trunk.parameters()).device
     with _evaluating(trunk):
-        features = _FEATURES[kind.__name__](kind, trunk, inputs, device)
+        features = swapped.features(inputs, device)
     words, patches = _inner(features.text_real), features.image_real.clone()
     patches[:, 0] = False
     wordless = (~words.any(1)).nonzero().flatten().tolist()
@@ -128,27 +128,11 @@ def align(
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class _Features:
-    """Final hidden states, padded, and where their patches lie."""
-
-    text: torch.Tensor  #: [B, T, D]
-    image: torch.Tensor  #: [B, 1 + P, D], [CLS] first
-    text_real: torch.Tensor  #: bool [B, T]
-    image_real: torch.Tensor  #: bool [B, 1 + P]
-    ids: torch.Tensor  #: [B, T]
-    grids: Sequence[tuple[int, int]]  #: (h, w) patches of each image
-    cells: Sequence[torch.Tensor]  #: of each image: y * w + x of its real patches, in order, int64
-    patch_size: Sequence[int]  #: (height, width) in pixels
-
-
-def _trunk(model) -> tuple[nn.Module, type]:
-    """The ViLT trunk in `model` and the kind of swap that computes it."""
-    from ..models import find
-
+def _trunk(model) -> SwappedTrunk:
+    """What computes the ViLT trunk in `model`: the one that it was accelerated with, or a new one beside it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"align takes a torch.nn.Module, got {type(model).__name__}.")
-    found = [(module, kind) for module, kind in find(model) if kind.__name__ in _FEATURES]
+    found = [(module, kind) for module, kind in find(model) if issubclass(kind, SwappedTrunk)]
     if not found:
         raise TypeError(
             f"{type(model).__name__} contains no ViLT model: align takes transformers' Vilt* classes and the original "
@@ -161,20 +145,7 @@ def _trunk(model) -> tuple[nn.Module, type]:
             f"{type(trunk).__name__} has a {kind.name} of its own on the instance ({type(present).__name__}), which "
             "align would pass by: remove that wrapper."
         )
-    return trunk, kind
-
-
-def _swap(kind, trunk) -> Swapped:
-    """The packed forward of `trunk` in raster order, beside the one it may have: the trunk itself stays as it is.
-
-    The reference draws the order of its patches at random and does not tell it.
-    """
-    present = trunk.__dict__.get(kind.name)
-    if present is None:
-        return kind(trunk, Options())
-    swap = copy.copy(present)  # with what it keeps, quantised weights for one
-    swap.options = dataclasses.replace(present.options, patch_order="raster")
-    return swap
+    return kind(trunk, kind.options_type()) if present is None else present
 
 
 @contextlib.contextmanager
@@ -188,67 +159,6 @@ def _evaluating(trunk):
     finally:
         for module in training:
             module.training = True
-
-
-def _features_hf(kind, trunk, inputs, device) -> _Features:
-    from ..models.vilt.inputs import Inputs
-
-    _require(inputs, "input_ids", "pixel_values")
-    names = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask")
-    given = {name: None if inputs.get(name) is None else inputs[name].to(device) for name in names}
-    checked = Inputs.checked(
-        trunk, inputs_embeds=None, image_embeds=None, modality=inputs.get("image_token_type_idx"), **given
-    )
-    computed = _swap(kind, trunk).run([checked])
-    plan = computed.plan
-    text, image = plan.unpack(computed.rows).tensor_split([plan.text_length], dim=1)
-    text_real, image_real = plan.key_mask().tensor_split([plan.text_length], dim=1)
-    cells = [_cells(plan.patch_positions(b), w) for b, (_, w) in enumerate(plan.grids)]
-    patch_size = trunk.embeddings.patch_embeddings.patch_size
-    return _Features(text, image, text_real, image_real, checked.input_ids, plan.grids, cells, patch_size)
-
-
-def _features_original(kind, trunk, inputs, device) -> _Features:
-    if "input_ids" in inputs:  # as a processor names them
-        names = {"text_ids": "input_ids", "text_masks": "attention_mask"}
-        inputs = {name: inputs[theirs] for name, theirs in names.items()} | {"image": [inputs["pixel_values"]]}
-    key = "image_0" if "image_0" in inputs else "image"
-    if isinstance(inputs.get(key), list | tuple):
-        inputs = {**inputs, key: inputs[key][0]}
-    _require(inputs, "text_ids", "text_masks", key)
-    pixels, ids = inputs[key].to(device), inputs["text_ids"].to(device)
-    out = _swap(kind, trunk)(
-        {"text_ids": ids, "text_masks": inputs["text_masks"].to(device), "text_labels": ids, "image": [pixels]}
-    )
-    index, canvas = out["patch_index"]
-    image_real = out["image_masks"].bool()
-    shown = sampled_mask(pixels, canvas, lambda picked: picked.sum(dim=1) != 0)
-    grids = list(zip(shown[:, :, 0].sum(1).tolist(), shown[:, 0].sum(1).tolist(), strict=True))
-    cells = [_cells(index[b][image_real[b, 1:]], w) for b, (_, w) in enumerate(grids)]
-    patch_size = trunk.transformer.patch_embed.proj.kernel_size
-    text_real = out["text_masks"].bool()
-    return _Features(out["text_feats"], out["image_feats"], text_real, image_real, ids, grids, cells, patch_size)
-
-
-# By name: importing the first kind would import transformers, which the original does not need.
-_FEATURES = {"TrunkForward": _features_hf, "InferSwap": _features_original}
-
-
-def _require(inputs, *names):
-    missing = [name for name in names if inputs.get(name) is None]
-    if missing:
-        raise InputError(
-            f"align: the processed inputs lack {' and '.join(missing)}; they have {', '.join(inputs) or 'nothing'}. "
-            "Words need token ids and pictures need pixels: ready embeddings do not tell which word and place they are."
-        )
-    odd = [name for name in names if not isinstance(inputs[name], torch.Tensor)]
-    if odd:
-        raise TypeError(f"align: {odd[0]} must be a tensor, got {type(inputs[odd[0]]).__name__}: return_tensors='pt'.")
-
-
-def _cells(positions, width):
-    """y * width + x of (y, x) [P, 2]."""
-    return positions[:, 0] * width + positions[:, 1]
 
 
 def _inner(real):

@@ -1,117 +1,138 @@
-"""Transformer blocks as adapters describe them, and what an engine asks of modules: who listens, what they compute."""
+"""Transformer blocks as a family describes them: lists of sublayers. The engine knows only this.
+
+A block is an attention and a feed-forward sublayer in a row, or more of them, each with its norm and its residual:
+
+    norm first:   x = x + f(norm(x))      ViLT, FLAVA, BLIP's vision tower: [self, feed-forward]
+    norm last:    x = norm(x + f(x))      the children of BERT (VisualBERT, UNITER): [self, feed-forward]
+    with a cross-attention                LXMERT, METER, BLIP's text tower: [self, cross, feed-forward]
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules import module as module_internals
 
-from ..models.vilt import embedding
+from ..functional import LayerParameters
+from . import listeners
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attention:
+    """A sublayer: rows attend to the rows of their sample, or to those of another stream."""
+
+    norm: nn.Module
+    projections: tuple[nn.Module, ...]  #: query, key, value; or one module that makes all three
+    num_heads: int
+    scale: float
+    dropout: nn.Module  #: of the probabilities
+    out: nn.Module
+    out_dropout: nn.Module
+    source: str | None = None  #: the stream that keys and values come from (cross-attention); None: the block's own
+
+    @property
+    def linears(self) -> tuple[nn.Module, ...]:
+        return (*self.projections, self.out)
+
+    @property
+    def dropouts(self) -> tuple[nn.Module, ...]:
+        return self.dropout, self.out_dropout
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FeedForward:
+    """A sublayer: each row on its own, through a wider layer."""
+
+    norm: nn.Module
+    fc1: nn.Module
+    activation: Callable
+    activation_kind: str | None  #: "gelu": x * Phi(x), exactly; None: whatever `activation` computes
+    fc2: nn.Module
+    fc2_dropout: nn.Module
+    activation_dropout: nn.Module | None = None
+
+    @property
+    def linears(self) -> tuple[nn.Module, ...]:
+        return self.fc1, self.fc2
+
+    @property
+    def dropouts(self) -> tuple[nn.Module, ...]:
+        return tuple(d for d in (self.activation_dropout, self.fc2_dropout) if d is not None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Block:
-    """One pre-norm transformer block, as an adapter describes it."""
+    """One transformer block: what it is made of, and how it is called as a whole."""
 
     module: nn.Module
-    norm1: nn.Module
-    qkv: tuple[nn.Module, ...]  #: query, key, value; or one fused module
-    attention_dropout: nn.Dropout
-    out: nn.Module
-    out_dropout: nn.Dropout
-    norm2: nn.Module
-    fc1: nn.Module
-    activation: Callable
-    activation_dropout: nn.Dropout | None
-    fc2: nn.Module
-    fc2_dropout: nn.Dropout
-    num_heads: int
-    scale: float
-    exact_gelu: bool  #: `activation` is x * Phi(x)
-    checkpoint: Callable | None  #: `checkpoint(function, x)` where gradient checkpointing is on
-    call_padded: Callable  #: (x [B, L, D], plan, want probabilities) -> (x, probabilities or None)
-
-    @classmethod
-    def opaque(cls, module: nn.Module, call_padded: Callable) -> Block:
-        """A block of unknown make, which can only be called as it is."""
-        unknown = dict.fromkeys((f.name for f in dataclasses.fields(cls)), None)
-        return cls(**unknown | {"module": module, "call_padded": call_padded})
+    call_padded: Callable  #: (x [B, width, D], packing, want probabilities) -> (x, probabilities or None)
+    sublayers: tuple[Attention | FeedForward, ...] = ()  #: none: of unknown make, it can only be called as it is
+    norm_first: bool = True
+    checkpoint: Callable | None = None  #: `checkpoint(function, x)` where gradient checkpointing is on
 
     @property
-    def packable(self) -> bool:
-        """No hooks, no replaced parts: calling the submodules on packed rows is calling the block."""
-        return (
-            self.norm1 is not None
-            and all(isinstance(norm, nn.LayerNorm) for norm in (self.norm1, self.norm2))
-            and all(map(is_tokenwise, (*self.qkv, self.out, self.fc1, self.fc2)))
-            and all(type(d) in (nn.Dropout, nn.Identity) for d in self.dropouts)
-            and not any_hooked(self.module)
-        )
+    def linears(self) -> list[nn.Module]:
+        """The linear layers that the block has."""
+        return [m for sublayer in self.sublayers for m in sublayer.linears]
 
     @property
     def dropouts(self) -> list[nn.Module]:
         """The dropouts that the block has."""
-        every = (self.attention_dropout, self.out_dropout, self.activation_dropout, self.fc2_dropout)
-        return [d for d in every if d is not None]
+        return [d for sublayer in self.sublayers for d in sublayer.dropouts]
+
+    @property
+    def packable(self) -> bool:
+        """Whether calling the submodules on packed rows is calling the block."""
+        return not self.why_not_packable()
+
+    def why_not_packable(self) -> str:
+        """Why the block has to be called as it is, on the padded tensor; "" where it need not be."""
+        if not self.sublayers:
+            return f"{type(self.module).__name__} is not of a make that is known here"
+        for sublayer in self.sublayers:
+            if not isinstance(sublayer.norm, nn.LayerNorm):
+                return f"its norm is a {type(sublayer.norm).__name__}"
+            if isinstance(sublayer, Attention) and sublayer.source is not None:
+                return f"it attends to another stream ({sublayer.source})"
+        for linear in self.linears:
+            if not is_tokenwise(linear):
+                return f"it has a {type(linear).__name__} in place of a linear layer"
+        for dropout in self.dropouts:
+            if type(dropout) not in (nn.Dropout, nn.Identity):
+                return f"it has a {type(dropout).__name__} in place of a dropout"
+        if listeners.any_hooked(self.module):
+            return "a hook or a wrapper listens to it, or to something inside it"
+        return ""
+
+    def why_not_plain(self) -> str:
+        """Why the block is not the textbook block, whose parameters tell all that it computes; "" where it is."""
+        if reason := self.why_not_packable():
+            return reason
+        if not self.norm_first or [type(s) for s in self.sublayers] != [Attention, FeedForward]:
+            return "it is not one attention and one feed-forward, each behind its norm"
+        attention, feed_forward = self.sublayers
+        if feed_forward.activation_kind != "gelu":
+            return "its activation is not the exact GELU"
+        for norm in (attention.norm, feed_forward.norm):
+            if type(norm) is not nn.LayerNorm or norm.weight is None:
+                return f"its norm is a {type(norm).__name__}, or has no weight"
+        for linear in self.linears:
+            if type(linear) is not nn.Linear:
+                return f"it has a {type(linear).__name__} in place of a linear layer"
+        if any(map(listeners.live, self.dropouts)):
+            return "it is in training mode, with dropout"
+        head_dim = attention.out.in_features // attention.num_heads
+        if abs(attention.scale * head_dim**0.5 - 1) >= 1e-6:
+            return "its scores are not divided by the square root of the head dimension"
+        return ""
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to the calls of `module`, or of all modules."""
-    return _has_own_hooks(module.__dict__) or bool(module_internals._has_any_global_hook())
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does more (or other) than its class's `forward`."""
-    return has_hooks(module) or "forward" in module.__dict__
-
-
-def any_hooked(module: nn.Module) -> bool:
-    """`is_hooked` of the module or anything inside it."""
-    return bool(module_internals._has_any_global_hook()) or any(
-        _has_own_hooks(own) or "forward" in own for own in _inside([module])
-    )
-
-
-def stamp(modules: Iterable[nn.Module]) -> tuple | None:
-    """What must be equal for `modules` to compute, on parameters in the same places, what they computed before.
-
-    None where that cannot be told by looking: hooks, training, parameters that are no ordinary tensors.
-    """
-    if module_internals._has_any_global_hook():
-        return None
-    found = []
-    for own in _inside(modules):
-        if _has_own_hooks(own) or "forward" in own or own["training"]:
-            return None
-        found.append(id(own))
-        if "eps" in own:
-            found.append(own["eps"])
-        for parameter in own["_parameters"].values():
-            if type(parameter) is nn.Parameter:
-                found.append(parameter.data_ptr())
-            elif parameter is not None:
-                return None
-    return tuple(found)
-
-
-def _has_own_hooks(own: dict) -> bool:
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
-
-
-def _inside(modules):
-    """The `__dict__` of each module and of all within it; `Module.modules()` takes five times as long."""
-    waiting = list(modules)
-    while waiting:
-        module = waiting.pop()
-        if module is not None:
-            own = module.__dict__
-            yield own
-            waiting.extend(own["_modules"].values())
+def activation_kind(activation: Callable) -> str | None:
+    """The kind of a torch activation, as `FeedForward` names it."""
+    exact = activation is nn.functional.gelu or (type(activation) is nn.GELU and activation.approximate == "none")
+    return "gelu" if exact else None
 
 
 def is_tokenwise(module: nn.Module) -> bool:
@@ -123,33 +144,23 @@ def is_tokenwise(module: nn.Module) -> bool:
     return True
 
 
-def is_plain(block: Block) -> bool:
-    """Whether the block is exactly the textbook block: its parameters tell all that it computes."""
-    if not (block.packable and block.exact_gelu):
-        return False
-    if any(type(norm) is not nn.LayerNorm or norm.weight is None for norm in (block.norm1, block.norm2)):
-        return False
-    if any(type(m) is not nn.Linear for m in (*block.qkv, block.out, block.fc1, block.fc2)):
-        return False
-    if any(map(embedding.live, block.dropouts)):
-        return False
-    head_dim = block.out.in_features // block.num_heads
-    return abs(block.scale * head_dim**0.5 - 1) < 1e-6
-
-
 _NO_BIAS = torch.empty(0)
 
 
-def parameters(block: Block) -> list[torch.Tensor]:
-    """The 16 tensors of a plain block in the order that `functional.encoder` documents."""
+def layer_parameters(block: Block) -> LayerParameters:
+    """The tensors of a plain block, as `functional.encoder` takes them."""
 
     def pair(module):
-        return [module.weight, _NO_BIAS if module.bias is None else module.bias]
+        return module.weight, _NO_BIAS if module.bias is None else module.bias
 
-    if len(block.qkv) == 3:
-        qkv = [t for module in block.qkv for t in pair(module)]
+    attention, feed_forward = block.sublayers
+    if len(attention.projections) == 3:
+        projections = [t for module in attention.projections for t in pair(module)]
     else:
-        weights = block.qkv[0].weight.chunk(3)
-        biases = [_NO_BIAS] * 3 if block.qkv[0].bias is None else block.qkv[0].bias.chunk(3)
-        qkv = [t for two in zip(weights, biases, strict=True) for t in two]
-    return [*pair(block.norm1), *qkv, *pair(block.out), *pair(block.norm2), *pair(block.fc1), *pair(block.fc2)]
+        (fused,) = attention.projections
+        biases = [_NO_BIAS] * 3 if fused.bias is None else fused.bias.chunk(3)
+        projections = [t for two in zip(fused.weight.chunk(3), biases, strict=True) for t in two]
+    return LayerParameters(
+        *pair(attention.norm), *projections, *pair(attention.out),
+        *pair(feed_forward.norm), *pair(feed_forward.fc1), *pair(feed_forward.fc2),
+    )  # fmt: skip

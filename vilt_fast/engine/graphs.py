@@ -16,24 +16,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..models.vilt.plan import SequencePlan
+from .packing import Packing, Spans
 
 MAX_GRAPHS = 32  #: kept at a time, the least recently used goes first
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Spans:
-    """What attention needs to know of a plan (see `functional.attention`)."""
-
-    cu_seqlens: torch.Tensor  #: int32 [B + 1]
-    seqused_k: torch.Tensor | None  #: int32 [B]
-    max_seqlen: int
-
-    @classmethod
-    def of(cls, plan: SequencePlan) -> Spans:
-        """Those of a plan; no `seqused_k` where every row is a key."""
-        whole = plan.lengths == plan.key_lengths
-        return cls(plan.cu_seqlens, None if whole else plan.seqused_k, plan.max_seqlen)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,11 +30,11 @@ class Bucket:
     max_seqlen: int
 
     @classmethod
-    def of(cls, plan: SequencePlan) -> Bucket:
-        """The smallest that holds a plan: at most an eighth more rows, or 63, than are real."""
-        rows, longest = plan.total_rows, plan.max_seqlen
+    def of(cls, packing: Packing) -> Bucket:
+        """The smallest that holds a packing: at most an eighth more rows, or 63, than are real."""
+        rows, longest = packing.total_rows, packing.max_seqlen
         step = max(64, _power_of_two(rows) // 8)
-        return cls(_multiple(rows, step), _power_of_two(plan.batch), _multiple(longest, 64))
+        return cls(_multiple(rows, step), _power_of_two(packing.batch), _multiple(longest, 64))
 
 
 def _multiple(n, step):
@@ -71,7 +56,7 @@ class EncoderGraphs:
     def __len__(self):
         return len(self._graphs)
 
-    def run(self, prepare: Callable, rows: torch.Tensor, plan: SequencePlan, identity: tuple) -> torch.Tensor | None:
+    def run(self, prepare: Callable, rows: torch.Tensor, packing: Packing, identity: tuple) -> torch.Tensor | None:
         """`prepare()(rows, spans)`, captured the first time and replayed from then on; None where it gives None.
 
         Args:
@@ -81,7 +66,7 @@ class EncoderGraphs:
         """
         kind = rows.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (Bucket.of(plan), rows.dtype, rows.device, autocast, identity)
+        key = (Bucket.of(packing), rows.dtype, rows.device, autocast, identity)
         with self._lock, self._turn(rows.device) as pool:
             graph = self._graphs.get(key)
             if graph is None:
@@ -92,9 +77,9 @@ class EncoderGraphs:
                     del self._graphs[stale]
                 while len(self._graphs) >= MAX_GRAPHS:
                     self._graphs.popitem(last=False)
-                graph = self._graphs[key] = _Graph(encode, rows, plan, key[0], pool)
+                graph = self._graphs[key] = _Graph(encode, rows, packing, key[0], pool)
             self._graphs.move_to_end(key)
-            return graph(rows, plan)
+            return graph(rows, packing)
 
     @contextlib.contextmanager
     def _turn(self, device):
@@ -120,26 +105,26 @@ class EncoderGraphs:
 
 
 class _Graph:
-    def __init__(self, encode, rows, plan, bucket, pool):
+    def __init__(self, encode, rows, packing, bucket, pool):
         with torch.inference_mode(False), torch.no_grad():  # tensors that a call in either mode may write to
             self.rows = torch.zeros(bucket.rows, rows.shape[1], dtype=rows.dtype, device=rows.device)
             self.cu_seqlens = torch.zeros(bucket.samples + 1, dtype=torch.int32, device=rows.device)
             self.seqused_k = torch.zeros(bucket.samples, dtype=torch.int32, device=rows.device)
-            self._fill(rows, plan)
+            self._fill(rows, packing)
             spans = Spans(self.cu_seqlens, self.seqused_k, bucket.max_seqlen)
             self.recording = Recording(lambda: encode(self.rows, spans), rows.device, pool)
 
-    def __call__(self, rows, plan):
-        self._fill(rows, plan)
+    def __call__(self, rows, packing):
+        self._fill(rows, packing)
         self.recording.replay()
         return self.recording.result[: len(rows)].clone()  # the next replay writes over it
 
-    def _fill(self, rows, plan):
+    def _fill(self, rows, packing):
         self.rows[: len(rows)].copy_(rows)
-        self.cu_seqlens[: plan.batch + 1].copy_(plan.cu_seqlens)
-        self.cu_seqlens[plan.batch + 1 :].fill_(len(rows))
-        self.seqused_k[: plan.batch].copy_(plan.seqused_k)
-        self.seqused_k[plan.batch :].zero_()
+        self.cu_seqlens[: packing.batch + 1].copy_(packing.cu_seqlens)
+        self.cu_seqlens[packing.batch + 1 :].fill_(len(rows))
+        self.seqused_k[: packing.batch].copy_(packing.seqused_k)
+        self.seqused_k[packing.batch :].zero_()
 
 
 class Recording:

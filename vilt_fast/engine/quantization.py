@@ -7,6 +7,7 @@ compared at every call.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,10 +15,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import functional
+from ..reference.encoder import MATRICES, LayerParameters
 
-#: Places of the six matrices among the 16 tensors of a block (see `functional.encoder`).
-_MATRICES = (2, 4, 6, 8, 12, 14)
-_PER_BLOCK = 16
+#: Places of the six matrices among the tensors of a layer.
+_PLACES = [LayerParameters._fields.index(f"{name}_weight") for name in MATRICES]
 KINDS = ("int8", "fp8")
 
 
@@ -33,17 +34,16 @@ class WeightCache:
     def __init__(self, kind: str):
         self.kind = kind
         self._copies: dict[tuple, tuple] = {}
+        self._said = False
 
     def quantized(self, parameters: list[torch.Tensor], first_block: int = 0) -> list[torch.Tensor]:
         """`parameters` of whole blocks, the first of them `first_block`, with each matrix replaced by its int8 copy."""
         result = list(parameters)
-        for start in range(0, len(parameters), _PER_BLOCK):
-            for place in _MATRICES:
+        size = len(LayerParameters._fields)
+        for start in range(0, len(parameters), size):
+            for place in _PLACES:
                 at = start + place
-                weight = parameters[at]
-                result[at] = self._copy(
-                    first_block * _PER_BLOCK + at, (weight,), lambda w: functional.quantize_linear(w.detach())
-                )
+                result[at] = self._copy(first_block * size + at, (parameters[at],), functional.quantize_linear)
         return result
 
     def fp8(self, place: tuple, linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -54,6 +54,17 @@ class WeightCache:
     def clear(self) -> None:
         """Forget all copies; the next call makes them anew."""
         self._copies.clear()
+
+    def say_without(self, number: int, module: nn.Module, reason: str) -> None:
+        """Warn, once, that block `number` computes with its parameters."""
+        if self._said or torch.compiler.is_compiling():
+            return
+        self._said = True
+        warnings.warn(
+            f"vilt_fast: {self.kind} was asked for, but block {number} ({type(module).__name__}) computes with its "
+            f"parameters as they are: {reason}. Blocks like it do the same; this is said once.",
+            stacklevel=2,
+        )
 
     def _copy(self, place, sources, make):
         fingerprint = [_fingerprint(source) for source in sources]

@@ -1,4 +1,4 @@
-"""Where each kind of ViLT model keeps its parameters, and what its inputs and outputs look like."""
+"""The families of models, a folder each: where they keep their parameters, what inputs and outputs look like."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import sys
 
 from torch import nn
 
+from .base import Swapped
+from .vilt import original
 
-def find(model: nn.Module) -> list[tuple[nn.Module, type]]:
+
+def find(model: nn.Module) -> list[tuple[nn.Module, type[Swapped]]]:
     """(module, `Swapped` type) of every part of `model` that can be accelerated; imports no model library."""
-    from .vilt import original
-
     swaps = original.find(model)
     if "transformers.models.vilt.modeling_vilt" in sys.modules:  # else nobody can have made such a model
-        from .vilt import tasks as hf
+        from .vilt import tasks  # imports transformers
 
-        swaps += hf.find(model)
+        swaps += tasks.find(model)
     return swaps

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ... import functional
+from ...engine.listeners import live
 from .plan import SequencePlan
 
 
@@ -45,11 +46,6 @@ class Tables:
             and conv.dilation == (1, 1)
             and conv.groups == 1
         )
-
-
-def live(dropout: nn.Module) -> float:
-    """The probability that a dropout module drops with now."""
-    return getattr(dropout, "p", 0.0) if dropout.training else 0.0
 
 
 def text_rows(

@@ -7,16 +7,18 @@ its parts, not by its class: the original is no installable package.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from ...engine import blocks
 from ...engine import encode as engine
+from ...engine.blocks import Attention, Block, FeedForward, activation_kind
+from ...engine.listeners import any_hooked
 from ...errors import InputError
-from ...swap import Swapped
-from . import embedding
+from ..base import Features, SwappedTrunk
+from . import embedding, features
+from .options import ViltOptions
 from .patches import sampled_mask
 from .plan import SequencePlan
 
@@ -33,10 +35,11 @@ def _is_original(module) -> bool:
     return all(hasattr(module.transformer, n) for n in ("blocks", "norm", "patch_embed", "visual_embed", "pos_drop"))
 
 
-class InferSwap(Swapped):
+class InferSwap(SwappedTrunk):
     """`ViLTransformerSS.infer`, packed."""
 
     name = "infer"
+    options_type = ViltOptions
 
     def __call__(
         self,
@@ -52,7 +55,7 @@ class InferSwap(Swapped):
         ready = image_embeds is not None or image_masks is not None
         # A norm before the blocks and masked patches are the original's own business.
         other = mask_image or model.transformer.add_norm_before_transformer
-        if other or not tables.plain or any(map(blocks.any_hooked, _embedding_modules(model))):
+        if other or not tables.plain or any(map(any_hooked, _embedding_modules(model))):
             return self.own(batch, mask_text, mask_image, image_token_type_idx, image_embeds, image_masks)
         suffix = "_mlm" if mask_text else ""
         ids, text_masks = batch[f"text_ids{suffix}"], batch["text_masks"]
@@ -67,9 +70,7 @@ class InferSwap(Swapped):
             rows = embedding.with_image_embeds(tables, plan, text, image_embeds, modality)
         else:
             rows = embedding.with_patches(tables, plan, text, pixels, modality)
-        encoded = engine.encode(
-            model.transformer.blocks, _block, rows, plan, weights=self.weights, captured=self.graphs
-        )
+        encoded = self.encode(model.transformer.blocks, _block, rows, plan)
         rows = engine.final_norm(model.transformer.norm, encoded.rows, plan)
         padded = plan.unpack(rows)
         if not ready:
@@ -86,6 +87,27 @@ class InferSwap(Swapped):
             "text_masks": text_masks,
             "patch_index": None if ready else (_patch_index(plan), plan.patch_grid),
         }
+
+    def features(self, inputs: Mapping, device: torch.device) -> Features:
+        if "input_ids" in inputs:  # as a processor names them
+            names = {"text_ids": "input_ids", "text_masks": "attention_mask", "image": "pixel_values"}
+            inputs = {name: inputs.get(theirs) for name, theirs in names.items()}
+        key = "image_0" if "image_0" in inputs else "image"
+        if isinstance(inputs.get(key), list | tuple):
+            inputs = {**inputs, key: inputs[key][0]}
+        given = features.tensors(inputs, device, "text_ids", "text_masks", key)
+        pixels, ids = given[key], given["text_ids"]
+        out = features.in_raster_order(self)(
+            {"text_ids": ids, "text_masks": given["text_masks"], "text_labels": ids, "image": [pixels]}
+        )
+        index, canvas = out["patch_index"]
+        image_real = out["image_masks"].bool()
+        shown = sampled_mask(pixels, canvas, lambda picked: picked.sum(dim=1) != 0)
+        grids = list(zip(shown[:, :, 0].sum(1).tolist(), shown[:, 0].sum(1).tolist(), strict=True))
+        cells = [features.cells(index[b][image_real[b, 1:]], w) for b, (_, w) in enumerate(grids)]
+        patch_size = self.module.transformer.patch_embed.proj.kernel_size
+        text_real = out["text_masks"].bool()
+        return Features(out["text_feats"], out["image_feats"], text_real, image_real, ids, grids, cells, patch_size)
 
     def _plan(self, ids, text_masks, pixels, image_embeds, image_masks) -> SequencePlan:
         if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
@@ -155,7 +177,7 @@ def _embedding_modules(model):
     return model.text_embeddings, model.token_type_embeddings, model.transformer.patch_embed, model.transformer.pos_drop
 
 
-def _block(block: nn.Module) -> blocks.Block:
+def _block(block: nn.Module) -> Block:
     """One of the original's transformer blocks as the engine sees it."""
     call_padded = functools.partial(_call_block, block)
     attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
@@ -165,26 +187,28 @@ def _block(block: nn.Module) -> blocks.Block:
     )
     # Stochastic depth drops whole samples, which only the block itself knows how to do.
     if not usual or (block.training and type(block.drop_path) is not nn.Identity):
-        return blocks.Block.opaque(block, call_padded)
-    return blocks.Block(
-        module=block,
-        norm1=block.norm1,
-        qkv=(attention.qkv,),
-        attention_dropout=attention.attn_drop,
-        out=attention.proj,
-        out_dropout=attention.proj_drop,
-        norm2=block.norm2,
-        fc1=mlp.fc1,
-        activation=mlp.act,
-        activation_dropout=mlp.drop,
-        fc2=mlp.fc2,
-        fc2_dropout=mlp.drop,
-        num_heads=attention.num_heads,
-        scale=attention.scale,
-        exact_gelu=mlp.act is F.gelu or (type(mlp.act) is nn.GELU and mlp.act.approximate == "none"),
-        checkpoint=None,
-        call_padded=call_padded,
+        return Block(block, call_padded)
+    sublayers = (
+        Attention(
+            norm=block.norm1,
+            projections=(attention.qkv,),
+            num_heads=attention.num_heads,
+            scale=attention.scale,
+            dropout=attention.attn_drop,
+            out=attention.proj,
+            out_dropout=attention.proj_drop,
+        ),
+        FeedForward(
+            norm=block.norm2,
+            fc1=mlp.fc1,
+            activation=mlp.act,
+            activation_kind=activation_kind(mlp.act),
+            fc2=mlp.fc2,
+            fc2_dropout=mlp.drop,
+            activation_dropout=mlp.drop,
+        ),
     )
+    return Block(block, call_padded, sublayers)
 
 
 def _call_block(block, hidden, plan, want_attention):

@@ -1,4 +1,4 @@
-"""Where every token of a batch lies: `SequencePlan`, the only thing the packed forward knows about padding.
+"""Where every token of a batch lies: `SequencePlan`, a `Packing` of texts and images.
 
 A packed batch is one `[N, D]` buffer. The rows of a sample are contiguous:
 
@@ -21,25 +21,22 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ...engine.packing import Packing
 from ...errors import InputError
 from . import patches
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class SequencePlan:
-    """Index tensors (int64 unless said) that take padded inputs to packed rows and back.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class SequencePlan(Packing):
+    """A `Packing`, and where texts and images go in it.
 
     B samples, T padded text width, I padded image width (with [CLS]), N packed rows, n text rows, p patch rows.
     """
 
     text_length: int  #: T
     image_length: int  #: I
-    lengths: tuple[int, ...]  #: rows of each sample
-    key_lengths: tuple[int, ...]  #: leading rows of each sample that are keys
     grids: tuple[tuple[int, int], ...]  #: (h, w) patches of each image; empty for `image_embeds`
     patch_grid: tuple[int, int]  #: (gh, gw) patches of the padded pixel tensor; (1, P) for `image_embeds`
-    cu_seqlens: torch.Tensor  #: int32 [B + 1] row offsets
-    seqused_k: torch.Tensor  #: int32 [B], `key_lengths`
     text_source: torch.Tensor  #: [n] position in the flattened [B * T] text
     text_rows: torch.Tensor  #: [n]
     patch_source: torch.Tensor  #: [p] b * gh * gw + y * gw + x (position in the flattened [B * P] `image_embeds`)
@@ -48,90 +45,18 @@ class SequencePlan:
     pos_index: torch.Tensor  #: [p, 4] rows of the whole position table (row 0 is [CLS]); empty for `image_embeds`
     pos_weight: torch.Tensor  #: float32 or float64 [p, 4] bilinear weights
     cls_rows: torch.Tensor  #: [B], or [0] for `image_embeds`
-    pool_rows: torch.Tensor  #: [B] the row that the pooler reads
-    padded_rows: torch.Tensor  #: [m] packed rows that have a place in the padded output
-    padded_places: torch.Tensor  #: [m] that place, in the flattened [B * (T + I)]
-    dense: bool  #: no padding at all: packed rows are the padded tensor
     widths: tuple[int, ...]  #: T + I of each batch that was concatenated into this plan (one unless NLVR2)
-
-    @property
-    def batch(self) -> int:
-        """Number of samples B."""
-        return len(self.lengths)
 
     @property
     def layout(self) -> tuple:
         """(B, T, patch grid, whether images have a [CLS]): what inputs must look like to be packed by this plan."""
         return self.batch, self.text_length, self.patch_grid, len(self.cls_rows) > 0
 
-    @property
-    def total_rows(self) -> int:
-        """Number of packed rows N."""
-        return sum(self.lengths)
-
-    @property
-    def max_seqlen(self) -> int:
-        """Rows of the longest sample."""
-        return max(self.lengths)
-
-    @property
-    def padded_rows_count(self) -> int:
-        """Rows that the padded reference computes: B * (T + I)."""
-        return self.batch * (self.text_length + self.image_length)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the index tensors live."""
-        return self.text_rows.device
-
     def patch_positions(self, sample: int) -> torch.Tensor:
         """(y, x) of each patch row of one sample, in packed order: int64 [patches, 2]."""
         height, width = self.patch_grid
         source = self.patch_source[self.patch_sample == sample] % (height * width)
         return torch.stack([source // width, source % width], dim=-1)
-
-    def to(self, device) -> SequencePlan:
-        """The same plan with its index tensors on `device`."""
-        device = torch.device(device)
-        if device == self.device:
-            return self
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), torch.Tensor)
-        }
-        return dataclasses.replace(self, **moved)
-
-    def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """Rows `[N, ...]` from a padded `[B, T + I, ...]`; a query-only row is read from text position 0."""
-        flat = padded.flatten(0, 1)
-        if self.dense:
-            return flat
-        rows = flat.new_zeros(self.total_rows, *flat.shape[1:])
-        rows = rows.index_copy_(0, self.padded_rows, flat.index_select(0, self.padded_places))
-        extra = self._samples_with_query_row()
-        return rows if extra is None else rows.index_copy(0, self.pool_rows[extra], padded[extra, 0])
-
-    def unpack(self, rows: torch.Tensor, *, query_rows: bool = False) -> torch.Tensor:
-        """Padded `[B, T + I, ...]` from rows `[N, ...]`; padded positions are zero.
-
-        With `query_rows`, text position 0 holds the query-only row where there is one, as modules that are called on
-        the padded tensor expect; `pack` is then the exact inverse.
-        """
-        width = self.text_length + self.image_length
-        if self.dense:
-            return rows.reshape(self.batch, width, *rows.shape[1:])
-        flat = rows.new_zeros(self.batch * width, *rows.shape[1:])
-        real = rows if len(self.padded_rows) == len(rows) else rows.index_select(0, self.padded_rows)
-        flat = flat.index_copy_(0, self.padded_places, real)
-        extra = self._samples_with_query_row() if query_rows else None
-        if extra is not None:
-            flat = flat.index_copy(0, extra * width, rows.index_select(0, self.pool_rows[extra]))
-        return flat.unflatten(0, (self.batch, width))
-
-    def _samples_with_query_row(self):
-        extra = [b for b, (n, k) in enumerate(zip(self.lengths, self.key_lengths, strict=True)) if n > k]
-        return torch.tensor(extra, device=self.device) if extra else None
 
     def split(self, padded: torch.Tensor) -> list[torch.Tensor]:
         """A padded tensor [B, T + I, ...] as one tensor for each concatenated batch, at its own width."""
@@ -144,11 +69,6 @@ class SequencePlan:
         moved = ("patch_source", "pos_index", "pos_weight")
         plan = dataclasses.replace(self, **{name: getattr(self, name)[order] for name in moved})
         return plan, rows.index_copy(0, self.patch_rows, rows[self.patch_rows[order]])
-
-    def key_mask(self) -> torch.Tensor:
-        """bool [B, T + I]: True where a padded position is real."""
-        mask = torch.zeros(self.batch * (self.text_length + self.image_length), dtype=torch.bool, device=self.device)
-        return mask.index_fill(0, self.padded_places, True).view(self.batch, -1)
 
     @staticmethod
     @torch.compiler.disable  # host work: traced, its draws would be reordered or dropped
@@ -252,7 +172,7 @@ class SequencePlan:
             parts = [getattr(p, name) for p in plans]
             return torch.cat([t + offsets[i] for i, t in enumerate(parts)] if offsets else parts)
 
-        widths = tuple(p.text_length + p.image_length for p in plans)
+        widths = tuple(p.width for p in plans)
         sources, places = [], []
         for i, plan in enumerate(plans):
             sample, place = plan.padded_places // widths[i], plan.padded_places % widths[i]
@@ -261,6 +181,7 @@ class SequencePlan:
             sources.append((sample * source_stride + i) * cells + cell)
         cu_seqlens = [p.cu_seqlens[1:] + rows[i] for i, p in enumerate(plans)]
         return SequencePlan(
+            width=max(widths),
             text_length=plans[0].text_length,
             image_length=max(p.image_length for p in plans),
             lengths=sum((p.lengths for p in plans), ()),
@@ -365,6 +286,7 @@ def _assemble(text, text_length, image, grid, image_tokens, grids, positions, ha
         "padded_places": np.concatenate(places),
     }
     return SequencePlan(
+        width=width,
         text_length=text_length,
         image_length=image_length,
         lengths=tuple(lengths),

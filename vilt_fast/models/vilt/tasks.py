@@ -8,10 +8,12 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.models.vilt import modeling_vilt as hf
 
-from ...engine import blocks
+from ...engine.blocks import is_tokenwise
+from ...engine.listeners import any_hooked, has_hooks
 from ...errors import InputError
-from ...swap import Swapped
+from ..base import Swapped
 from .inputs import Inputs, joined
+from .options import ViltOptions
 from .plan import SequencePlan
 from .trunk import Trunk, TrunkForward, chosen, extras
 
@@ -37,6 +39,7 @@ def find(model: nn.Module) -> list[tuple[nn.Module, type]]:
 class TaskForward(Swapped):
     """The forward of a task class. A derived class says what its head makes of the trunk's packed result."""
 
+    options_type = ViltOptions
     output = SequenceClassifierOutput
 
     def __call__(
@@ -58,7 +61,7 @@ class TaskForward(Swapped):
         model, config = self.module, self.module.config
         trunk_forward = model.vilt.__dict__.get("forward")
         # The trunk is called past its hooks, so there must be none.
-        if not isinstance(trunk_forward, TrunkForward) or blocks.has_hooks(model.vilt) or not self.packable():
+        if not isinstance(trunk_forward, TrunkForward) or has_hooks(model.vilt) or not self.packable():
             return self.own(**given)
         self.check(given)
         images = self.images(given)
@@ -134,13 +137,13 @@ class MaskedLMForward(TaskForward):
 
     def packable(self):
         head = self.module.mlm_score
-        if blocks.any_hooked(head) or type(head) is not hf.ViltMLMHead:
+        if any_hooked(head) or type(head) is not hf.ViltMLMHead:
             return False
         transform = head.transform
         return (
             type(transform) is hf.ViltPredictionHeadTransform
             and isinstance(transform.LayerNorm, nn.LayerNorm)
-            and all(map(blocks.is_tokenwise, (transform.dense, head.decoder)))
+            and all(map(is_tokenwise, (transform.dense, head.decoder)))
         )
 
     def logits(self, trunk, images):
@@ -154,7 +157,7 @@ class TokenClassificationForward(TaskForward):
 
     def packable(self):
         head = (self.module.dropout, self.module.classifier)
-        return blocks.is_tokenwise(head[1]) and not any(map(blocks.any_hooked, head))
+        return is_tokenwise(head[1]) and not any(map(any_hooked, head))
 
     def logits(self, trunk, images):
         model = self.module
@@ -168,7 +171,7 @@ class ImagesAndTextForward(TaskForward):
 
     def packable(self):
         # A hook within the trunk is to see the images one after the other, as in the reference.
-        return not any(map(blocks.any_hooked, self.module.vilt.children()))
+        return not any(map(any_hooked, self.module.vilt.children()))
 
     def images(self, given):
         pixel_values, pixel_mask, image_embeds = (given.get(k) for k in ("pixel_values", "pixel_mask", "image_embeds"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -13,10 +14,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vilt import modeling_vilt as hf
 
 from ...engine import encode as engine
-from ...engine.blocks import Block, is_hooked
-from ...swap import Swapped
-from .inputs import Inputs, embed
+from ...engine.blocks import Attention, Block, FeedForward, activation_kind
+from ...engine.listeners import is_hooked
+from ..base import Features, SwappedTrunk
+from . import features
+from .inputs import Inputs
+from .options import ViltOptions
 from .plan import SequencePlan
+from .rows import embed
 
 
 @dataclasses.dataclass(slots=True)
@@ -31,8 +36,10 @@ class Trunk:
     attentions: list[torch.Tensor]  #: padded [B, H, L, L]
 
 
-class TrunkForward(Swapped):
+class TrunkForward(SwappedTrunk):
     """`ViltModel.forward`, packed."""
+
+    options_type = ViltOptions
 
     def __call__(
         self,
@@ -81,6 +88,21 @@ class TrunkForward(Swapped):
         """The plan that a call with these inputs would make."""
         return Inputs.checked(self.module, **Inputs.among(inputs)).plan(self.module, self.options)
 
+    def features(self, inputs: Mapping, device: torch.device) -> Features:
+        given = features.tensors(
+            inputs, device, "input_ids", "pixel_values", also=("attention_mask", "token_type_ids", "pixel_mask")
+        )
+        checked = Inputs.checked(
+            self.module, inputs_embeds=None, image_embeds=None, modality=inputs.get("image_token_type_idx"), **given
+        )
+        computed = features.in_raster_order(self).run([checked])
+        plan = computed.plan
+        text, image = plan.unpack(computed.rows).tensor_split([plan.text_length], dim=1)
+        text_real, image_real = plan.key_mask().tensor_split([plan.text_length], dim=1)
+        cells = [features.cells(plan.patch_positions(b), w) for b, (_, w) in enumerate(plan.grids)]
+        patch_size = self.module.embeddings.patch_embeddings.patch_size
+        return Features(text, image, text_real, image_real, checked.input_ids, plan.grids, cells, patch_size)
+
     def run(self, images: list[Inputs], plan=None, want_hidden=False, want_attention=False) -> Trunk:
         """Embed, encode, normalise and pool; several images share one text and run as one packed batch."""
         model = self.module
@@ -88,15 +110,8 @@ class TrunkForward(Swapped):
         if is_hooked(model.encoder) or type(model.encoder) is not hf.ViltEncoder:
             encoded = _call_encoder(model.encoder, rows, plan, want_hidden, want_attention)
         else:
-            encoded = engine.encode(
-                model.encoder.layer,
-                _block,
-                rows,
-                plan,
-                weights=self.weights,
-                captured=self.graphs,
-                want_hidden=want_hidden,
-                want_attention=want_attention,
+            encoded = self.encode(
+                model.encoder.layer, _block, rows, plan, want_hidden=want_hidden, want_attention=want_attention
             )
         normed = engine.final_norm(model.layernorm, encoded.rows, plan)
         pooled = None
@@ -130,35 +145,36 @@ def _block(layer: nn.Module) -> Block:
     """A `ViltLayer` as the engine sees it."""
     call_padded = functools.partial(_call_layer, layer)
     if type(layer) is not hf.ViltLayer or any(type(layer.get_submodule(p)) is not kind for p, kind in _PARTS.items()):
-        return Block.opaque(layer, call_padded)
+        return Block(layer, call_padded)
     attention, self_attention = layer.attention, layer.attention.attention
     checkpoint = layer._gradient_checkpointing_func if layer.gradient_checkpointing and layer.training else None
     activation = layer.intermediate.intermediate_act_fn
-    return Block(
-        module=layer,
-        norm1=layer.layernorm_before,
-        qkv=(self_attention.query, self_attention.key, self_attention.value),
-        attention_dropout=self_attention.dropout,
-        out=attention.output.dense,
-        out_dropout=attention.output.dropout,
-        norm2=layer.layernorm_after,
-        fc1=layer.intermediate.dense,
-        activation=activation,
-        activation_dropout=None,
-        fc2=layer.output.dense,
-        fc2_dropout=layer.output.dropout,
-        num_heads=self_attention.num_attention_heads,
-        scale=self_attention.attention_head_size**-0.5,
-        exact_gelu=_is_exact_gelu(activation),
-        checkpoint=checkpoint,
-        call_padded=call_padded,
+    sublayers = (
+        Attention(
+            norm=layer.layernorm_before,
+            projections=(self_attention.query, self_attention.key, self_attention.value),
+            num_heads=self_attention.num_attention_heads,
+            scale=self_attention.attention_head_size**-0.5,
+            dropout=self_attention.dropout,
+            out=attention.output.dense,
+            out_dropout=attention.output.dropout,
+        ),
+        FeedForward(
+            norm=layer.layernorm_after,
+            fc1=layer.intermediate.dense,
+            activation=activation,
+            activation_kind=_activation_kind(activation),
+            fc2=layer.output.dense,
+            fc2_dropout=layer.output.dropout,
+        ),
     )
+    return Block(layer, call_padded, sublayers, checkpoint=checkpoint)
 
 
-def _is_exact_gelu(activation) -> bool:
+def _activation_kind(activation) -> str | None:
     if type(activation) is GELUActivation:
-        return activation.act is F.gelu
-    return activation is F.gelu or (type(activation) is nn.GELU and activation.approximate == "none")
+        return "gelu" if activation.act is F.gelu else None
+    return activation_kind(activation)
 
 
 def _call_layer(layer, hidden, plan, want_attention):

@@ -1,0 +1,88 @@
+"""The native way: runs of plain blocks in one call of the fused encoder, on a CPU and without gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from .. import functional
+from ..ops import registry
+from . import listeners
+from .blocks import Block, layer_parameters
+from .packing import Packing
+from .quantization import WeightCache
+
+_COMPUTE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@dataclasses.dataclass(slots=True)
+class Run:
+    """Consecutive blocks that one native call computes."""
+
+    parameters: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    eps: list[float] = dataclasses.field(default_factory=list)
+    compute: str = ""
+    num_heads: int = 0
+    blocks: int = 0
+
+    def encode(self, rows: torch.Tensor, packing: Packing, return_hidden: bool) -> torch.Tensor:
+        """The stream [N, D] float32 after the run, or after each of its blocks [blocks, N, D]."""
+        return functional.encoder(
+            rows.float(), self.parameters, packing.cu_seqlens, packing.seqused_k, packing.max_seqlen,
+            num_heads=self.num_heads, eps=self.eps, compute=self.compute, return_hidden=return_hidden,
+        )  # fmt: skip
+
+
+def unavailable(rows: torch.Tensor) -> str:
+    """Why no block can be computed natively here and now, or ""."""
+    if torch.is_grad_enabled():
+        return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
+    if rows.device.type != "cpu":
+        return f"the tensors are on {rows.device}"
+    return registry.why_unavailable("encoder", "cpp")
+
+
+def why_not(block: Block) -> str:
+    """Why the native encoder cannot take a block, or ""."""
+    if reason := block.why_not_plain():
+        return reason
+    parameters = layer_parameters(block)
+    if not listeners.plain_parameters(parameters):
+        return "its parameters are no ordinary tensors"
+    if not all(t.is_contiguous() for t in parameters):
+        return "its parameters do not lie dense in memory"
+    dtypes = {t.dtype for t in parameters} - set(_COMPUTE)
+    if dtypes:
+        return f"its parameters are {dtypes.pop()}, not float32 or bfloat16"
+    return "" if _compute_type(parameters) else "its weights are of two dtypes"
+
+
+def run_from(blocks: Sequence[Block], first: int, weights: WeightCache | None) -> tuple[Run, str]:
+    """(the longest run of blocks from `first` on, maybe an empty one, and why it ends there)."""
+    run, reason = Run(), ""
+    for block in blocks[first:]:
+        reason = why_not(block)
+        if reason:
+            break
+        parameters = layer_parameters(block)
+        attention, feed_forward = block.sublayers
+        compute = _compute_type(parameters)
+        if run.blocks and (compute, attention.num_heads) != (run.compute, run.num_heads):
+            break
+        run.compute, run.num_heads = compute, attention.num_heads
+        run.parameters += parameters
+        run.eps += [attention.norm.eps, feed_forward.norm.eps]
+        run.blocks += 1
+    if run.blocks and weights is not None:
+        run.parameters, run.compute = weights.quantized(run.parameters, first), "int8"
+    return run, reason
+
+
+def _compute_type(parameters) -> str | None:
+    """What the native encoder computes with these; None where their matrices are of several dtypes."""
+    dtypes = {t.dtype for t in parameters if t.dim() == 2}
+    if torch.is_autocast_enabled("cpu"):
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    return _COMPUTE.get(dtypes.pop()) if len(dtypes) == 1 else None

@@ -1,0 +1,151 @@
+"""The packed way: a block's steps on packed rows, one fused op each where its modules are the plain ones.
+
+What a sublayer adds to the residual stream is handed on unadded, as a `Branch`: the next norm adds it in the same pass
+over memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .. import functional
+from .blocks import Block, FeedForward
+from .listeners import live
+from .packing import Packing, Spans
+from .quantization import WeightCache
+
+
+@dataclasses.dataclass(slots=True)
+class Branch:
+    """What a sublayer adds to the residual stream, before its dropout."""
+
+    rows: torch.Tensor  #: [N, D]
+    dropout_p: float
+
+
+def added(stream: torch.Tensor, branch: Branch | None) -> torch.Tensor:
+    """The stream with a branch added."""
+    return stream if branch is None else F.dropout(branch.rows, branch.dropout_p) + stream
+
+
+def as_parameters(rows: torch.Tensor, block: Block) -> torch.Tensor:
+    """Rows in the dtype that the block's own modules work in (the native encoder hands over a float32 stream)."""
+    norm = block.sublayers[0].norm if block.sublayers else None
+    weight = getattr(norm, "weight", None)
+    if weight is None or weight.dtype == rows.dtype or weight.dtype == torch.float32:
+        return rows
+    return rows.to(weight.dtype)
+
+
+def normed(norm: nn.LayerNorm, stream, branch: Branch | None):
+    """(the stream with the branch added, its norm)."""
+    if branch is None or type(norm) is not nn.LayerNorm or norm.normalized_shape != stream.shape[-1:]:
+        stream = added(stream, branch)
+        return stream, norm(stream)
+    return functional.add_layer_norm(branch.rows, stream, norm.weight, norm.bias, norm.eps, dropout_p=branch.dropout_p)
+
+
+def step_of(
+    block: Block, number: int, spans: Spans, weights: WeightCache | None = None, packing: Packing | None = None
+):
+    """The step of a block: (stream, branch before) -> (stream, branch, probabilities or None).
+
+    With `weights` (fp8) its linear layers compute with 8-bit copies; with a packing, attention's probabilities are
+    wanted.
+    """
+
+    def multiply(name, x, *modules, gelu=False):
+        if weights is not None:
+            return functional.linear_fp8(x, *weights.fp8((number, name), modules), gelu=gelu)
+        if gelu:
+            return functional.linear_gelu(x, modules[0].weight, modules[0].bias)
+        return modules[0](x)
+
+    def attention(sublayer, x, stream_dtype):
+        """(branch, probabilities or None)."""
+        if weights is not None or len(sublayer.projections) == 1:
+            projected = multiply("qkv", x, *sublayer.projections).chunk(3, dim=-1)
+        else:
+            projected = [linear(x) for linear in sublayer.projections]
+        query, key, value = (t.unflatten(-1, (sublayer.num_heads, -1)) for t in projected)
+        dropout_p, probabilities = live(sublayer.dropout), None
+        if packing is not None:
+            # The reference adds a mask, if any, in the dtype of its stream: under autocast that is not the scores'.
+            dtype = query.dtype if packing.dense else torch.promote_types(query.dtype, stream_dtype)
+            context, probabilities = _attention_with_probabilities(
+                query, key, value, packing, sublayer.scale, dropout_p, dtype
+            )
+        else:
+            context = functional.attention(
+                query, key, value, spans.cu_seqlens, spans.cu_seqlens, spans.max_seqlen, spans.max_seqlen,
+                seqused_k=spans.seqused_k, dropout_p=dropout_p, scale=sublayer.scale,
+            )  # fmt: skip
+        return Branch(multiply("out", context.flatten(-2), sublayer.out), live(sublayer.out_dropout)), probabilities
+
+    def feed_forward(sublayer, x):
+        if type(sublayer.fc1) is nn.Linear and sublayer.activation_kind == "gelu":
+            inner = multiply("fc1", x, sublayer.fc1, gelu=True)
+        else:
+            inner = sublayer.activation(sublayer.fc1(x))
+        if sublayer.activation_dropout is not None:
+            inner = sublayer.activation_dropout(inner)
+        return Branch(multiply("fc2", inner, sublayer.fc2), live(sublayer.fc2_dropout))
+
+    def step(x, branch):
+        probabilities = None
+        for sublayer in block.sublayers:
+            if block.norm_first:
+                x, inner = normed(sublayer.norm, x, branch)
+            else:
+                inner = x = added(x, branch)
+            if isinstance(sublayer, FeedForward):
+                branch = feed_forward(sublayer, inner)
+            else:
+                branch, seen = attention(sublayer, inner, x.dtype)
+                probabilities = seen if probabilities is None else probabilities
+            if not block.norm_first:
+                (_, x), branch = normed(sublayer.norm, x, branch), None
+        return x, branch, probabilities
+
+    return step
+
+
+def checkpointed(checkpoint, step):
+    """The step of a block, recomputed in the backward: stream -> (stream, probabilities)."""
+
+    def whole(x):
+        x, branch, probabilities = step(x, None)
+        return added(x, branch), probabilities
+
+    def recomputed(x):
+        return checkpoint(whole, x)
+
+    return recomputed
+
+
+def side_by_side(block: Block) -> dict[str, tuple[nn.Module, ...]]:
+    """The linear layers of a plain block that are computed together, by the name that its copies go by."""
+    attention, feed_forward = block.sublayers
+    return {
+        "qkv": attention.projections, "out": (attention.out,), "fc1": (feed_forward.fc1,), "fc2": (feed_forward.fc2,)
+    }  # fmt: skip
+
+
+def _attention_with_probabilities(query, key, value, packing, scale, dropout_p, dtype):
+    """Attention that also returns its probabilities, padded [B, H, L, L] with zeros."""
+    width, heads = packing.width, query.shape[1]
+    probabilities = query.new_zeros(packing.batch, heads, width, width, dtype=dtype)
+    context, start, shown = [], 0, 0
+    for b, (rows, keys) in enumerate(zip(packing.lengths, packing.key_lengths, strict=True)):
+        q, k, v = (t[start : start + n].transpose(0, 1) for t, n in ((query, rows), (key, keys), (value, keys)))
+        scores = (q @ k.transpose(1, 2) * scale).to(dtype)
+        weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p)
+        context.append((weights @ v).transpose(0, 1))
+        places = packing.padded_places[shown : shown + keys] - b * width
+        probabilities[b, :, places[:, None], places] = weights[:, :keys]
+        start, shown = start + rows, shown + keys
+    return torch.cat(context), probabilities

@@ -1,0 +1,109 @@
+"""Where the rows of a packed batch lie: `Packing`, all that the engine knows about padding.
+
+A packed batch is one `[N, D]` buffer in which the rows of a sample are contiguous. The padded tensor it stands for is
+`[B, width, D]`. A sample may end in a *query-only* row: one that is asked for (a pooler reads it) and that nobody looks
+at, which in the padded tensor is a masked position 0. So a sample has as many keys as rows, or one less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spans:
+    """What attention needs to know of a packing (see `functional.attention`)."""
+
+    cu_seqlens: torch.Tensor  #: int32 [B + 1]
+    seqused_k: torch.Tensor | None  #: int32 [B]; None where every row is a key
+    max_seqlen: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Packing:
+    """Index tensors (int64 unless said) that take a padded batch of B samples to N packed rows and back."""
+
+    width: int  #: rows of a sample in the padded tensor
+    lengths: tuple[int, ...]  #: rows of each sample
+    key_lengths: tuple[int, ...]  #: leading rows of each sample that are keys
+    cu_seqlens: torch.Tensor  #: int32 [B + 1] row offsets
+    seqused_k: torch.Tensor  #: int32 [B], `key_lengths`
+    pool_rows: torch.Tensor  #: [B] the row at padded position 0, which a pooler reads
+    padded_rows: torch.Tensor  #: [m] packed rows that have a place in the padded output
+    padded_places: torch.Tensor  #: [m] that place, in the flattened [B * width]
+    dense: bool  #: no padding at all: packed rows are the padded tensor
+
+    @property
+    def batch(self) -> int:
+        """Number of samples B."""
+        return len(self.lengths)
+
+    @property
+    def total_rows(self) -> int:
+        """Number of packed rows N."""
+        return sum(self.lengths)
+
+    @property
+    def max_seqlen(self) -> int:
+        """Rows of the longest sample."""
+        return max(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the index tensors live."""
+        return self.cu_seqlens.device
+
+    @property
+    def spans(self) -> Spans:
+        """What attention needs to know."""
+        whole = self.lengths == self.key_lengths
+        return Spans(self.cu_seqlens, None if whole else self.seqused_k, self.max_seqlen)
+
+    def to(self, device) -> Packing:
+        """The same with its index tensors on `device`."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        moved = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def pack(self, padded: torch.Tensor) -> torch.Tensor:
+        """Rows `[N, ...]` from a padded `[B, width, ...]`; a query-only row is read from position 0."""
+        flat = padded.flatten(0, 1)
+        if self.dense:
+            return flat
+        rows = flat.new_zeros(self.total_rows, *flat.shape[1:])
+        rows = rows.index_copy_(0, self.padded_rows, flat.index_select(0, self.padded_places))
+        extra = self._samples_with_query_row()
+        return rows if extra is None else rows.index_copy(0, self.pool_rows[extra], padded[extra, 0])
+
+    def unpack(self, rows: torch.Tensor, *, query_rows: bool = False) -> torch.Tensor:
+        """Padded `[B, width, ...]` from rows `[N, ...]`; padded positions are zero.
+
+        With `query_rows`, position 0 holds the query-only row where there is one, as modules that are called on the
+        padded tensor expect; `pack` is then the exact inverse.
+        """
+        if self.dense:
+            return rows.reshape(self.batch, self.width, *rows.shape[1:])
+        flat = rows.new_zeros(self.batch * self.width, *rows.shape[1:])
+        real = rows if len(self.padded_rows) == len(rows) else rows.index_select(0, self.padded_rows)
+        flat = flat.index_copy_(0, self.padded_places, real)
+        extra = self._samples_with_query_row() if query_rows else None
+        if extra is not None:
+            flat = flat.index_copy(0, extra * self.width, rows.index_select(0, self.pool_rows[extra]))
+        return flat.unflatten(0, (self.batch, self.width))
+
+    def _samples_with_query_row(self):
+        extra = [b for b, (n, k) in enumerate(zip(self.lengths, self.key_lengths, strict=True)) if n > k]
+        return torch.tensor(extra, device=self.device) if extra else None
+
+    def key_mask(self) -> torch.Tensor:
+        """bool [B, width]: True where a padded position is real."""
+        mask = torch.zeros(self.batch * self.width, dtype=torch.bool, device=self.device)
+        return mask.index_fill(0, self.padded_places, True).view(self.batch, -1)

@@ -1,0 +1,38 @@
+"""What `features` of both kinds of ViLT share: processed inputs as tensors, patches in raster order."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from ...errors import InputError
+from ..base import SwappedTrunk
+
+
+def tensors(inputs: Mapping, device: torch.device, *names: str, also: tuple[str, ...] = ()) -> dict:
+    """The inputs called `names`, which must be there, and those called `also`, None where missing, on `device`."""
+    missing = [name for name in names if inputs.get(name) is None]
+    if missing:
+        raise InputError(
+            f"the processed inputs lack {' and '.join(missing)}; they have {', '.join(inputs) or 'nothing'}. "
+            "Words need token ids and pictures need pixels: ready embeddings do not tell which word and place they are."
+        )
+    odd = [name for name in names if not isinstance(inputs[name], torch.Tensor)]
+    if odd:
+        raise TypeError(f"{odd[0]} must be a tensor, got {type(inputs[odd[0]]).__name__}: return_tensors='pt'.")
+    return {name: None if inputs.get(name) is None else inputs[name].to(device) for name in (*names, *also)}
+
+
+def in_raster_order(swapped: SwappedTrunk) -> SwappedTrunk:
+    """The same, with what it keeps, in raster order: the reference draws an order at random and does not tell it."""
+    other = copy.copy(swapped)
+    other.options = dataclasses.replace(swapped.options, patch_order="raster")
+    return other
+
+
+def cells(positions: torch.Tensor, width: int) -> torch.Tensor:
+    """y * width + x of (y, x) [P, 2]."""
+    return positions[:, 0] * width + positions[:, 1]
