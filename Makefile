@@ -4,6 +4,8 @@ VENV ?= .venv
 # Pinned: the newest torch from an index without CPU wheels would bring gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 MODEL ?=
+# Processes that run tests side by side, each with one torch thread.
+WORKERS ?= auto
 BIN := $(VENV)/bin
 NATIVE := $(wildcard setup.py pyproject.toml CMakeLists.txt csrc/*.* csrc/*/*.*)
 
@@ -13,11 +15,12 @@ demo: $(VENV)/.installed
 	$(BIN)/vilt-fast demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -12,6 +12,7 @@ import vilt_fast
 from vilt_fast import align
 from vilt_fast import commands as cli
 from vilt_fast.alignment import draw as heatmaps
+from vilt_fast.commands.align import run
 
 
 def drawn(alignment, image, path, monkeypatch, **options):
@@ -121,7 +122,7 @@ def test_align_command(photograph, tmp_path, capsys):
 
 
 def test_random_weights_are_named(photograph, tmp_path, capsys):
-    found = heatmaps.run(photograph, "Two [MASK] cats' eyes", tmp_path / "out.png", model=build("retrieval"))
+    found = run(photograph, "Two [MASK] cats' eyes", tmp_path / "out.png", model=build("retrieval"))
     assert found.tokens == ("two", "[MASK]", "cats", "'", "eyes")
     assert "The weights are random" in capsys.readouterr().out
 

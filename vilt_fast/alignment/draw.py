@@ -1,8 +1,7 @@
-"""Pictures of an alignment, and `vilt-fast align`: the photograph, then a panel a word with its heat over the grey."""
+"""Pictures of an alignment: the photograph, then a panel a word with its heat over the grey."""
 
 import math
 import textwrap
-from pathlib import Path
 
 import torch
 
@@ -10,106 +9,6 @@ COLOURS = "inferno"
 PANEL = 2.3  #: inches, the longer side of a panel
 DIM = 0.6  #: the lightest grey of the photograph under the heat, below the brightness of the hottest colours
 OPACITY = 0.7  #: of the heat where it is largest; where there is none the photograph is bare
-
-
-def run(
-    image,
-    text,
-    out="alignment.png",
-    *,
-    checkpoint=None,
-    task=None,
-    whole_words=False,
-    beta=0.1,
-    iterations=1000,
-    console=None,
-    model=None,
-):
-    """Align the words of `text` with the image file `image` and write the picture `out`; says what it does.
-
-    `checkpoint` is a folder or hub id, `task` as for `checkpoint.load`; None draws ViLT-B/32 at random (`model`
-    supplies a ready one instead, which gets made-up token ids) and says so on the screen and in the picture.
-
-    Returns:
-        The :class:`~vilt_fast.alignment.align.Alignment`.
-
-    Raises:
-        FileNotFoundError, ValueError: a file that is missing, no image, or cannot be written; a text without words or
-            too long for the model. BadCheckpoint: see `checkpoint.load`.
-    """
-    from matplotlib.figure import Figure  # missing packages are to be named before minutes of work, not after
-    from rich.console import Console
-    from rich.markup import escape
-
-    from ..commands import checkpoint as checkpoints
-    from ..commands import report
-    from .align import align
-
-    console = console or Console()
-    known = Figure().canvas.get_supported_filetypes()
-    suffix = Path(out).suffix.lstrip(".").lower()
-    if suffix not in known:
-        raise ValueError(f"{out}: cannot write {suffix or 'a file without suffix'}; pictures are {', '.join(known)}.")
-    photograph = _opened(image)
-    with report.progress(console) as bar:
-        what = "Making random weights" if checkpoint is None else f"Loading {escape(checkpoint)}"
-        stage = bar.add_task(what, total=3)
-        processor = None
-        if checkpoint is not None:
-            model = checkpoints.load(checkpoint, task)
-        else:
-            model = checkpoints.random_vqa() if model is None else model
-            processor = _numbered(model.config, text)
-        bar.update(stage, description="Aligning words with patches", advance=1)
-        aligned = align(
-            model, photograph, text, processor=processor, beta=beta, iterations=iterations, whole_words=whole_words
-        )
-        bar.update(stage, advance=1, total=2 + len(aligned.tokens))
-        h, w = aligned.grid
-        counted = f"{len(aligned.tokens)} {'words' if whole_words else 'tokens'}, {h} x {w} patches"
-        found = f"{counted}, distance {aligned.distance:.3f}"
-        note = f"{found}; {checkpoint or 'random weights: how an alignment looks, not what ViLT has learnt'}"
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        draw(
-            aligned, photograph, out, text=text, note=note,
-            step=lambda word: bar.update(stage, description=f"Drawing: {escape(word)}", advance=1),
-        )  # fmt: skip
-    if checkpoint is None:
-        console.print(
-            "[bold yellow]The weights are random[/]: the picture shows how an alignment looks, not what ViLT has "
-            "learnt. --model takes a checkpoint, such as dandelin/vilt-b32-mlm.",
-            soft_wrap=True,
-        )
-    console.print(f"Wrote {out}: {found}", soft_wrap=True, highlight=False, markup=False)
-    return aligned
-
-
-def _opened(path):
-    """The image file as RGB, turned as its camera says."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; give the path of an image.") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is no image that Pillow can read: convert it to JPEG or PNG.") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
-
-
-def _numbered(config, text):
-    """A processor for weights that never saw a tokenizer: the words of `text`, split as by BERT, are its vocabulary."""
-    from transformers import BertTokenizer, ViltProcessor
-
-    from ..commands.samples import image_processor
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    bare = BertTokenizer(vocab={token: i for i, token in enumerate(special)}).backend_tokenizer
-    words = [word for word, _ in bare.pre_tokenizer.pre_tokenize_str(bare.normalizer.normalize_str(text))]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
-    return ViltProcessor(image_processor(config), BertTokenizer(vocab=vocabulary))
 
 
 def draw(alignment, image, path, *, text="", note="", dpi=150, step=lambda word: None):

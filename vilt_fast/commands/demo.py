@@ -7,6 +7,7 @@ import torch
 
 from . import checkpoint as checkpoints
 from . import report, samples
+from .arguments import add_model, add_threads, positive, set_threads
 
 LABELS = {
     "hf": "HuggingFace, float32",
@@ -14,6 +15,22 @@ LABELS = {
     "bfloat16": "vilt_fast, bfloat16",
     "int8": "vilt_fast, int8",
 }
+
+
+def add(commands):
+    """The subcommand and its arguments."""
+    parser = commands.add_parser("demo", help="photographs through HuggingFace's ViLT and the accelerated one")
+    add_model(parser)
+    parser.add_argument("--out", default="demo", help="where report.md and report.png go (default: demo)")
+    parser.add_argument("--batch", type=positive, default=8, help="photographs in the batch (default: 8)")
+    parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each model (default: 5)")
+    add_threads(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments, rest):
+    set_threads(arguments.threads)
+    return 0 if run(arguments.model, arguments.out, arguments.batch, arguments.repeats) else 1
 
 
 def run(checkpoint=None, out="demo", count=8, repeats=5, console=None, model=None):

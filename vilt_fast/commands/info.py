@@ -8,6 +8,17 @@ from .report import rich_table
 PACKAGES = ("vilt_fast", "torch", "transformers", "numpy", "triton")
 
 
+def add(commands):
+    """The subcommand."""
+    parser = commands.add_parser("info", help="versions, backends, CPU features and GPUs of this machine")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments, rest):
+    show()
+    return 0
+
+
 def versions():
     """Rows (name, version or "not installed")."""
     rows = [("Python", platform.python_version())]
