@@ -21,7 +21,7 @@ constexpr int kPanel = 64;
 // Partial sums over 256 units keep the float32 rounding error at that of the BLAS libraries (one long sum has 1.6x
 // of it), and the smaller panel leaves L2 to the activations: no slower.
 constexpr int64_t kMaxUnits = 256;
-constexpr int64_t kMaxRows = 512;  // rows per item
+constexpr int64_t kMaxRows = 86 * kTileRows;  // rows per item: 516, whole tiles, so that rounding a block up never exceeds it
 constexpr int kTileCols = kTileVecs * kLanes;
 
 struct Rows {  // left operand: units, leading dimension in units; scale and offset per row for u8

@@ -136,6 +136,27 @@ def test_every_instruction_set_within_budget(compute, monkeypatch):
         assert_within_budget(got, plain, exact, what=f"{compute} on {isa}")
 
 
+@torch.no_grad()
+def test_int8_at_the_boundary_of_two_row_blocks():
+    """1024 rows are two blocks of 512 or so, and an inner width of 1040 takes two blocks along K."""
+    width, rows = 192, 1024
+    parameters = encoder_parameters(1, width, 1040)
+    arguments = dict(
+        cu_seqlens=offsets([rows]), seqused_k=torch.tensor([900], dtype=torch.int32), max_seqlen=rows, num_heads=3,
+        eps=EPS[:2],
+    )  # fmt: skip
+    x = torch.randn(rows, width)
+    exact = functional.encoder(x.double(), [p.double() for p in parameters], **arguments, backend="reference")
+    plain = functional.encoder(x, parameters, **arguments, compute="int8", backend="reference")
+    for threads in (1, 2, 3, 16):
+        torch.set_num_threads(threads)
+        try:
+            got = functional.encoder(x, _blobs(parameters), **arguments, compute="int8", backend="cpp")
+        finally:
+            torch.set_num_threads(2)
+        assert_within_budget(got, plain, exact, what=f"{threads} threads")
+
+
 @pytest.mark.parametrize("layout", [strided, sliced])
 @torch.no_grad()
 def test_cpp_takes_any_layout(layout):

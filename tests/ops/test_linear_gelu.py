@@ -44,6 +44,29 @@ def test_cpp_within_budget(shape, rows, bias, dtype, layout):
     assert_within_budget(got, plain, exact, what="linear_gelu")
 
 
+# A block of rows is at most 516, in tiles of 6; with more threads the same rows are cut into more blocks.
+BOUNDARIES = sorted({size + near for k in range(1, 5) for size in (512 * k, 516 * k) for near in (-1, 0, 1)} | {2043})
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_rows_do_not_depend_on_how_many_there_are(dtype, threads):
+    """At every size around a boundary between blocks, with K of several blocks."""
+    x, w, b = _inputs((2065, 520), 768, dtype)
+    small = [functional.linear_gelu(rows, w, b, backend="cpp") for rows in x.split(96)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for size in BOUNDARIES:
+            got = functional.linear_gelu(x[:size], w, b, backend="cpp")
+            assert torch.equal(got, torch.cat(small)[:size]), f"{size} rows"
+    finally:
+        torch.set_num_threads(before)
+    exact = functional.linear_gelu(x.double(), w.double(), b.double(), backend="reference")
+    assert_within_budget(torch.cat(small), functional.linear_gelu(x, w, b, backend="reference"), exact)
+
+
 @torch.no_grad()
 def test_registered_op():
     inputs = _inputs((5, 16), 8)
