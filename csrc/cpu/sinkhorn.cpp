@@ -9,11 +9,16 @@
 
 namespace vf::VF_ISA {
 
+constexpr double kLeastShare = 0x1p-100;  // nothing to a float32 plan, but it has a logarithm
+
 // Weights normalised to sum to `total`.
 static void marginal(const float* weight, const int64_t* places, int64_t n, double total, float* out) {
   double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += weight[places[i]];
-  for (int64_t i = 0; i < n; ++i) out[i] = (float)(weight[places[i]] / sum * total);
+  for (int64_t i = 0; i < n; ++i) sum += weight_of(weight, places[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const double share = weight_of(weight, places[i]) / sum * total;
+    out[i] = (float)(share > kLeastShare ? share : kLeastShare);
+  }
 }
 
 static double text_error(const Transport& t, const float* u) {

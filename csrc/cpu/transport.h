@@ -87,8 +87,23 @@ static int larger_first(const void* a, const void* b) {
   return x != y ? (x < y) - (x > y) : (p->index > q->index) - (p->index < q->index);
 }
 
-VF_INLINE bool is_real(const uint8_t* pad, const float* weight, int64_t i) {
-  return !pad[i] && !(weight && weight[i] == 0);
+// A weight >= 0. From its bits: whether a denormal one is 0 must not depend on who set the FP mode of this thread.
+VF_INLINE double weight_of(const float* weight, int64_t i) {
+  uint32_t bits;
+  memcpy(&bits, weight + i, sizeof bits);
+  bits &= 0x7fffffff;
+  return bits >> 23 ? weight[i] : bits * 0x1p-149;
+}
+
+// How many of the positions 0 .. size - 1 are real, and which, unless `at` is null.
+static int64_t real_places(const uint8_t* pad, const float* weight, int64_t size, int64_t* at) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    if (pad[i] || (weight && weight_of(weight, i) == 0)) continue;
+    if (at) at[count] = i;
+    ++count;
+  }
+  return count;
 }
 
 // Calls work(b, t, extra) for every sample, the largest first so that no thread is left with a big one at the end.
@@ -96,12 +111,16 @@ VF_INLINE bool is_real(const uint8_t* pad, const float* weight, int64_t i) {
 template <class Extra, class Work>
 static void for_samples(const Masks& k, const float* row_weight, const float* column_weight, int threads, bool kernel,
                         Extra extra_floats, Work work) {
+  auto rows = [&](int64_t b, int64_t* at) {
+    return real_places(k.text_pad + b * k.M, row_weight ? row_weight + b * k.M : nullptr, k.M, at);
+  };
+  auto columns = [&](int64_t b, int64_t* at) {
+    return real_places(k.image_pad + b * k.N, column_weight ? column_weight + b * k.N : nullptr, k.N, at);
+  };
   Sample* samples = (Sample*)malloc(sizeof(Sample) * (size_t)k.B);
   int64_t most_m = 0, most_n = 0;
   for (int64_t b = 0; b < k.B; ++b) {
-    int64_t m = 0, n = 0;
-    for (int64_t i = 0; i < k.M; ++i) m += is_real(k.text_pad + b * k.M, row_weight ? row_weight + b * k.M : nullptr, i);
-    for (int64_t j = 0; j < k.N; ++j) n += is_real(k.image_pad + b * k.N, column_weight ? column_weight + b * k.N : nullptr, j);
+    int64_t m = rows(b, nullptr), n = columns(b, nullptr);
     if (!m || !n) m = n = 0;
     samples[b] = {b, m, n};
     if (m > most_m) most_m = m;
@@ -124,15 +143,11 @@ static void for_samples(const Masks& k, const float* row_weight, const float* co
       Transport t;
       lay_out(t, {mine, 0}, most_m, most_n, kernel);
       t.m = sample.m, t.n = sample.n, t.width = round_up(sample.n, kLanes), t.ld = row_stride(t.width);
-      const int64_t b = sample.index;
       if (t.m) {
-        int64_t i = 0, j = 0;
-        for (int64_t p = 0; p < k.M; ++p)
-          if (is_real(k.text_pad + b * k.M, row_weight ? row_weight + b * k.M : nullptr, p)) t.rows[i++] = p;
-        for (int64_t p = 0; p < k.N; ++p)
-          if (is_real(k.image_pad + b * k.N, column_weight ? column_weight + b * k.N : nullptr, p)) t.columns[j++] = p;
+        rows(sample.index, t.rows);
+        columns(sample.index, t.columns);
       }
-      work(b, t, (float*)(mine + own));
+      work(sample.index, t, (float*)(mine + own));
     }
   }
   scratch_release(buffer);

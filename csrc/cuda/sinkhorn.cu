@@ -17,12 +17,19 @@ struct SinkhornOut {
   float* error;
 };
 
+constexpr float LEAST_SHARE = 0x1p-100f;  // nothing to a float32 plan, but it has a logarithm
+
 // Shares of the real entries, sum 1, uniform without weights. By the whole block; ends with a barrier.
 __device__ void shares(const float* weight, const int* at, int count, float* share, float* buffer) {
-  float sum = 0;
-  for (int i = threadIdx.x; i < count; i += THREADS) sum += share[i] = weight ? weight[at[i]] : 1.f;
+  float most = 0, sum = 0;
+  for (int i = threadIdx.x; i < count; i += THREADS) most = fmaxf(most, share[i] = weight ? weight[at[i]] : 1.f);
+  most = block_all(most, buffer, [](float x) { return warp_max(x); }, 0.f);
+  for (int i = threadIdx.x; i < count; i += THREADS) sum += share[i] /= most;  // so that no sum overflows
   sum = block_sum(sum, buffer);
-  for (int i = threadIdx.x; i < count; i += THREADS) share[i] /= sum;
+  for (int i = threadIdx.x; i < count; i += THREADS) {
+    const float x = share[i] / sum;
+    share[i] = x < LEAST_SHARE ? LEAST_SHARE : x;  // NaN stays
+  }
   __syncthreads();
 }
 

@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.transport_case import (
+    WEIGHTS,
+    any_weights,
     assert_a_bad_cost_spoils_its_own_sample,
     assert_distance,
     assert_finds_the_permutation,
     assert_ipot,
     assert_only_real_entries_count,
     assert_sinkhorn,
+    assert_the_scale_of_weights_is_free,
     costs,
     distance,
     hidden,
@@ -132,6 +135,13 @@ def test_sinkhorn_with_marginals_and_tolerance(emulated):
     assert not plan[2].any() and used[2] == 0 and not plan[0, 2].any()
     used = sinkhorn("cuda", *costs((5, 1, 3), (6, 4, 2)), epsilon=0.2, iterations=99, tolerance=1e-4)[2]
     assert used[1] == 1 < used[0] < 99
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_sinkhorn_with_weights_of_any_size(emulated, kind):
+    arguments = costs(**SMALL)
+    assert_sinkhorn("cuda", arguments, iterations=20, weights=any_weights(kind, *arguments[1:]))
+    assert_the_scale_of_weights_is_free("cuda", **SMALL)
 
 
 @pytest.mark.parametrize("dtype, width", [(torch.float32, 76), (torch.float16, 136), (torch.bfloat16, 72)])

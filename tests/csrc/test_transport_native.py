@@ -7,7 +7,14 @@ import numpy as np
 import ot
 import pytest
 import torch
-from support.transport_case import recurrence
+from support.transport_case import (
+    WEIGHTS,
+    any_weights,
+    assert_sinkhorn,
+    assert_the_scale_of_weights_is_free,
+    recurrence,
+    sinkhorn,
+)
 
 from benchmarks import transport
 from vilt_fast import _C, functional
@@ -229,6 +236,22 @@ def test_a_weight_of_zero_is_padding_whatever_it_costs(backend):
     cost[1, 0, 1] = float("nan")
     with pytest.raises(ValueError, match=r"sinkhorn: cost is NaN or infinite on real entries of samples \[1\]"):
         functional.sinkhorn(cost, text_pad, image_pad, **options)
+
+
+@pytest.mark.parametrize("flushed", [False, True], ids=["", "denormals flushed"])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_sinkhorn_with_weights_of_any_size(isa, kind, flushed):
+    """What is real does not depend on the FP mode of the caller or of the library's own threads."""
+    arguments = _costs()
+    weights = any_weights(kind, *arguments[1:])
+    want = assert_sinkhorn("cpp", arguments, weights=weights)
+    torch.set_flush_denormal(flushed)
+    try:
+        got = sinkhorn("cpp", *arguments, weights=weights)
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(map(torch.equal, got, want))
+    assert_the_scale_of_weights_is_free("cpp", TEXTS, IMAGES)
 
 
 def test_sinkhorn_agrees_with_pot(isa):

@@ -35,6 +35,28 @@ def costs(texts=TEXTS, images=IMAGES):
     return torch.rand(len(texts), max(texts), max(images)) * 2, padding_masks(texts), padding_masks(images)
 
 
+# Marginals as confident softmaxes give them: what is smallest beside what is largest.
+WEIGHTS = {"some denormal": (1e-40, 1.0), "all denormal": (1e-42, 1e-39), "far apart": (1e-8, 1e30)}
+
+
+def any_weights(kind, *pads):
+    """Weights [B, size] for each mask: of one size and, every third, of the other."""
+    small, large = WEIGHTS[kind]
+    weights = [(torch.rand(pad.shape) + 0.5) * large for pad in pads]
+    for weight in weights:
+        weight[:, ::3] *= small / large
+    return weights
+
+
+def assert_the_scale_of_weights_is_free(backend, texts, images):
+    """Even where their sum leaves float32."""
+    cost, *pads = costs(texts, images)
+    weights = [torch.rand(pad.shape) + 0.5 for pad in pads]
+    want = sinkhorn(backend, cost, *pads, iterations=5, weights=weights)
+    got = sinkhorn(backend, cost, *pads, iterations=5, weights=[w * 2.0**127 for w in weights])
+    assert all(map(torch.equal, got, want))
+
+
 def hidden(dtype=torch.float32, width=40, texts=TEXTS, images=IMAGES):
     """(text, image, text_pad, image_pad) whose costs spread over 0..2; one word is zero, one shorter than the clamp."""
     centre = torch.randn(len(texts), 1, width)
