@@ -28,8 +28,8 @@ namespace vf::VF_ISA {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr float kLimit = 0x1p60f;
-constexpr float kFar = 1e30f;    // cost of a column that is not there
-constexpr double kNever = -1e30;  // and log2 of its weight
+constexpr float kFar = 1e30f;           // cost of a column that is not there
+constexpr double kNever = -INFINITY;  // and log2 of its weight
 constexpr int kSweep = VF_LEVEL >= 2 ? 4 : 8;  // vectors of columns in a block
 
 typedef double D __attribute__((vector_size(sizeof(F))));
@@ -200,15 +200,23 @@ static void scatter_plan(const Transport& t, const float* u, const float* v, flo
 }
 
 // ---- exponents ----------------------------------------------------------------------------------------------------
-// out_j = a + b_j - k c_j for one row, summed in double: terms of 1e5 bits cancel to what matters.
+// Exponents are sums in double: terms of 1e10 bits cancel to what matters, of which a float would keep nothing.
+VF_INLINE D doubles(const double* p) {
+  D d;
+  memcpy(&d, p, sizeof d);
+  return d;
+}
+VF_INLINE D doubles(const float* p) {
+  H h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, D);
+}
+VF_INLINE D max(D a, D b) { return a > b ? a : b; }
+
+// out_j = a + b_j - k c_j for one row.
 VF_INLINE void exponents(const float* c, int64_t width, double a, const double* b, double k, float* out) {
   for (int64_t j = 0; j < width; j += kLanes / 2) {
-    H h;
-    D d;
-    memcpy(&h, c + j, sizeof h);
-    memcpy(&d, b + j, sizeof d);
-    d = (a + d) - k * __builtin_convertvector(h, D);
-    h = __builtin_convertvector(d, H);
+    const H h = __builtin_convertvector((a + doubles(b + j)) - k * doubles(c + j), H);
     memcpy(out + j, &h, sizeof h);
   }
 }
@@ -234,31 +242,36 @@ static void open_plan(const Transport& t, double k) {
 
 // psi_j = log2 nu_j - log2 sum_i 2^(phi_i - k c_ij), in logarithms; G is overwritten.
 static void columns_lse(const Transport& t, double k) {
-  float *top = t.v[0], *sum = t.v[1];
-  for (int64_t j = 0; j < t.width; ++j) t.lift[j] = 0, top[j] = -INFINITY, sum[j] = 0;
-  for (int pass = 0; pass < 2; ++pass) {
-    for (int64_t i = 0; i < t.m; ++i) {
-      exponents(t.c + i * t.ld, t.width, t.phi[i], t.lift, k * t.unit, t.g);
-      for (int64_t j = 0; j < t.width; j += kLanes)
-        if (pass == 0) store(top + j, max(load(top + j), load(t.g + j)));
-        else store(sum + j, load(sum + j) + exp2_or_zero(load(t.g + j)));
+  k *= t.unit;
+  double* top = t.lift;
+  float* sum = t.v[0];
+  for (int64_t j = 0; j < t.width; ++j) top[j] = -INFINITY, sum[j] = 0;
+  for (int64_t i = 0; i < t.m; ++i)
+    for (int64_t j = 0; j < t.width; j += kLanes / 2) {
+      const D high = max(doubles(top + j), t.phi[i] - k * doubles(t.c + i * t.ld + j));
+      memcpy(top + j, &high, sizeof high);
     }
-    for (int64_t j = 0; pass == 0 && j < t.width; ++j) t.lift[j] = -(double)top[j];
+  for (int64_t j = 0; j < t.width; ++j) t.lift[j] = -top[j];
+  for (int64_t i = 0; i < t.m; ++i) {
+    exponents(t.c + i * t.ld, t.width, t.phi[i], t.lift, k, t.g);
+    for (int64_t j = 0; j < t.width; j += kLanes) store(sum + j, load(sum + j) + exp2_or_zero(load(t.g + j)));
   }
   for (int64_t j = 0; j < t.n; ++j) t.psi[j] = log2((double)t.nu[j]) + t.lift[j] - log2((double)sum[j]);
 }
 
 // phi_i = log2 mu_i - log2 sum_j 2^(psi_j - k c_ij), in logarithms; G is overwritten.
 static void rows_lse(const Transport& t, double k) {
+  k *= t.unit;
   for (int64_t i = 0; i < t.m; ++i) {
     const float* c = t.c + i * t.ld;
-    F top = set1(-INFINITY), sum = set1(0);
-    exponents(c, t.width, 0, t.psi, k * t.unit, t.g);
-    for (int64_t j = 0; j < t.width; j += kLanes) top = max(top, load(t.g + j));
-    const double lift = -(double)reduce_max(top);
-    exponents(c, t.width, lift, t.psi, k * t.unit, t.g);
+    D high = doubles(t.psi) - k * doubles(c);
+    for (int64_t j = kLanes / 2; j < t.width; j += kLanes / 2) high = max(high, doubles(t.psi + j) - k * doubles(c + j));
+    double top = high[0];
+    for (int l = 1; l < kLanes / 2; ++l) top = high[l] > top ? high[l] : top;
+    exponents(c, t.width, -top, t.psi, k, t.g);
+    F sum = set1(0);
     for (int64_t j = 0; j < t.width; j += kLanes) sum = sum + exp2_or_zero(load(t.g + j));
-    t.phi[i] = log2((double)t.mu[i]) + lift - log2((double)reduce_add(sum));
+    t.phi[i] = log2((double)t.mu[i]) - top - log2((double)reduce_add(sum));
   }
 }
 

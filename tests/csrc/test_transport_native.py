@@ -112,6 +112,49 @@ def test_ipot_survives_costs_of_any_size(isa, scale):
     assert_within_budget(plan, plain, functional.ipot(arguments[0].double(), *arguments[1:], iterations=20, inner=2))
 
 
+FORBIDDEN = {
+    "sinkhorn": [(dict(epsilon=0.1), huge) for huge in (1e6, 3e8, 1e9, -1e9)],
+    "ipot": [(dict(beta=1e-3), 1e6), (dict(beta=0.1, inner=3), 3e8), (dict(beta=0.5), 1e9)],
+}
+
+
+def _solved(op, cost, pads, **options):
+    """(plan, value or None)"""
+    result = getattr(functional, op)(cost, *pads, **options)
+    return (result, None) if op == "ipot" else (result.plan, result.value)
+
+
+@functools.cache
+def _forbidden_case(op, place, number):
+    """Costs of which a whole row or column is huge, the float64 plan and value, and how wrong a plan may be.
+
+    As wrong as PyTorch's in float32 without what is huge, plus what is lost of a double of so many bits.
+    """
+    cost, *pads = _costs(7, [10, 3], [20, 33])
+    options, huge = FORBIDDEN[op][number]
+    plain, exact = (
+        _solved(op, cost.to(dtype), pads, **options, **REFERENCE)[0] for dtype in (torch.float32, torch.float64)
+    )
+    if place != "column":
+        cost[:, 2] = huge
+    if place != "row":
+        cost[:, :, 5] = huge
+    plan, value = _solved(op, cost.double(), pads, **options, **REFERENCE)
+    exponent = abs(huge) * 50 / options["beta"] if op == "ipot" else abs(huge) / options["epsilon"]
+    return cost, pads, options, plan, value, (plain - exact).abs() + plan * exponent * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("place", ["row", "column", "row and column"])
+@pytest.mark.parametrize("op, number", [(op, i) for op, cases in FORBIDDEN.items() for i in range(len(cases))])
+def test_a_row_or_column_may_be_forbidden(isa, op, number, place):
+    """Its entries cost 1e10 bits and more, and their differences still count."""
+    cost, pads, options, exact, value, error = _forbidden_case(op, place, number)
+    plan, found = _solved(op, cost, pads, **options, **CPP)
+    assert_within_budget(plan, exact + error, exact)
+    if found is not None:
+        torch.testing.assert_close(found, value.float())
+
+
 @pytest.mark.parametrize("beta, iterations", [(0.02, 1000), (0.1, 300)])
 def test_permutation_costs_give_the_permutation(isa, beta, iterations):
     order = torch.randperm(20)
