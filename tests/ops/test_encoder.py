@@ -227,6 +227,22 @@ def test_the_right_backend_is_chosen_for_int8():
         functional.encoder(**blobs)
 
 
+@pytest.mark.parametrize("compute", ["float32", "int8"])
+@pytest.mark.parametrize("name", MATRICES)
+@torch.no_grad()
+def test_a_bias_is_as_long_as_its_weight(name, compute):
+    arguments = _arguments()
+    place = len(LayerParameters._fields) + LayerParameters._fields.index(f"{name}_bias")  # of the second layer
+    length = len(arguments["parameters"][place])
+    if compute == "int8":
+        arguments["parameters"] = _blobs(arguments["parameters"])
+    for wrong in (1, length - 1, length + 1, [length, 1]):
+        changed = list(arguments["parameters"])
+        changed[place] = torch.zeros(wrong)
+        with pytest.raises(ValueError, match=rf"{name}_bias\)? has shape .*, expected \[{length}\], or \[0\] for none"):
+            functional.encoder(**(arguments | {"parameters": changed}), compute=compute, backend="cpp")
+
+
 def test_bad_input():
     arguments = _arguments(layers=1)
     parameters = arguments["parameters"]
