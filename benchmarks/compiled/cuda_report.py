@@ -33,14 +33,22 @@ def compiler():
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def every_source():
+    """The .cu file of each op that csrc/cuda/ops.def lists."""
+    folder = ROOT / "csrc" / "cuda"
+    return [
+        folder / f"{op}.cu" for op in re.findall(r"^VF_OP\((\w+)\)", (folder / "ops.def").read_text(), re.MULTILINE)
+    ]
+
+
 def rows(arches=ARCHES, sources=None):
-    """A row for each kernel of each source (all of csrc/cuda) and architecture. RuntimeError without nvcc."""
+    """A row for each kernel of each source (of every op) and architecture. RuntimeError without nvcc."""
     nvcc = compiler()
     if nvcc is None:
         raise RuntimeError("nvcc is missing: install the CUDA toolkit (13.0 knows all three architectures).")
     version = re.search(r"release ([\d.]+)", subprocess.check_output([nvcc, "--version"], text=True))[1]
     found = []
-    for source in sources or sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+    for source in sources or every_source():
         for arch in arches:
             with tempfile.TemporaryDirectory() as folder:
                 target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin", "-o", f"{folder}/out.cubin"]

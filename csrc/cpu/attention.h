@@ -7,6 +7,7 @@
 // sweeps over it. Several key blocks use the online softmax: running maximum m, sum l and unnormalised output per row.
 // Scratch per thread: packed keys and values, one tile of q, scores and probabilities, and [rows][d] outputs.
 #pragma once
+#include "attention_args.h"
 #include "gemm.h"
 
 namespace vf::VF_ISA {

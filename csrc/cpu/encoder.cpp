@@ -13,6 +13,7 @@
 #include <stdlib.h>
 
 #include "attention.h"
+#include "encoder_args.h"
 
 namespace vf::VF_ISA {
 

@@ -1,9 +1,9 @@
-// The contract between the Python module and the CPU kernels: plain argument structs and one table of functions.
+// The contract between the Python module and the CPU kernels: one table of functions, of plain argument structs.
 //
-// Every source in csrc/cpu that includes vec.h is compiled once per instruction-set level into its own namespace and
-// exports one entry per op; dispatch.cpp chooses a table at run time. This header is shared by translation units
-// built with different flags, so it holds declarations and plain data only: an inline function here could be merged
-// by the linker into its AVX-512 copy and crash an older machine.
+// Every kernel in csrc/cpu is compiled once per instruction-set level into its own namespace; dispatch.cpp chooses a
+// table at run time. This header and the `_args.h` are shared by translation units built with different flags, so they
+// hold declarations and plain data only: an inline function here could be merged by the linker into its AVX-512 copy
+// and crash an older machine.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -19,131 +19,13 @@ struct Param {  // a tensor of a stored type; data == nullptr means "absent"
   int dtype;
 };
 
-struct LinearArgs {  // out[M, N] = act(x[M, K] w[N, K]^T + bias[N])
-  Param x, w, bias;
-  void* out;
-  int out_dtype;
-  int64_t M, N, K, ldx, ldo;
-  bool gelu;
-  int compute, threads;
-};
+#define VF_OP(name, Args) struct Args;
+#include "ops.def"
 
-struct QuantizeArgs {  // w[N, K] -> blob (see quantize.h)
-  Param w;
-  int64_t N, K;
-  void* blob;
-  int threads;
-};
-
-struct AttentionArgs {  // per sample and head: out = softmax(scale q k^T) v
-  const void *q, *k, *v;
-  void* out;
-  int dtype;
-  int H, d, B;
-  int64_t ldq, ldk, ldv, ldo;
-  const int32_t *cu_q, *cu_k, *seqused_k;  // seqused_k may be null
-  float scale;
-  float* lse;  // [H, rows_q] or null
-  int threads;
-};
-
-constexpr int kLayerParams = 16;  // ln1.w ln1.b q.w q.b k.w k.b v.w v.b o.w o.b ln2.w ln2.b fc1.w fc1.b fc2.w fc2.b
-
-struct EncoderArgs {
-  const float* x;
-  float* out;
-  float* hidden;  // [layers, N, D] or null
-  int64_t N, D, inner;
-  int layers, H, B;
-  const Param* params;  // [layers][kLayerParams]
-  const float* eps;     // [layers][2]
-  const int32_t *cu_seqlens, *seqused_k;
-  int compute, threads;
-};
-
-struct PatchEmbedArgs {
-  Param pixels;
-  int64_t stride[4];  // elements, [B, C, H, W]
-  int64_t P, C, D;
-  Param weight, bias;            // [D, C*P*P], [D]
-  const int64_t* patch_source;   // [n] flat b*(gh*gw) + y*gw + x
-  int64_t gh, gw;
-  const int64_t* patch_rows;     // [n] row of out
-  const int64_t* pos_index;      // [n, 4] rows of position
-  const float* pos_weight;       // [n, 4]
-  Param position;                // [G*G + 1, D]
-  Param cls_token;               // [D]
-  const int64_t* cls_rows;       // [B] row of out
-  Param modality;                // table [*, D]
-  const int64_t* modality_rows;  // [B] row of the table
-  const int64_t* sample_of_patch;  // [n]
-  float* out;                    // [N, D]
-  int64_t n, B;
-  int compute, threads;
-};
-
-struct Masks {  // which tokens and patches of each sample count; 1 where padded
-  const uint8_t *text_pad, *image_pad;  // [B, M], [B, N]
-  int64_t B, M, N;
-};
-
-struct IpotArgs {
-  const float* cost;  // [B, M, N]
-  float* plan;        // [B, M, N]
-  uint8_t* broken;    // [B], set to 1 where a real cost is NaN or infinite: no plan for that sample
-  Masks masks;
-  double beta;
-  int64_t iterations, inner;
-  int threads;
-};
-
-struct SinkhornArgs {
-  const float *cost, *text_marginal, *image_marginal;  // [B, M, N]; [B, M], [B, N] or null (uniform)
-  float *plan, *value, *error;                         // [B, M, N], [B], [B]
-  int64_t* used;                                       // [B]
-  uint8_t* broken;                                     // [B], see IpotArgs
-  Masks masks;
-  double epsilon, tolerance;  // tolerance < 0: none
-  int64_t iterations;
-  int threads;
-};
-
-struct Rows3 {  // [B, rows, D], the last dimension dense
-  Param x;
-  int64_t by_sample, by_row;  // strides in elements
-};
-
-struct WordPatch {
-  Rows3 text, image;
-  Masks masks;
-  int64_t D;
-  int threads;
-};
-
-struct WordPatchArgs {
-  WordPatch in;
-  float *distance, *plan;  // [B]; [B, M, N] or null
-  double beta;
-  int64_t iterations, inner;
-};
-
-struct WordPatchGradientArgs {
-  WordPatch in;
-  const float *grad, *plan;  // [B], [B, M, N]
-  Param text, image;         // gradients, dense; data == nullptr: not wanted
-};
-
-struct Kernels {
+struct Kernels {  // of one instruction-set level
   const char* isa;
-  void (*linear)(const LinearArgs&);
-  void (*quantize_linear)(const QuantizeArgs&);
-  void (*attention)(const AttentionArgs&);
-  void (*encoder)(const EncoderArgs&);
-  void (*patch_embed)(const PatchEmbedArgs&);
-  void (*ipot)(const IpotArgs&);
-  void (*sinkhorn)(const SinkhornArgs&);
-  void (*word_patch_distance)(const WordPatchArgs&);
-  void (*word_patch_gradient)(const WordPatchGradientArgs&);
+#define VF_OP(name, Args) void (*name)(const Args&);
+#include "ops.def"
 };
 
 // ---- dispatch.cpp -------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 // out = act(x W^T + b) for one Linear. Phases: (convert x rows to the compute type, unless they can be used in place)
 // | product with its epilogue. Scratch: the converted rows and one workspace per thread.
 #include "gemm.h"
+#include "linear_args.h"
 
 namespace vf::VF_ISA {
 

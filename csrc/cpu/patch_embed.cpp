@@ -5,6 +5,7 @@
 // any strides into product rows, 480 patches at a time (6 MB of scratch), each chunk: gather (+ convert) | product with
 // the embedding as its epilogue.
 #include "gemm.h"
+#include "patch_embed_args.h"
 
 namespace vf::VF_ISA {
 

@@ -1,7 +1,7 @@
 // Packs a Linear weight once into the int8 blob described in quantize.h: a whole-row pass finds the scale, so unlike
 // float weights it cannot be done panel by panel at every use. Parallel over panels; no scratch.
 #include "quantize.h"
-
+#include "quantize_linear_args.h"
 #include "team.h"
 
 namespace vf::VF_ISA {

@@ -7,6 +7,7 @@
 #include <xmmintrin.h>
 #endif
 
+#include "masks.h"
 #include "rows.h"
 #include "team.h"
 

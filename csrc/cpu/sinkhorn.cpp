@@ -5,6 +5,7 @@
 // The sweep that makes v also sums the rows with it: sum_i |u_i r_i - mu_i| is the error of the text marginals, and
 // mu / r the next u. So looking at the error costs nothing. The value needs no costs, they cancel:
 //   <C, T> + epsilon KL(T || mu nu^t) = epsilon sum_ij T_ij ln(T_ij e^(C_ij / epsilon) / (mu_i nu_j)).
+#include "sinkhorn_args.h"
 #include "transport.h"
 
 namespace vf::VF_ISA {

@@ -3,6 +3,7 @@
 // anywhere: strides by sample and by row.
 #pragma once
 #include "samples.h"
+#include "word_patch_args.h"
 
 namespace vf::VF_ISA {
 

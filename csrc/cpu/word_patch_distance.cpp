@@ -4,6 +4,7 @@
 // straight from the rows of the image: no packing, no transposition; C goes into the Transport.
 #include "ipot.h"
 #include "word_patch.h"
+#include "word_patch_distance_args.h"
 
 namespace vf::VF_ISA {
 

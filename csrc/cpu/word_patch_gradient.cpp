@@ -4,6 +4,7 @@
 //
 // and the same for the image. W_ij = T_ij / |p_j| is the left operand of the sums, raw rows are the right one.
 #include "word_patch.h"
+#include "word_patch_gradient_args.h"
 
 namespace vf::VF_ISA {
 

@@ -1,5 +1,5 @@
 // ipot: plan [B, M, N] from cost [B, M, N], one thread block a pair. The method is in transport.cuh.
-#include "kernels.h"
+#include "ipot.h"
 #include "transport.cuh"
 
 namespace vf {
@@ -34,24 +34,6 @@ int cuda_ipot(CudaPairs pairs, const float* cost, float* plan, double beta, int 
   const double step = 1.4426950408889634 / beta;
   auto* chosen = pairs.M <= 5 * WARPS ? &run<5> : &run<8>;
   return chosen(pairs, cost, plan, step, iterations, inner, stream);
-}
-
-int cuda_devices(int* count) { return cudaGetDeviceCount(count); }
-
-std::string cuda_message(int error) {
-  const auto code = static_cast<cudaError_t>(error);
-  std::string text = std::string("CUDA: ") + cudaGetErrorString(code) + ". ";
-  switch (code) {
-    case cudaErrorInsufficientDriver:
-      return text + "There is no NVIDIA driver, or one older than this build needs: install or update it, or use another backend.";
-    case cudaErrorNoDevice:
-      return text + "No GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES.";
-    case cudaErrorNoKernelImageForDevice:
-    case cudaErrorUnsupportedPtxVersion:
-      return text + "This build has no code for this GPU: rebuild with VILT_FAST_CUDA_ARCHS set to its compute capability, e.g. \"90\".";
-    default:
-      return text + "Set CUDA_LAUNCH_BLOCKING=1 to find the call.";
-  }
 }
 
 }  // namespace vf

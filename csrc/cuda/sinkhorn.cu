@@ -5,7 +5,7 @@
 //   <C, T> + epsilon KL(T || mu nu^t) = epsilon sum_ij T_ij (log u_i/mu_i + log v_j/nu_j)
 //
 // A pair stops as soon as its own error has reached the tolerance: the block decides for itself.
-#include "kernels.h"
+#include "sinkhorn.h"
 #include "transport.cuh"
 
 namespace vf {

@@ -12,7 +12,7 @@
 #include <cuda_pipeline_primitives.h>
 #include <mma.h>
 
-#include "kernels.h"
+#include "word_patch_distance.h"
 #include "transport.cuh"
 
 namespace vf {

@@ -34,7 +34,6 @@ from vilt_fast.ops import registry
 from vilt_fast.testing import opcheck, poisoned, sliced, strided
 
 HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parents[1] / "csrc" / "cuda"
 SMALL = dict(texts=(9, 1, 4, 0), images=(17, 3, 20, 5))
 SHARED = 232448  # bytes a block can have on sm_90
 

@@ -1,0 +1,49 @@
+#include <pybind11/stl.h>
+
+#include "../binding.h"
+#include "encoder_args.h"
+
+namespace vf {
+
+static void encoder(Address x, Address out, Address hidden, int64_t N, int64_t D, int layers, const std::vector<Address>& params,
+             const std::vector<std::string>& param_dtypes, int64_t n_inner, int H, const std::vector<float>& eps, Address cu_seqlens,
+             Address seqused_k, int B, const std::string& compute, int num_threads) {
+  EncoderArgs a{};
+  a.x = pointer<float>(x), a.out = pointer<float>(out), a.hidden = pointer<float>(hidden);
+  a.N = N, a.D = D, a.inner = n_inner, a.layers = layers, a.H = H, a.B = B;
+  a.cu_seqlens = pointer<int32_t>(cu_seqlens), a.seqused_k = pointer<int32_t>(seqused_k);
+  a.compute = compute_of(compute), a.threads = threads_of(num_threads);
+  require(N >= 0 && D >= 1 && n_inner >= 1 && layers >= 0 && H >= 1 && B >= 0, "encoder: a size is out of range");
+  require(D % H == 0 && D / H <= 256, "encoder needs D divisible by H and a head dimension of at most 256");
+  const size_t count = static_cast<size_t>(layers) * kLayerParams;
+  require(params.size() == count && param_dtypes.size() == count, "encoder needs 16 params and param_dtypes per layer");
+  require(eps.size() == 2 * static_cast<size_t>(layers), "encoder needs 2 eps per layer");
+  check_offsets(a.cu_seqlens, B, "cu_seqlens must start at 0 and not decrease");
+  require(a.cu_seqlens[B] == N, "cu_seqlens must end at N");
+  for (int b = 0; a.seqused_k && b < B; ++b)
+    require(a.seqused_k[b] >= 0 && a.seqused_k[b] <= a.cu_seqlens[b + 1] - a.cu_seqlens[b],
+            "seqused_k must lie between 0 and the sample's rows");
+  std::vector<Param> list(count);
+  for (size_t i = 0; i < count; ++i) {
+    const size_t slot = i % kLayerParams;
+    const bool matrix = slot % 2 == 0 && slot != 0 && slot != 10;
+    list[i] = param(params[i], param_dtypes[i], "param_dtypes", matrix);
+    if (!matrix) continue;
+    require(list[i].data != nullptr, "encoder: a weight matrix is missing");
+    check_weight(a.compute, list[i].dtype, slot == 14 ? n_inner : D);
+  }
+  a.params = list.data(), a.eps = eps.data();
+  call(kernels().encoder, a);
+}
+
+void bind_encoder(py::module_& m) {
+  using py::arg;
+  m.def("encoder", &encoder, arg("x"), arg("out"), arg("hidden"), arg("N"), arg("D"), arg("layers"), arg("params"), arg("param_dtypes"),
+        arg("n_inner"), arg("H"), arg("eps"), arg("cu_seqlens"), arg("seqused_k"), arg("B"), arg("compute"), arg("num_threads"),
+        "The stack of pre-norm blocks on packed rows: x f32 [N, D] (read only) -> out f32 [N, D], the residual stream after the last layer (no final\n"
+        "norm); hidden 0 or f32 [layers, N, D], the stream after each layer. params and param_dtypes: 16 per layer, ln1.w ln1.b q.w q.b k.w k.b v.w\n"
+        "v.b o.w o.b ln2.w ln2.b fc1.w fc1.b fc2.w fc2.b (a missing bias is 0); eps: 2 per layer. cu_seqlens int32 [B+1]; seqused_k int32 [B] or 0.\n"
+        "compute 'int8': the six matrices are q8 blobs. Residual and norms are f32 throughout.");
+}
+
+}  // namespace vf

@@ -1,0 +1,26 @@
+#include "../binding.h"
+#include "linear_args.h"
+
+namespace vf {
+
+static void linear(Address x, const std::string& x_dtype, Address w, const std::string& w_dtype, Address bias, const std::string& bias_dtype,
+            Address out, const std::string& out_dtype, int64_t M, int64_t N, int64_t K, int64_t ldx, int64_t ldo, bool gelu,
+            const std::string& compute, int num_threads) {
+  LinearArgs a{param(x, x_dtype, "x_dtype"), param(w, w_dtype, "w_dtype", true), param(bias, bias_dtype, "bias_dtype"),
+                   pointer<void>(out), dtype_of(out_dtype, "out_dtype"), M, N, K, ldx, ldo, gelu, compute_of(compute),
+                   threads_of(num_threads)};
+  require(M >= 0 && N >= 0 && K >= 1 && ldx >= K && ldo >= N, "linear needs M, N >= 0, K >= 1, ldx >= K and ldo >= N");
+  check_weight(a.compute, a.w.dtype, K);
+  const auto kernel = kernels().linear;
+  if (M && N) call(kernel, a);
+}
+
+void bind_linear(py::module_& m) {
+  using py::arg;
+  m.def("linear", &linear, arg("x"), arg("x_dtype"), arg("w"), arg("w_dtype"), arg("bias"), arg("bias_dtype"), arg("out"), arg("out_dtype"),
+        arg("M"), arg("N"), arg("K"), arg("ldx"), arg("ldo"), arg("gelu"), arg("compute"), arg("num_threads"),
+        "out[M, N] = act(x[M, K] w[N, K]^T + bias[N]); act is exact (erf) GELU if gelu. Row strides ldx, ldo; w is contiguous; bias may be 0.\n"
+        "compute 'int8' takes w_dtype 'q8' and quantises x per row; x and out may be f32 or bf16 with any compute.");
+}
+
+}  // namespace vf
