@@ -13,29 +13,16 @@ Backward, with xhat = (s - mean) rstd and g = dy weight:
     dweight = sum_rows dy xhat;  dbias = sum_rows dy
 A program takes a run of rows and leaves its share of both sums in [2, programs, D] float32; adding the shares is a
 second, small pass in a fixed order. No atomics: equal runs give equal bits.
-
-Dropout draws four Philox words for four neighbouring elements from (seed, column / 4, row), whatever the tile, so that
-the backward, or a recomputed forward, drops the same elements. The seed is read on the device.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import _aot, _device
+from . import _aot, _device, _tiles
 
 MAX_WIDTH = 8192
 _GROUPS = 256
-
-
-@triton.jit
-def _kept(seed, rows, dropout_p, BLOCK_D: tl.constexpr):
-    """bool [rows, BLOCK_D]: which elements dropout keeps."""
-    quads = tl.arange(0, BLOCK_D // 4)[None, :]
-    none = rows[:, None] * 0 + quads * 0
-    a, b, c, d = tl.philox(tl.load(seed), quads + none, rows[:, None] + none, none, none)
-    words = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.uint_to_uniform_float(tl.reshape(words, (rows.shape[0], BLOCK_D))) >= dropout_p
 
 
 @triton.jit
@@ -49,7 +36,7 @@ def _add_layer_norm_fwd_kernel(
     wide = rows.to(tl.int64)[:, None]
     s = tl.load(x + wide * stride_x + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     if seed is not None:
-        s = tl.where(_kept(seed, rows, dropout_p, BLOCK_D), s / (1.0 - dropout_p), 0.0)
+        s = _tiles.dropout(s, seed, rows, 0, dropout_p)
     s += tl.load(residual + wide * stride_r + cols[None, :], mask=inside, other=0.0).to(tl.float32)
     rounded = s.to(s_out.dtype.element_ty)
     tl.store(s_out + wide * D + cols[None, :], rounded, mask=inside)
@@ -102,7 +89,7 @@ def _add_layer_norm_bwd_kernel(
         if dresidual is not None:
             tl.store(dresidual + at, d.to(dresidual.dtype.element_ty), mask=inside)
         if seed is not None:
-            d = tl.where(_kept(seed, rows, dropout_p, BLOCK_D), d / (1.0 - dropout_p), 0.0)
+            d = _tiles.dropout(d, seed, rows, 0, dropout_p)
         if dx is not None:
             tl.store(dx + at, d.to(dx.dtype.element_ty), mask=inside)
     if sums is not None:
@@ -127,27 +114,18 @@ def _config(N, D):
     return dict(ROWS=rows, BLOCK_D=block, num_warps=min(16, max(1, rows * block // (256 if rows == 1 else 512))))
 
 
-def _rows(tensor):
-    tensor = tensor.reshape(-1, tensor.shape[-1])
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
-def _plain(*tensors):
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
-
-
 def add_layer_norm_fwd(*, x, residual, weight, bias, eps, dropout_p, seed, keep):
     D = x.shape[-1]
     s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     y = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if s.numel():
-        x, residual = _rows(x), _rows(residual)
+        x, residual = _tiles.rows(x), _tiles.rows(residual)
         N = x.shape[0]
         config = _config(N, D)
         with _device.on(x):
             _add_layer_norm_fwd_kernel[(triton.cdiv(N, config["ROWS"]),)](
-                x, residual, *_plain(weight, bias), seed if dropout_p > 0 else None, s, y, mean, rstd, N, D,
+                x, residual, *_tiles.dense(weight, bias), seed if dropout_p > 0 else None, s, y, mean, rstd, N, D,
                 x.stride(0), residual.stride(0), eps, dropout_p, **config,
             )  # fmt: skip
     return (s, y), (mean, rstd) if keep else ()
@@ -171,7 +149,7 @@ def add_layer_norm_bwd(
             sums = s.new_empty(2, groups, D, dtype=torch.float32)
         with _device.on(s):
             _add_layer_norm_bwd_kernel[(groups,)](
-                *_plain(grad_s, grad_y, s), mean, rstd, *_plain(weight), seed if dropped else None, dresidual, dx, sums,
+                *_tiles.dense(grad_s, grad_y, s), mean, rstd, *_tiles.dense(weight), seed if dropped else None, dresidual, dx, sums,
                 N, D, rows_each, dropout_p, **config,
             )  # fmt: skip
     parameters = [None, None]

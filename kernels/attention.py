@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from . import _aot, _device
+from ._tiles import dense, kept
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -90,14 +91,6 @@ def sight(start_k, sample, rows, block, BLOCK_M: tl.constexpr, used):
         return limit, all_see, some_see
     else:
         return used, used, used
-
-
-@triton.jit
-def kept(seed, drop_below, rows, keys, head):
-    """Which probabilities survive; rows (of the packed queries) and keys broadcast to the shape of the tile."""
-    zero = (rows + keys) * 0
-    bits, _, _, _ = tl.philox(tl.load(seed), keys + zero, rows + zero, zero + head, zero)
-    return (bits >> 8).to(tl.int32) >= drop_below
 
 
 @triton.jit
@@ -285,10 +278,6 @@ def _forward_config(arch, itemsize, width, max_seqlen_q, max_seqlen_k, pairs, mu
 def in_place(tensor, longest):
     """The tensor itself if the kernels can read it as it lies: dense in d, 32 bits for the rows of a sample."""
     return tensor if tensor.stride(-1) == 1 and (longest + 512) * tensor.stride(0) < 2**31 else tensor.contiguous()
-
-
-def dense(*tensors):
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def dropout(p):

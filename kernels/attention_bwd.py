@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 
 from . import _aot, _device
+from ._tiles import dense, kept
 from .attention import (
     LOG2E,
     aot_case,
     at,
     bounds_and_numbers,
-    dense,
     in_place,
-    kept,
     keys_of,
     masked_scores,
     options,

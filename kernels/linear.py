@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import _aot, _device
+from . import _aot, _device, _tiles
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
@@ -38,11 +38,6 @@ def _tile_place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     first = (tile // width) * GROUP
     size = tl.minimum(tiles_m - first, GROUP)
     return first + (tile % width) % size, (tile % width) // size
-
-
-@triton.jit
-def _halves(acc):
-    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -80,7 +75,7 @@ def _finish(acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU
 def _finish_halves(
     acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    left, right = _halves(acc)
+    left, right = _tiles.halves(acc)
     _finish(left, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
     _finish(right, m0, n0 + acc.shape[1] // 2, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
 
@@ -114,7 +109,7 @@ def _linear_fwd_kernel(
                     b = tl.load(w_at + k, mask=ks[:, None] < K - k, other=0.0)
                 acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if PARTS == 4:
-            left, right = _halves(acc)
+            left, right = _tiles.halves(acc)
             half: tl.constexpr = BLOCK_N // 2
             _finish_halves(left, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
             _finish_halves(right, m0, n0 + half, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
@@ -195,12 +190,6 @@ def supports(*, device=None, dtype=None, residual_dtype=None, requires_grad=Fals
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _rows(tensor):
-    """[rows, columns], columns dense."""
-    tensor = tensor.reshape(-1, tensor.shape[-1])
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
 def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, None), kind=None, config=None):
     """(out, pre): out = act(x W^T + b) + residual, pre = x W^T + b in the dtype of x where ``save``, else empty [0].
 
@@ -208,13 +197,13 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
     tests and benchmarks.
     """
     shape = (*x.shape[:-1], weight.shape[0])
-    x, weight = _rows(x), _rows(weight)
+    x, weight = _tiles.rows(x), _tiles.rows(weight)
     (M, K), N = x.shape, weight.shape[0]
     out = x.new_empty(M, N, dtype=out_dtype)
     pre = x.new_empty(M, N) if save else None
     if out.numel():
         bias = None if bias is None else bias.contiguous()
-        residual = None if residual is None else _rows(residual)
+        residual = None if residual is None else _tiles.rows(residual)
         kind = kind or _kind(x, weight)
         arch = _device.arch(x)
         config = dict(config or _config(kind, M, N, arch=arch, residual=residual is not None))

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _aot, _device
+from . import _aot, _device, _tiles
 
 _ALIVE = 1 << 24  # elements of e alive at once
 _MAX_CHUNK = 8192
@@ -274,14 +274,6 @@ def _chosen(what, x):
     return _config(what, x.dtype == torch.float32, len(x), _device.arch(x))
 
 
-def _rows(tensor):
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
-def _plain(tensor):
-    return None if tensor is None else tensor.contiguous()
-
-
 def linear_cross_entropy_fwd(*, x, weight, bias, labels, ignore_index, keep):
     """Losses [R] float32, 0 where ignored; kept are lse and the labelled rows, both zero past their count."""
     R, D = x.shape
@@ -289,7 +281,7 @@ def linear_cross_entropy_fwd(*, x, weight, bias, labels, ignore_index, keep):
     losses, picked = (x.new_empty(R, dtype=torch.float32) for _ in range(2))
     kept, lse = x.new_zeros(R, dtype=torch.int32), x.new_zeros(R, dtype=torch.float32)  # zero past `count`
     count = x.new_empty(1, dtype=torch.int32)
-    x, weight, bias, labels = _rows(x), _rows(weight), _plain(bias), labels.contiguous()
+    x, weight, (bias, labels) = _tiles.rows(x), _tiles.rows(weight), _tiles.dense(bias, labels)
     config = _chosen("logits", x)
     tiles = triton.cdiv(V, config["BLOCK_N"])
     maxima, sums = x.new_empty(tiles, R, dtype=torch.float32), x.new_empty(tiles, R, dtype=torch.float32)
@@ -321,7 +313,7 @@ def linear_cross_entropy_bwd(*, needs, grad_losses, x, weight, bias, labels, lse
     dbias = weight.new_empty(V if needs_bias else 0)
     if not R:
         return (dx, dweight.zero_(), dbias.zero_()), ()
-    x, weight, bias, labels, grad = _rows(x), _rows(weight), _plain(bias), labels.contiguous(), grad.contiguous()
+    x, weight, (bias, labels, grad) = _tiles.rows(x), _tiles.rows(weight), _tiles.dense(bias, labels, grad)
     chunk = _chunk(R, V)
     e, scale = x.new_empty(R, chunk), x.new_empty(1, dtype=torch.float32)
     splits = min(max(_ALIVE // (R * D), 1), _SPLITS)

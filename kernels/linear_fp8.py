@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _aot, _device, linear
+from . import _aot, _device, _tiles, linear
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
 _ROWS, _COLUMNS = 4, 1024
@@ -61,7 +61,7 @@ def quantize_fp8_fwd(*, x, keep):
 
 def quantize(x):
     """(q [..., K] float8_e4m3fn, scale [...] float32)."""
-    rows = linear._rows(x)
+    rows = _tiles.rows(x)
     M, K = rows.shape
     q = x.new_empty(M, K, dtype=torch.float8_e4m3fn)
     scale = x.new_empty(M, dtype=torch.float32)

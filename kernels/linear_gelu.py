@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from . import _aot, _device, linear
+from .linear import SQRT_HALF
 
-SQRT_HALF = tl.constexpr(0.7071067811865476)
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _BACKWARD, _GROUPS = dict(BLOCK_M=8, BLOCK_N=256, num_warps=4), 128
 

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _aot, _device
+from . import _aot, _device, _tiles
 
 # --- device side ------------------------------------------------------------------------------------------------------
 
@@ -57,24 +57,12 @@ def load_patches(
 
 
 @triton.jit
-def kept(seed, rows, cols, D, p):
-    """Dropout factors 0 or 1/(1-p) of elements (row, column) of the packed buffer."""
-    uniform = tl.rand(tl.load(seed), rows[:, None].to(tl.int64) * D + cols[None, :])
-    return tl.where(uniform >= p, 1 / (1 - p), 0.0)
-
-
-@triton.jit
-def _halves(x):
-    """The left and the right half of the columns."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _finish_patches(
-    x, i, cols, bias, position, modality, rows, sample, pos_index, pos_weight, modality_index, seed, out, n, D, p,
+    x, i, first, bias, position, modality, rows, sample, pos_index, pos_weight, modality_index, seed, out, n, D, p,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Adds all that a patch row is besides its projection x (float32), and writes it."""
+    """Adds all that a patch row is besides its projection x (float32, from column `first` on), and writes it."""
+    cols = first + tl.arange(0, x.shape[1])
     live, real = i < n, cols < D
     mask = live[:, None] & real[None, :]
     if HAS_BIAS:
@@ -85,7 +73,7 @@ def _finish_patches(
         x += share[:, None] * tl.load(position + at[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
     to = tl.load(rows + i, mask=live, other=0)
     if DROPOUT:
-        x *= kept(seed, to, cols, D, p)
+        x = _tiles.dropout(x, seed, to, first, p)
     if modality is not None:
         kind = tl.load(modality_index + tl.load(sample + i, mask=live, other=0), mask=live, other=0)
         x += tl.load(modality + kind[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
@@ -123,13 +111,12 @@ def _patch_embed_fwd_kernel(
         x = tl.dot(a, w, x, input_precision=PRECISION)
     if SPLITS == 1:
         # In four column slices: the gathers of a whole tile at once would not fit in registers.
-        left, right = _halves(x)
-        slices = _halves(left) + _halves(right)
+        left, right = _tiles.halves(x)
+        slices = _tiles.halves(left) + _tiles.halves(right)
         for s in tl.static_range(4):
-            cols = tl.program_id(0) * BLOCK_N + s * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
             _finish_patches(
-                slices[s], i, cols, bias, position, modality, rows, sample, pos_index, pos_weight, modality_index, seed,
-                out, n, D, p, HAS_BIAS, DROPOUT,
+                slices[s], i, tl.program_id(0) * BLOCK_N + s * (BLOCK_N // 4), bias, position, modality, rows, sample,
+                pos_index, pos_weight, modality_index, seed, out, n, D, p, HAS_BIAS, DROPOUT,
             )  # fmt: skip
     else:
         # A wide address for the tile, narrow ones within it: 64 bits for every element would not fit in registers.
@@ -146,7 +133,8 @@ def _patch_embed_rows_kernel(
 ):  # fmt: skip
     """Row blocks: first text, then [CLS], then (only launched with SPLITS > 1) patches from their partial sums."""
     block, text_blocks, cls_blocks = tl.program_id(0), tl.cdiv(n_text, BLOCK_M), tl.cdiv(B, BLOCK_M)
-    lanes, cols = tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lanes, first = tl.arange(0, BLOCK_M), tl.program_id(1) * BLOCK_N
+    cols = first + tl.arange(0, BLOCK_N)
     real = cols < D
     if block < text_blocks:
         if text is not None:
@@ -163,7 +151,7 @@ def _patch_embed_rows_kernel(
         to = tl.load(cls_rows + i, mask=i < B, other=0)
         x = x + tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if DROPOUT:
-            x = x * kept(seed, to, cols, D, p)
+            x = _tiles.dropout(x, seed, to, first, p)
         if modality is not None:
             kind = tl.load(modality_index + i, mask=i < B, other=0)
             x = x + tl.load(modality + kind[:, None] * D + cols[None, :], mask=mask, other=0).to(tl.float32)
@@ -176,7 +164,7 @@ def _patch_embed_rows_kernel(
             at = (i.to(tl.int64) + split * n)[:, None] * D + cols[None, :]
             x += tl.load(partial + at, mask=mask, other=0)
         _finish_patches(
-            x, i, cols, bias, position, modality, rows, sample, pos_index, pos_weight, modality_index, seed, out, n, D,
+            x, i, first, bias, position, modality, rows, sample, pos_index, pos_weight, modality_index, seed, out, n, D,
             p, HAS_BIAS, DROPOUT,
         )  # fmt: skip
 
@@ -223,10 +211,6 @@ def geometry(pixels, weight):
     return (pixels.shape[2] // ph, pixels.shape[3] // pw, *pixels.stride()), dict(K=channels * ph * pw, PH=ph, PW=pw)
 
 
-def dense(*tensors):
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
 def patch_embed_fwd(
     *, pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows, patch_sample,
     pos_index, pos_weight, cls_rows, modality_index, total_rows, dropout_p, out_dtype, pixel_scale, pixel_shift, seed,
@@ -236,11 +220,11 @@ def patch_embed_fwd(
     width = weight.shape[0]
     make = torch.empty if n + n_text + images == total_rows else torch.zeros
     out = make(total_rows, width, dtype=out_dtype, device=weight.device)
-    weight, text, text_rows, position, modality, cls_token = dense(
-        weight, text, text_rows, position, modality, cls_token
-    )
-    places = dense(patch_rows, patch_sample, pos_index, pos_weight, modality_index)
-    epilogue = (None if bias is None else bias.contiguous(), position, modality, *places, seed, out)
+    weight, text, cls_token, text_rows, patch_source, cls_rows, *epilogue = _tiles.dense(
+        weight, text, cls_token, text_rows, patch_source, cls_rows, bias, position, modality, patch_rows, patch_sample,
+        pos_index, pos_weight, modality_index,
+    )  # fmt: skip
+    epilogue += (seed, out)
     flags = dict(HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0)
     arch = _device.arch(weight)
     config = fwd_config(n, weight.dtype, small(arch))
@@ -252,7 +236,7 @@ def patch_embed_fwd(
         grid = (triton.cdiv(width, config["BLOCK_N"]), triton.cdiv(n, config["BLOCK_M"]), splits)
         with _device.on(weight):
             _patch_embed_fwd_kernel[grid](
-                pixels, weight, pixel_scale, pixel_shift, patch_source.contiguous(), *epilogue, partial, n, *strides,
+                pixels, weight, pixel_scale, pixel_shift, patch_source, *epilogue, partial, n, *strides,
                 dropout_p, D=width, **patch, **flags, NORMALIZE=pixel_scale is not None,
                 PRECISION=_device.precision(arch), **config,
             )  # fmt: skip
@@ -260,7 +244,7 @@ def patch_embed_fwd(
     if blocks and width:
         with _device.on(weight):
             _patch_embed_rows_kernel[blocks, triton.cdiv(width, ROWS["BLOCK_N"])](
-                text, text_rows, cls_token, cls_rows.contiguous(), *epilogue, partial, n_text, images, n,
+                text, text_rows, cls_token, cls_rows, *epilogue, partial, n_text, images, n,
                 dropout_p, D=width, **flags, SPLITS=splits, **ROWS,
             )  # fmt: skip
     return (out,), ()

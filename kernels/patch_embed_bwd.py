@@ -14,8 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _device
-from .patch_embed import BATCHES, ROWS, aot_case, aot_targets, dense, geometry, kept, load_patches, patch_starts, small
+from . import _device, _tiles
+from .patch_embed import BATCHES, ROWS, aot_case, aot_targets, geometry, load_patches, patch_starts, small
 from .patch_embed import supports as supports
 
 # --- device side ------------------------------------------------------------------------------------------------------
@@ -26,11 +26,12 @@ def _patch_embed_bwd_dropout_kernel(
     grad, masked, patch_rows, cls_rows, seed, n, B, p, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(1) * BLOCK_N
+    cols = first + tl.arange(0, BLOCK_N)
     row = tl.load(patch_rows + j, mask=j < n, other=0) + tl.load(cls_rows + j - n, mask=(j >= n) & (j < n + B), other=0)
     mask = (j < n + B)[:, None] & (cols < D)[None, :]
     at = row[:, None] * D + cols[None, :]
-    g = tl.load(grad + at, mask=mask, other=0).to(tl.float32) * kept(seed, row, cols, D, p)
+    g = _tiles.dropout(tl.load(grad + at, mask=mask, other=0).to(tl.float32), seed, row, first, p)
     tl.store(masked + at, g.to(masked.dtype.element_ty), mask=mask)
 
 
@@ -127,9 +128,8 @@ def patch_embed_bwd(
 ):  # fmt: skip
     grad = grad_rows
     n, images, width, arch = len(patch_rows), len(cls_rows), weight.shape[0], _device.arch(grad)
-    grad = grad.contiguous()
-    patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index = dense(
-        patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index
+    grad, patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index = _tiles.dense(
+        grad, patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index
     )
     need_pixels, need_weight, need_bias, need_cls, need_position, need_modality, need_text = needs
     tables = [t.dtype for t in (weight, cls_token, position, modality) if t is not None]

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _aot, _device
+from . import _aot, _device, _tiles
 
 # --- device side ------------------------------------------------------------------------------------------------------
 
@@ -45,12 +45,6 @@ def _normalized_row(i, words, ids, position, position_ids, token_type, token_typ
 
 
 @triton.jit
-def _kept(seed, i, cols, D, p):
-    """Dropout factors 0 or 1/(1-p) of row i."""
-    return tl.where(tl.rand(tl.load(seed), tl.cast(i, tl.int64) * D + cols) >= p, 1 / (1 - p), 0.0)
-
-
-@triton.jit
 def _text_embed_fwd_kernel(
     words, ids, position, position_ids, token_type, token_type_ids, ln_weight, ln_bias, modality, seed, out, eps, p,
     DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -63,7 +57,7 @@ def _text_embed_fwd_kernel(
     w = tl.load(ln_weight + cols, mask=real, other=0).to(tl.float32)
     y = xhat * w + tl.load(ln_bias + cols, mask=real, other=0).to(tl.float32)
     if DROPOUT:
-        y *= _kept(seed, i, cols, D, p)
+        y = _tiles.dropout(y, seed, i, 0, p)
     if modality is not None:
         y += tl.load(modality + cols, mask=real, other=0).to(tl.float32)
     tl.store(out + tl.cast(i, tl.int64) * D + cols, y.to(out.dtype.element_ty), mask=real)
@@ -88,7 +82,7 @@ def _text_embed_bwd_kernel(
         u = tl.load(grad + tl.cast(i, tl.int64) * D + cols, mask=real, other=0).to(tl.float32)
         d_modality += u
         if DROPOUT:
-            u *= _kept(seed, i, cols, D, p)
+            u = _tiles.dropout(u, seed, i, 0, p)
         d_weight += u * xhat
         d_bias += u
         u *= w
@@ -171,17 +165,13 @@ TABLE = dict(BLOCK_T=64, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2)
 
 def row_config(width):
     """One row a program, 8 to 16 columns a thread."""
-    block = triton.next_power_of_2(width)
+    block = max(4, triton.next_power_of_2(width))  # dropout draws for four at once
     return dict(BLOCK_D=block, num_warps=min(max(block // 256, 1), 32))
 
 
 def _inputs(input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type):
     words = word if inputs_embeds is None else inputs_embeds
-    types = None if token_type_ids is None else token_type_ids.contiguous()
-    ids = None if input_ids is None else input_ids.contiguous()
-    return (
-        words.contiguous(), ids, position.contiguous(), position_ids.contiguous(), token_type.contiguous(), types
-    )  # fmt: skip
+    return _tiles.dense(words, input_ids, position, position_ids, token_type, token_type_ids)
 
 
 def text_embed_fwd(
@@ -194,8 +184,7 @@ def text_embed_fwd(
         rows = _inputs(input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type)
         with _device.on(out):
             _text_embed_fwd_kernel[(n,)](
-                *rows, ln_weight.contiguous(), ln_bias.contiguous(),
-                None if modality is None else modality.contiguous(), seed, out, eps, dropout_p,
+                *rows, *_tiles.dense(ln_weight, ln_bias, modality), seed, out, eps, dropout_p,
                 D=width, DROPOUT=dropout_p > 0, **row_config(width),
             )  # fmt: skip
     return (out,), ()
