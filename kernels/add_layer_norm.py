@@ -149,8 +149,8 @@ def add_layer_norm_bwd(
             sums = s.new_empty(2, groups, D, dtype=torch.float32)
         with _device.on(s):
             _add_layer_norm_bwd_kernel[(groups,)](
-                *_tiles.dense(grad_s, grad_y, s), mean, rstd, *_tiles.dense(weight), seed if dropped else None, dresidual, dx, sums,
-                N, D, rows_each, dropout_p, **config,
+                *_tiles.dense(grad_s, grad_y, s), mean, rstd, *_tiles.dense(weight), seed if dropped else None,
+                dresidual, dx, sums, N, D, rows_each, dropout_p, **config,
             )  # fmt: skip
     parameters = [None, None]
     if sums is not None:  # copies: outputs of an op must not share memory
