@@ -1,0 +1,123 @@
+"""`python -m benchmarks.host [--out FILE]`: microseconds that one op takes on the host, whatever computes it.
+
+Each op is called with a launcher that only makes its outputs, on inputs of ViLT's shapes at batch 1, without gradients:
+
+    direct    validation, choice of backend, launcher: what eager inference pays
+    library   the same behind torch.ops.vilt_fast, as with gradients, torch.compile or a transform
+    launcher  the launcher alone: what is subtracted in `overhead`
+"""
+
+import argparse
+import os
+import sys
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from vilt_fast import functional, testing
+from vilt_fast.commands import report
+from vilt_fast.ops import _define, registry
+
+from . import measure, run
+
+FIELDS = ("op", "way", "p20_us", "p50_us", "p80_us", "overhead_us", "load", "device", "versions", "commit", "date")
+BATCH = 200  # calls in a timed sample
+
+
+def calls():
+    """{op: call(backend)} at ViLT-B/32's shapes, batch 1, 384 x 384."""
+    tokens, width, inner, heads = 185, 768, 3072, 12
+    x, table = torch.randn(tokens, width), torch.randn(145, width)
+    q, k, v = (x.unflatten(1, (heads, -1)).contiguous() for _ in range(3))
+    offsets = testing.offsets([tokens])
+    weight, bias, norm = torch.randn(inner, width), torch.randn(inner), torch.ones(width)
+    ids = torch.zeros(40, dtype=torch.int64)
+    places = testing.packing_indices([40], [(12, 12)], canvas=(12, 12), table=(12, 12))
+    pixels, projection = torch.randn(1, 3, 384, 384), torch.randn(width, 3, 32, 32)
+    return {
+        "add_layer_norm": partial(functional.add_layer_norm, x, x, norm, norm, 1e-12),
+        "attention": partial(functional.attention, q, k, v, offsets, offsets, tokens, tokens),
+        "linear_gelu": partial(functional.linear_gelu, x, weight, bias),
+        "text_embed": partial(
+            functional.text_embed, ids, None, ids, ids, table, table, table, norm, norm, table, eps=1e-12
+        ),
+        "patch_embed": partial(
+            functional.patch_embed, pixels, projection, norm, norm, table, table, torch.randn(40, width), **places
+        ),
+    }
+
+
+@torch.no_grad()
+def rows(repeats):
+    """Rows without the columns of the machine."""
+    found = []
+    for name, call in calls().items():
+        op = _define.OPS[name]
+        slot = registry._SLOTS[name, "nothing"] = registry._Slot("")
+        result = []
+
+        def launch(*, keep, op=op, result=result, **arguments):
+            if not result:
+                result.append(op._fake(**arguments)[0])
+            return result[0], ()
+
+        given = {}
+
+        def noted(given=given, launch=launch, **arguments):
+            given.update(arguments)
+            return launch(**arguments)
+
+        slot.launcher = noted
+        call(backend="nothing")  # the first call is checked against the contract
+        slot.launcher = launch
+        direct = partial(call, backend="nothing")
+        ways = {
+            "direct": direct,
+            "library": partial(_through_library, direct),
+            "launcher": partial(launch, **given | {"keep": False}),
+        }
+        times = report.interleave({way: partial(_many, f) for way, f in ways.items()}, repeats, warmup=1)
+        times = {way: [t / BATCH * 1e6 for t in sorted(report.quantiles(v))] for way, v in times.items()}
+        alone = times["launcher"][1]
+        for way, (p20, p50, p80) in times.items():
+            found.append(dict(op=name, way=way, p20_us=p20, p50_us=p50, p80_us=p80, overhead_us=p50 - alone))
+        del registry._SLOTS[name, "nothing"]
+    return found
+
+
+def _through_library(call):
+    known, _define._KNOWN = _define._KNOWN, False
+    call()
+    _define._KNOWN = known
+
+
+def _many(call):
+    for _ in range(BATCH):
+        call()
+
+
+def main(argv=None):
+    """Time, write, show."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=run.RESULTS / "host.csv")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    common = {
+        "load": os.getloadavg()[0], "device": measure.device(), "versions": measure.versions(),
+        "commit": measure.commit(), "date": date.today().isoformat(),
+    }  # fmt: skip
+    found = [row | common for row in rows(arguments.repeats)]
+    run.write(arguments.out, found, FIELDS)
+    from rich.console import Console
+
+    lines = [(r["op"], r["way"], f"{r['p50_us']:.1f}", f"{r['overhead_us']:.1f}") for r in found]
+    table = report.rich_table("Host time of an op, microseconds", ("op", "way", "median", "overhead"), lines, 2)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
