@@ -88,6 +88,8 @@ def _linear_fwd_kernel(
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     scales = (x_scale, weight_scale)
+    # Hopper's tensor cores keep 13 bits or so of a sum of e4m3 products: after 128 it moves on to float32 registers.
+    INEXACT: tl.constexpr = 0 if x_scale is None else BLOCK_K if BLOCK_K < 128 else 128
     for tile in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=SPECIALIZE, warp_specialize=SPECIALIZE
     ):
@@ -96,7 +98,7 @@ def _linear_fwd_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if TMA:
             for k in range(0, K, BLOCK_K):
-                acc = tl.dot(x.load([m0, k]), weight.load([n0, k]).T, acc, input_precision=PRECISION)
+                acc = tl.dot(x.load([m0, k]), weight.load([n0, k]).T, acc, PRECISION, max_num_imprecise_acc=INEXACT)
         else:
             rows, cols, ks = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
             x_at = x + tl.where(rows < M, rows, 0).to(tl.int64)[:, None] * stride_xm + ks[None, :]
@@ -107,7 +109,7 @@ def _linear_fwd_kernel(
                 else:
                     a = tl.load(x_at + k, mask=ks[None, :] < K - k, other=0.0)
                     b = tl.load(w_at + k, mask=ks[:, None] < K - k, other=0.0)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                acc = tl.dot(a, b, acc, PRECISION, max_num_imprecise_acc=INEXACT)
         if PARTS == 4:
             left, right = _tiles.halves(acc)
             half: tl.constexpr = BLOCK_N // 2
