@@ -19,7 +19,6 @@ namespace vf::VF_ISA {
 
 constexpr int64_t kChunkRows = 896;
 constexpr int kPhases = 9;
-enum { LN1_W, LN1_B, Q_W, Q_B, K_W, K_B, V_W, V_B, O_W, O_B, LN2_W, LN2_B, FC1_W, FC1_B, FC2_W, FC2_B };
 
 struct Buffers {  // for the rows of one chunk
   uint32_t *normed, *hidden_units;
@@ -82,11 +81,12 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
   auto operand = [&](const void* rows, int64_t ldr, uint32_t* quantised, int64_t quantised_ld) {
     return kUnit == 4 ? Rows{quantised, quantised_ld, c.scale, c.offset} : Rows{(const uint32_t*)rows, ldr / kUnit, nullptr, nullptr};
   };
-  auto norm = [&](const float* x, Param w, Param b, float eps, int64_t r) {
+  auto norm = [&](const float* x, const Affine& p, float eps, int64_t r) {
     float* y = kUnit == 1 ? (float*)(c.normed + r * units) : row_buffer;
-    layer_norm(x, w, b, eps, D, y);
+    layer_norm(x, p.weight, p.bias, eps, D, y);
     if (kUnit != 1) to_units<T>(y, F32, D, c.normed + r * units, c.scale + r, c.offset + r);
   };
+  auto linear = [](const Affine& p, int64_t N, int64_t K) { return Weight{p.weight, p.bias, N, K}; };
   auto requantise = [&](const char* rows, int64_t ldr, int64_t K, uint32_t* out) {
     each_row(team, n, [&](int64_t r) {
       to_units<T>(rows + r * ldr * size, dtype, K, out + r * ceil_div(K, kUnit), c.scale + r, c.offset + r);
@@ -95,19 +95,18 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
   };
 
   for (int layer = 0; layer < a.layers; ++layer) {
-    const Param* p = a.params + layer * kLayerParams;
+    const Layer &p = a.layer[layer], &following = layer + 1 < a.layers ? a.layer[layer + 1] : p;
     float* copy = a.hidden ? a.hidden + ((int64_t)layer * a.N + base) * D : nullptr;
 
     each_row(team, n, [&](int64_t r) {
       if (layer == 0) memcpy(stream + r * D, a.x + (base + r) * D, (size_t)D * 4);
-      norm(stream + r * D, p[LN1_W], p[LN1_B], a.eps[2 * layer], r);
+      norm(stream + r * D, p.norm1, a.eps[2 * layer], r);
     });
     team.barrier();
 
-    const Weight qkv[3] = {{p[Q_W], p[Q_B], D, D}, {p[K_W], p[K_B], D, D}, {p[V_W], p[V_B], D, D}};
-    const Weight o{p[O_W], p[O_B], D, D}, fc1{p[FC1_W], p[FC1_B], a.inner, D}, fc2{p[FC2_W], p[FC2_B], D, a.inner};
-    const Param* following = layer + 1 < a.layers ? p + kLayerParams : p;
-    const Weight next_q{following[Q_W], following[Q_B], D, D};
+    const Weight qkv[3] = {linear(p.query, D, D), linear(p.key, D, D), linear(p.value, D, D)};
+    const Weight o = linear(p.out, D, D), fc1 = linear(p.fc1, a.inner, D), fc2 = linear(p.fc2, D, a.inner);
+    const Weight next_q = linear(following.query, D, D);
     const Store<Finish::kPlain> to_qkv[3] = {{c.wide, dtype, 3 * ld, nullptr},
                              {c.wide + ld * size, dtype, 3 * ld, nullptr},
                              {c.wide + 2 * ld * size, dtype, 3 * ld, nullptr}};
@@ -122,7 +121,7 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
     gemm<T>(team, operand(ctx, ld, c.normed, units), n, &o, &add, 1, &fc1, ws);
     team.barrier();
 
-    each_row(team, n, [&](int64_t r) { norm(stream + r * D, p[LN2_W], p[LN2_B], a.eps[2 * layer + 1], r); });
+    each_row(team, n, [&](int64_t r) { norm(stream + r * D, p.norm2, a.eps[2 * layer + 1], r); });
     team.barrier();
 
     const Store<Finish::kGelu> to_hidden{c.wide, dtype, ld_inner, nullptr};
@@ -136,7 +135,7 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
   }
 }
 
-// Cuts the samples into chunks of about `target` rows; bounds[i] is the first sample of chunk i. Returns their number.
+// Cuts the samples into at most `chunks` runs of about as many rows; bounds[i] is the first sample of run i. Returns their number.
 static int cut(const EncoderArgs& a, int64_t chunks, int* bounds) {
   int count = 0;
   bounds[0] = 0;

@@ -1,9 +1,16 @@
 #include <pybind11/stl.h>
 
+#include <iterator>
+
 #include "../binding.h"
 #include "encoder_args.h"
 
 namespace vf {
+
+// In the order of `params`, each a weight and a bias.
+constexpr Affine Layer::*kParts[] = {&Layer::norm1, &Layer::query, &Layer::key, &Layer::value,
+                                     &Layer::out,   &Layer::norm2, &Layer::fc1, &Layer::fc2};
+static_assert(sizeof(Layer) == std::size(kParts) * sizeof(Affine), "every part of a layer is listed");
 
 static void encoder(Address x, Address out, Address hidden, int64_t N, int64_t D, int layers, const std::vector<Address>& params,
              const std::vector<std::string>& param_dtypes, int64_t n_inner, int H, const std::vector<float>& eps, Address cu_seqlens,
@@ -15,7 +22,7 @@ static void encoder(Address x, Address out, Address hidden, int64_t N, int64_t D
   a.compute = compute_of(compute), a.threads = threads_of(num_threads);
   require(N >= 0 && D >= 1 && n_inner >= 1 && layers >= 0 && H >= 1 && B >= 0, "encoder: a size is out of range");
   require(D % H == 0 && D / H <= 256, "encoder needs D divisible by H and a head dimension of at most 256");
-  const size_t count = static_cast<size_t>(layers) * kLayerParams;
+  const size_t count = 2 * std::size(kParts) * static_cast<size_t>(layers);
   require(params.size() == count && param_dtypes.size() == count, "encoder needs 16 params and param_dtypes per layer");
   require(eps.size() == 2 * static_cast<size_t>(layers), "encoder needs 2 eps per layer");
   check_offsets(a.cu_seqlens, B, "cu_seqlens must start at 0 and not decrease");
@@ -23,16 +30,20 @@ static void encoder(Address x, Address out, Address hidden, int64_t N, int64_t D
   for (int b = 0; a.seqused_k && b < B; ++b)
     require(a.seqused_k[b] >= 0 && a.seqused_k[b] <= a.cu_seqlens[b + 1] - a.cu_seqlens[b],
             "seqused_k must lie between 0 and the sample's rows");
-  std::vector<Param> list(count);
-  for (size_t i = 0; i < count; ++i) {
-    const size_t slot = i % kLayerParams;
-    const bool matrix = slot % 2 == 0 && slot != 0 && slot != 10;
-    list[i] = param(params[i], param_dtypes[i], "param_dtypes", matrix);
-    if (!matrix) continue;
-    require(list[i].data != nullptr, "encoder: a weight matrix is missing");
-    check_weight(a.compute, list[i].dtype, slot == 14 ? n_inner : D);
-  }
-  a.params = list.data(), a.eps = eps.data();
+  std::vector<Layer> list(static_cast<size_t>(layers));
+  size_t at = 0;
+  for (Layer& layer : list)
+    for (Affine Layer::*const part : kParts) {
+      const bool matrix = part != &Layer::norm1 && part != &Layer::norm2;
+      Affine& p = layer.*part;
+      p.weight = param(params[at], param_dtypes[at], "param_dtypes", matrix);
+      p.bias = param(params[at + 1], param_dtypes[at + 1], "param_dtypes");
+      at += 2;
+      if (!matrix) continue;
+      require(p.weight.data != nullptr, "encoder: a weight matrix is missing");
+      check_weight(a.compute, p.weight.dtype, part == &Layer::fc2 ? n_inner : D);
+    }
+  a.layer = list.data(), a.eps = eps.data();
   call(kernels().encoder, a);
 }
 
