@@ -1,7 +1,7 @@
 // y[M, N] = x[M, K] W[N, K]^T with W a plain row-major Linear weight: packed as it is used, so never stale.
 //
 // Work item: (row block, panel of 64 output columns). For each block of K the panel of W is transposed into a
-// per-thread L2 buffer [K/u][64][u] (u = values per 32-bit unit; see vec.h), then all rows stream past it:
+// per-thread L2 buffer [K/u][64][u] (u = values per 32-bit unit; see units.h), then all rows stream past it:
 //
 //   tile   kTileRows x (kTileVecs vectors) accumulators in registers; x is broadcast one unit at a time from L1
 //   panel  at most kMaxUnits x 64 units = 64 KB, in L2; re-read once per tile of rows
@@ -21,7 +21,8 @@ constexpr int kPanel = 64;
 // Partial sums over 256 units keep the float32 rounding error at that of the BLAS libraries (one long sum has 1.6x
 // of it), and the smaller panel leaves L2 to the activations: no slower.
 constexpr int64_t kMaxUnits = 256;
-constexpr int64_t kMaxRows = 86 * kTileRows;  // rows per item: 516, whole tiles, so that rounding a block up never exceeds it
+// Rows per item: 516, whole tiles, so that rounding a block up never exceeds it.
+constexpr int64_t kMaxRows = 86 * kTileRows;
 constexpr int kTileCols = kTileVecs * kLanes;
 
 struct Rows {  // left operand: units, leading dimension in units; scale and offset per row for u8

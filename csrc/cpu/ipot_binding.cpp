@@ -5,8 +5,9 @@ namespace vf {
 
 static void ipot(Address cost, Address text_pad, Address image_pad, Address plan, int64_t B, int64_t M, int64_t N, double beta, int64_t iterations,
           int64_t inner, int num_threads) {
-  IpotArgs a{pointer<float>(cost), pointer<float>(plan), nullptr, masks_of(text_pad, image_pad, B, M, N), beta, iterations, inner,
-                 threads_of(num_threads)};
+  IpotArgs a{};
+  a.cost = pointer<float>(cost), a.plan = pointer<float>(plan), a.masks = masks_of(text_pad, image_pad, B, M, N);
+  a.beta = beta, a.iterations = iterations, a.inner = inner, a.threads = threads_of(num_threads);
   check_steps(beta, iterations, inner);
   std::vector<uint8_t> broken(static_cast<size_t>(B));
   a.broken = broken.data();

@@ -6,9 +6,11 @@ namespace vf {
 static void linear(Address x, const std::string& x_dtype, Address w, const std::string& w_dtype, Address bias, const std::string& bias_dtype,
             Address out, const std::string& out_dtype, int64_t M, int64_t N, int64_t K, int64_t ldx, int64_t ldo, bool gelu,
             const std::string& compute, int num_threads) {
-  LinearArgs a{param(x, x_dtype, "x_dtype"), param(w, w_dtype, "w_dtype", true), param(bias, bias_dtype, "bias_dtype"),
-                   pointer<void>(out), dtype_of(out_dtype, "out_dtype"), M, N, K, ldx, ldo, gelu, compute_of(compute),
-                   threads_of(num_threads)};
+  LinearArgs a{};
+  a.x = param(x, x_dtype, "x_dtype"), a.w = param(w, w_dtype, "w_dtype", true), a.bias = param(bias, bias_dtype, "bias_dtype");
+  a.out = pointer<void>(out), a.out_dtype = dtype_of(out_dtype, "out_dtype");
+  a.M = M, a.N = N, a.K = K, a.ldx = ldx, a.ldo = ldo, a.gelu = gelu;
+  a.compute = compute_of(compute), a.threads = threads_of(num_threads);
   require(M >= 0 && N >= 0 && K >= 1 && ldx >= K && ldo >= N, "linear needs M, N >= 0, K >= 1, ldx >= K and ldo >= N");
   check_weight(a.compute, a.w.dtype, K);
   const auto kernel = kernels().linear;

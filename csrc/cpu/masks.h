@@ -3,8 +3,9 @@
 
 namespace vf {
 
-struct Masks {  // which tokens and patches of each sample count; 1 where padded
-  const uint8_t *text_pad, *image_pad;  // [B, M], [B, N]
+// Which tokens and patches of each sample count.
+struct Masks {
+  const uint8_t *text_pad, *image_pad;  // [B, M], [B, N], 1 where padded
   int64_t B, M, N;
 };
 

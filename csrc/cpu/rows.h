@@ -8,7 +8,7 @@
 //   zero point, and one-sided rows (after GELU) keep all 8 bits. NaN or infinity anywhere makes the scale NaN.
 #pragma once
 #include "kernels.h"
-#include "vec.h"
+#include "units.h"
 
 namespace vf::VF_ISA {
 

@@ -7,8 +7,10 @@ namespace vf {
 static void word_patch_distance(const Strided& text, const Strided& image, const std::string& dtype, Address text_pad, Address image_pad,
                          Address distance, Address plan, int64_t B, int64_t M, int64_t N, int64_t D, double beta, int64_t iterations,
                          int64_t inner, int num_threads) {
-  const WordPatchArgs a{word_patch(text, image, dtype, text_pad, image_pad, B, M, N, D, num_threads), pointer<float>(distance),
-                            pointer<float>(plan), beta, iterations, inner};
+  WordPatchArgs a{};
+  a.in = word_patch(text, image, dtype, text_pad, image_pad, B, M, N, D, num_threads);
+  a.distance = pointer<float>(distance), a.plan = pointer<float>(plan);
+  a.beta = beta, a.iterations = iterations, a.inner = inner;
   check_steps(beta, iterations, inner);
   call(kernels().word_patch_distance, a);
 }

@@ -7,8 +7,10 @@ namespace vf {
 static void word_patch_gradient(const Strided& text, const Strided& image, const std::string& dtype, Address text_pad, Address image_pad,
                          Address grad, Address plan, Address text_grad, Address image_grad, int64_t B, int64_t M, int64_t N, int64_t D,
                          int num_threads) {
-  const WordPatchGradientArgs a{word_patch(text, image, dtype, text_pad, image_pad, B, M, N, D, num_threads), pointer<float>(grad),
-                                    pointer<float>(plan), param(text_grad, dtype, "dtype"), param(image_grad, dtype, "dtype")};
+  WordPatchGradientArgs a{};
+  a.in = word_patch(text, image, dtype, text_pad, image_pad, B, M, N, D, num_threads);
+  a.grad = pointer<float>(grad), a.plan = pointer<float>(plan);
+  a.text = param(text_grad, dtype, "dtype"), a.image = param(image_grad, dtype, "dtype");
   call(kernels().word_patch_gradient, a);
 }
 
