@@ -100,6 +100,11 @@ def test_within_budget(tiles, dtype, case):
     _check(_arguments(dtype, **CASES[case]))
 
 
+@pytest.mark.parametrize("absent", [("text", "text_rows"), ("modality", "modality_index")])
+def test_without_text_or_modality(tiles, absent):
+    _check(_arguments(torch.float32, chosen=3) | dict.fromkeys(absent))
+
+
 @pytest.mark.parametrize("layout", [strided, sliced])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_strides(dtype, layout):

@@ -63,6 +63,10 @@ def test_within_budget(dtype, options, deterministic):
         assert not got["gradient of word"][0].any()  # the padding row
 
 
+def test_without_modality():
+    _check(_arguments(torch.float32) | {"modality": None})
+
+
 def test_small_tiles(monkeypatch):
     # Several blocks of rows, of columns, of table rows and several splits, all ragged.
     monkeypatch.setattr(kernels, "WORD", dict(BLOCK_M=2, BLOCK_N=8, num_warps=1))

@@ -139,6 +139,31 @@ def test_cpp_within_budget(options, dtype, layout):
     assert_within_budget(got, plain, exact, what="patch_embed")
 
 
+ALONE = dict(text=None, text_rows=None)
+BARE = dict(modality=None, modality_index=None)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_images_without_text_or_modality(backend, dtype):
+    arguments = _arguments(dtype, chosen=3)
+    whole = functional.patch_embed(**arguments, backend=backend)
+    alone = functional.patch_embed(**arguments | ALONE, backend=backend)
+    image = torch.cat([arguments["patch_rows"], arguments["cls_rows"]])
+    assert torch.equal(alone[image], whole[image]) and not alone[arguments["text_rows"]].any()
+    zeros = arguments | {"modality": torch.zeros_like(arguments["modality"])}
+    bare = functional.patch_embed(**arguments | BARE, backend=backend)
+    assert torch.equal(bare, functional.patch_embed(**zeros, backend=backend))
+
+
+def test_text_and_modality_come_in_pairs():
+    arguments = _arguments(torch.float32)
+    for name in (*ALONE, *BARE):
+        with pytest.raises(ValueError, match="belong together; give both or neither"):
+            functional.patch_embed(**arguments | {name: None})
+
+
 @torch.no_grad()
 def test_second_image_and_output_dtype():
     arguments = _arguments(torch.float32)

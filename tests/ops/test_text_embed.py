@@ -51,6 +51,13 @@ def test_gradients(module):
     assert gradcheck(lambda x: functional.text_embed(None, x, places, None, *tables, eps=1e-3), [given])
 
 
+def test_without_modality_nothing_is_added(module):
+    *tables, modality = _tables(module)
+    ids = torch.tensor([3, 3, 7])
+    bare = functional.text_embed(ids, None, ids, None, *tables, None, eps=1e-6)
+    assert torch.equal(bare + modality[0], functional.text_embed(ids, None, ids, None, *tables, modality, eps=1e-6))
+
+
 def test_the_padding_row_gets_no_gradient(module):
     tables = _tables(module)
     ids = torch.tensor([0, 4, 0])
