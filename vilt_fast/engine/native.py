@@ -48,6 +48,9 @@ def why_not(block: Block) -> str:
     """Why the native encoder cannot take a block, or ""."""
     if reason := block.why_not_plain():
         return reason
+    attention, _ = block.sublayers
+    if reason := registry.why_unavailable("encoder", "cpp", head_dim=attention.out.in_features // attention.num_heads):
+        return reason.rstrip(".")
     parameters = layer_parameters(block)
     if not listeners.plain_parameters(parameters):
         return "its parameters are no ordinary tensors"

@@ -79,6 +79,31 @@ def same_device(op, **tensors):
             raise ValueError(f"{op}: {name} is on {device} but {given[0][0]} is on {given[0][1]}; move them together.")
 
 
+def offsets(op, name, cu_seqlens, rows):
+    """ValueError where values may be looked at, unless these are the offsets of samples that lie end to end."""
+    if not readable(cu_seqlens):
+        return
+    values = cu_seqlens.tolist()
+    # On a device rows may lie beyond the last sample: what is captured for a bucket of sizes has some to spare.
+    ends = values[-1] == rows if cu_seqlens.device.type == "cpu" else values[-1] <= rows
+    if values[0] != 0 or not ends or any(a > b for a, b in zip(values, values[1:], strict=False)):
+        raise ValueError(
+            f"{op}: {name} is {values}, expected to start at 0, not to decrease and to end at {rows} rows."
+        )
+
+
+def used(op, seqused_k, cu_seqlens):
+    """ValueError where values may be looked at, unless every sample has as many rows as are to be its keys."""
+    if seqused_k is None or not readable(seqused_k) or not readable(cu_seqlens):
+        return
+    starts = cu_seqlens.tolist()
+    for sample, (keys, start, end) in enumerate(zip(seqused_k.tolist(), starts, starts[1:], strict=False)):
+        if not 0 <= keys <= end - start:
+            raise ValueError(
+                f"{op}: seqused_k is {keys} for sample {sample}, expected 0 to {end - start}, the rows it has."
+            )
+
+
 def probability(op, dropout_p):
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability in [0, 1).")

@@ -22,12 +22,14 @@ as a small kernel. Everything else (autograd, torch.compile, export, transforms)
 
 import inspect
 import os
+import threading
 
 import torch
 from torch import Tensor
 
 from . import _check, registry
 
+_inside = threading.local()  #: `validated`: this thread is within a call whose arguments have been looked at
 OPS = {}  #: {name: Op} of all that have been imported
 
 
@@ -42,19 +44,22 @@ class Op:
         outputs, kept: names of what the fake returns. Kept tensors are there for the backward alone.
         differentiable: names of the arguments that have a gradient.
         differentiable_outputs: names of the outputs that have one; by default all.
+        validate: takes the arguments of the fake that it names and raises for what no launcher could be given. The
+            public function calls it before it chooses a backend; for calls of ``torch.ops`` it is called here.
         equal: {argument: other}: a gradient that a backward gives as None although it is needed is that of the other
             argument, or the incoming ``grad_<output>``.
     """
 
     def __init__(
         self, name, fake, fake_backward=None, *, outputs, kept=(), differentiable=(), differentiable_outputs=None,
-        equal=None, backward=None,
+        equal=None, backward=None, validate=None,
     ):  # fmt: skip
         OPS[name] = self
         self.name, self.outputs, self.kept = name, outputs, kept
         self.differentiable = differentiable
         self.arguments = tuple(n for n in inspect.signature(fake).parameters if n != "backend")
         self._equal = equal or {}
+        self._validate, self._checks = validate, tuple(inspect.signature(validate).parameters) if validate else ()
         self._fake = fake
         self._fake_backward, self._backward = fake_backward, backward
         self._told = "backend" in inspect.signature(fake).parameters
@@ -90,7 +95,14 @@ class Op:
             if backend not in self._seen or os.environ.get("VILT_FAST_CHECK") == "1":
                 self._check(backend, result, arguments, keep=False)
             return result[0]
-        results = self._op(*values, backend, keep)
+        if torch.compiler.is_compiling():
+            results = self._op(*values, backend, keep)
+        else:
+            _inside.validated = True
+            try:
+                results = self._op(*values, backend, keep)
+            finally:
+                _inside.validated = False
         return (results,) if isinstance(results, Tensor) else results[: len(self.outputs)]
 
     # --- behind torch.ops ---------------------------------------------------------------------------------------------
@@ -132,6 +144,10 @@ class Op:
 
     def _run(self, *values):
         arguments, backend, keep = self._named(values)
+        if backend in registry.PLAIN:
+            raise ValueError(f"{self.name}: {backend!r} is ordinary PyTorch; call vilt_fast.functional.{self.name}.")
+        if self._validate and not getattr(_inside, "validated", False):
+            self._validate(**{name: arguments[name] for name in self._checks})
         result = registry.launcher(self.name, backend)(**arguments, keep=keep)
         if (backend, keep) not in self._seen or os.environ.get("VILT_FAST_CHECK") == "1":
             self._check(backend, result, arguments, keep)

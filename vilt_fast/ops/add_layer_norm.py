@@ -41,10 +41,23 @@ def _fake_backward(
     ), ()
 
 
+def _validate(x, residual, weight, bias, dropout_p):
+    tensors = dict(x=x, residual=residual, weight=weight, bias=bias)
+    sizes = _check.shapes(_NAME, x=(x, "... D"), residual=(residual, "... D"), weight=(weight, "D"), bias=(bias, "D"))
+    if x.shape != residual.shape:
+        raise ValueError(
+            f"add_layer_norm: residual has shape {list(residual.shape)}, expected that of x, {list(x.shape)}."
+        )
+    _check.dtypes(_NAME, _check.FLOATS, **tensors)
+    _check.same_device(_NAME, **tensors)
+    _check.probability(_NAME, dropout_p)
+    return sizes
+
+
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("s", "y"), kept=("mean", "rstd"), differentiable=("x", "residual", "weight", "bias"),
-    equal={"x": "residual"},
+    equal={"x": "residual"}, validate=_validate,
 )  # fmt: skip
 
 
@@ -72,14 +85,7 @@ def add_layer_norm(
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """
     tensors = dict(x=x, residual=residual, weight=weight, bias=bias)
-    sizes = _check.shapes(_NAME, x=(x, "... D"), residual=(residual, "... D"), weight=(weight, "D"), bias=(bias, "D"))
-    if x.shape != residual.shape:
-        raise ValueError(
-            f"add_layer_norm: residual has shape {list(residual.shape)}, expected that of x, {list(x.shape)}."
-        )
-    _check.dtypes(_NAME, _check.FLOATS, **tensors)
-    _check.same_device(_NAME, **tensors)
-    _check.probability(_NAME, dropout_p)
+    sizes = _validate(**tensors, dropout_p=dropout_p)
     name = _OP.resolve(
         backend,
         Facts(

@@ -38,9 +38,37 @@ def _fake_backward(
     return tuple(t.new_empty(t.shape) for t in (q, k, v)), ()
 
 
+def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p):
+    sizes = _check.shapes(
+        "attention",
+        q=(q, "Nq H d"), k=(k, "Nk H d"), v=(v, "Nk H d"),
+        cu_seqlens_q=(cu_seqlens_q, "B+1"), cu_seqlens_k=(cu_seqlens_k, "B+1"),
+        seqused_k=(seqused_k, "B"), causal_start=(causal_start, "B"),
+    )  # fmt: skip
+    if sizes["B"] < 1:
+        raise ValueError("attention: cu_seqlens_q has one entry, so there is no sample; expected B + 1 >= 2 entries.")
+    if max(sizes["Nq"], sizes["Nk"]) >= 2**31:
+        raise ValueError(
+            f"attention: {max(sizes['Nq'], sizes['Nk'])} rows; int32 cu_seqlens reach 2^31 - 1: split the batch."
+        )
+    _check.dtypes("attention", _check.FLOATS, q=q)
+    _check.same_dtype("attention", q=q, k=k, v=v)
+    _check.dtypes(
+        "attention", (torch.int32,), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
+        causal_start=causal_start,
+    )  # fmt: skip
+    _check.same_device("attention", q=q, k=k, v=v)
+    _check.probability("attention", dropout_p)
+    _check.offsets("attention", "cu_seqlens_q", cu_seqlens_q, sizes["Nq"])
+    if cu_seqlens_k is not cu_seqlens_q or sizes["Nk"] != sizes["Nq"]:
+        _check.offsets("attention", "cu_seqlens_k", cu_seqlens_k, sizes["Nk"])
+    _check.used("attention", seqused_k, cu_seqlens_k)
+    return sizes
+
+
 _OP = Op(
     "attention", _fake, _fake_backward,
-    outputs=("out", "lse"), kept=("stats",), differentiable=("q", "k", "v"),
+    outputs=("out", "lse"), kept=("stats",), differentiable=("q", "k", "v"), validate=_validate,
 )  # fmt: skip
 
 
@@ -89,26 +117,7 @@ def attention(
     Source: Vaswani et al. 2017, eq. 1; argument names as in flash-attn.
     """
     q, k, v = _check.autocast(q, k, v)
-    sizes = _check.shapes(
-        "attention",
-        q=(q, "Nq H d"), k=(k, "Nk H d"), v=(v, "Nk H d"),
-        cu_seqlens_q=(cu_seqlens_q, "B+1"), cu_seqlens_k=(cu_seqlens_k, "B+1"),
-        seqused_k=(seqused_k, "B"), causal_start=(causal_start, "B"),
-    )  # fmt: skip
-    if sizes["B"] < 1:
-        raise ValueError("attention: cu_seqlens_q has one entry, so there is no sample; expected B + 1 >= 2 entries.")
-    if max(sizes["Nq"], sizes["Nk"]) >= 2**31:
-        raise ValueError(
-            f"attention: {max(sizes['Nq'], sizes['Nk'])} rows; int32 cu_seqlens reach 2^31 - 1: split the batch."
-        )
-    _check.dtypes("attention", _check.FLOATS, q=q)
-    _check.same_dtype("attention", q=q, k=k, v=v)
-    _check.dtypes(
-        "attention", (torch.int32,), cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
-        causal_start=causal_start,
-    )  # fmt: skip
-    _check.same_device("attention", q=q, k=k, v=v)
-    _check.probability("attention", dropout_p)
+    sizes = _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p)
     bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
     name = _OP.resolve(
         backend,

@@ -16,6 +16,7 @@ _LAYER = len(LayerParameters._fields)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts(registry.Facts):
     compute: str
+    head_dim: int
     blobs: bool = False  #: the weights are those of quantize_linear
     parameter_dtypes: frozenset = frozenset()  #: of all that are no blobs
     requires_grad: bool = False
@@ -28,7 +29,58 @@ def _fake(
     return (x.new_empty(len(parameters) // _LAYER, *x.shape) if return_hidden else x.new_empty(x.shape),), ()
 
 
-_OP = Op("encoder", _fake, outputs=("stream",))
+def _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute):
+    sizes = _check.shapes("encoder", x=(x, "N D"), cu_seqlens=(cu_seqlens, "B+1"), seqused_k=(seqused_k, "B"))
+    if sizes["B"] < 1:
+        raise ValueError("encoder: cu_seqlens has one entry, so there is no sample; expected B + 1 >= 2 entries.")
+    if compute not in COMPUTE:
+        raise ValueError(f"encoder: compute is {compute!r}, expected one of {', '.join(COMPUTE)}.")
+    if sizes["D"] % num_heads:
+        raise ValueError(f"encoder: hidden size {sizes['D']} is not a multiple of num_heads {num_heads}.")
+    blobs = any(p.dtype == torch.uint8 for p in parameters)
+    if blobs and compute != "int8":
+        raise ValueError(f"encoder: compute is {compute!r} but the weights are quantised; use compute='int8'.")
+    _check_parameters(parameters, sizes["D"], blobs)
+    if len(eps) != 2 * (len(parameters) // _LAYER):
+        raise ValueError(f"encoder: eps holds {len(eps)} numbers, expected 2 a layer (LN1, LN2).")
+    _check.dtypes("encoder", (torch.float32, torch.float64), x=x)
+    _check.dtypes("encoder", (torch.int32,), cu_seqlens=cu_seqlens, seqused_k=seqused_k)
+    _check.offsets("encoder", "cu_seqlens", cu_seqlens, sizes["N"])
+    _check.used("encoder", seqused_k, cu_seqlens)
+
+
+def _check_parameters(parameters, width, blobs):
+    if not parameters or len(parameters) % _LAYER:
+        raise ValueError(
+            f"encoder: parameters holds {len(parameters)} tensors, expected 16 a layer (empty for a missing bias)."
+        )
+    for layer, p in enumerate(LayerParameters.layers(parameters)):
+
+        def refuse(name, expected, layer=layer, p=p):
+            place = layer * _LAYER + LayerParameters._fields.index(name)
+            given = list(getattr(p, name).shape)
+            raise ValueError(f"encoder: parameter {place} ({name}) has shape {given}, expected {expected}.")
+
+        for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"):
+            if getattr(p, name).shape != (width,):
+                refuse(name, f"[{width}] (LayerNorm)")
+        inner = None if blobs else p.fc1_weight.shape[0]
+        for name in MATRICES:
+            weight = getattr(p, f"{name}_weight")
+            if blobs:  # only the backend knows what is in them
+                if weight.dim() != 1 or weight.dtype != torch.uint8:
+                    refuse(
+                        f"{name}_weight", "a blob of quantize_linear: quantise all six weights of every layer, or none"
+                    )
+                continue
+            rows, columns = inner if name == "fc1" else width, inner if name == "fc2" else width
+            if weight.shape != (rows, columns):
+                refuse(f"{name}_weight", f"[{rows}, {columns}] ([out, in])")
+            if getattr(p, f"{name}_bias").shape not in ((rows,), (0,)):
+                refuse(f"{name}_bias", f"[{rows}], or [0] for none")
+
+
+_OP = Op("encoder", _fake, outputs=("stream",), validate=_validate)
 
 
 def encoder(
@@ -65,24 +117,11 @@ def encoder(
 
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """
-    sizes = _check.shapes("encoder", x=(x, "N D"), cu_seqlens=(cu_seqlens, "B+1"), seqused_k=(seqused_k, "B"))
-    if sizes["B"] < 1:
-        raise ValueError("encoder: cu_seqlens has one entry, so there is no sample; expected B + 1 >= 2 entries.")
-    if compute not in COMPUTE:
-        raise ValueError(f"encoder: compute is {compute!r}, expected one of {', '.join(COMPUTE)}.")
-    if sizes["D"] % num_heads:
-        raise ValueError(f"encoder: hidden size {sizes['D']} is not a multiple of num_heads {num_heads}.")
     parameters, eps = list(parameters), [float(e) for e in eps]
+    _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute)
     blobs = any(p.dtype == torch.uint8 for p in parameters)
-    if blobs and compute != "int8":
-        raise ValueError(f"encoder: compute is {compute!r} but the weights are quantised; use compute='int8'.")
-    _check_parameters(parameters, sizes["D"], blobs)
-    if len(eps) != 2 * (len(parameters) // _LAYER):
-        raise ValueError(f"encoder: eps holds {len(eps)} numbers, expected 2 a layer (LN1, LN2).")
-    _check.dtypes("encoder", (torch.float32, torch.float64), x=x)
-    _check.dtypes("encoder", (torch.int32,), cu_seqlens=cu_seqlens, seqused_k=seqused_k)
     facts = Facts(
-        device=x.device.type, dtype=x.dtype, compute=compute, blobs=blobs,
+        device=x.device.type, dtype=x.dtype, compute=compute, head_dim=x.shape[1] // num_heads, blobs=blobs,
         parameter_dtypes=frozenset(p.dtype for p in parameters if p.numel()) - {torch.uint8},
         requires_grad=_check.needs_grad(x, *parameters),
     )  # fmt: skip
@@ -92,34 +131,3 @@ def encoder(
         num_heads=num_heads, eps=eps, compute=compute, return_hidden=return_hidden,
     )  # fmt: skip
     return _OP.plain(name, **arguments) if name in registry.PLAIN else _OP(name, **arguments)[0]
-
-
-def _check_parameters(parameters, width, blobs):
-    if not parameters or len(parameters) % _LAYER:
-        raise ValueError(
-            f"encoder: parameters holds {len(parameters)} tensors, expected 16 a layer (empty for a missing bias)."
-        )
-    for layer, p in enumerate(LayerParameters.layers(parameters)):
-
-        def refuse(name, expected, layer=layer, p=p):
-            place = layer * _LAYER + LayerParameters._fields.index(name)
-            given = list(getattr(p, name).shape)
-            raise ValueError(f"encoder: parameter {place} ({name}) has shape {given}, expected {expected}.")
-
-        for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"):
-            if getattr(p, name).shape != (width,):
-                refuse(name, f"[{width}] (LayerNorm)")
-        inner = None if blobs else p.fc1_weight.shape[0]
-        for name in MATRICES:
-            weight = getattr(p, f"{name}_weight")
-            if blobs:  # only the backend knows what is in them
-                if weight.dim() != 1 or weight.dtype != torch.uint8:
-                    refuse(
-                        f"{name}_weight", "a blob of quantize_linear: quantise all six weights of every layer, or none"
-                    )
-                continue
-            rows, columns = inner if name == "fc1" else width, inner if name == "fc2" else width
-            if weight.shape != (rows, columns):
-                refuse(f"{name}_weight", f"[{rows}, {columns}] ([out, in])")
-            if getattr(p, f"{name}_bias").shape not in ((rows,), (0,)):
-                refuse(f"{name}_bias", f"[{rows}], or [0] for none")

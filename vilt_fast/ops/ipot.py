@@ -19,9 +19,6 @@ def _fake(cost: Tensor, text_pad: Tensor, image_pad: Tensor, beta: float, iterat
     return (torch.empty(cost.shape, dtype=torch.float32, device=cost.device),), ()
 
 
-_OP = Op("ipot", _fake, outputs=("plan",))
-
-
 def check_costs(op, cost, text_pad, image_pad):
     """Shapes, dtypes and devices of a masked transport problem. Returns sizes."""
     sizes = _check.shapes(op, cost=(cost, "B M N"), text_pad=(text_pad, "B M"), image_pad=(image_pad, "B N"))
@@ -40,6 +37,16 @@ def check_finite(op, backend, cost, text_pad, image_pad):
     bad = (~cost.isfinite() & ~(text_pad.unsqueeze(2) | image_pad.unsqueeze(1))).flatten(1).any(1)
     if samples := bad.nonzero().flatten().tolist():
         raise ValueError(f"{op}: cost is NaN or infinite on real entries of samples {samples}; expected finite.")
+
+
+def _validate(cost, text_pad, image_pad, beta, iterations, inner):
+    sizes = check_costs("ipot", cost, text_pad, image_pad)
+    _check.positive("ipot", beta=beta)
+    _check.counts("ipot", iterations=iterations, inner=inner)
+    return sizes
+
+
+_OP = Op("ipot", _fake, outputs=("plan",), validate=_validate)
 
 
 def ipot(
@@ -66,9 +73,7 @@ def ipot(
 
     Source: Xie et al. 2020, algorithm 1; the original ``vilt/modules/objectives.py``.
     """
-    sizes = check_costs("ipot", cost, text_pad, image_pad)
-    _check.positive("ipot", beta=beta)
-    _check.counts("ipot", iterations=iterations, inner=inner)
+    sizes = _validate(cost, text_pad, image_pad, beta, iterations, inner)
     facts = Facts(device=cost.device.type, dtype=cost.dtype, rows=sizes["M"], columns=sizes["N"])
     name = _OP.resolve(backend, facts)
     check_finite("ipot", name, cost, text_pad, image_pad)

@@ -28,9 +28,20 @@ def _fake_backward(
     return tuple(None if t is None else t.new_empty(t.shape) for t in given), ()
 
 
+def _validate(x, weight, bias, residual):
+    _check.shapes("linear", x=(x, "... K"), weight=(weight, "N K"), bias=(bias, "N"), residual=(residual, "... N"))
+    if residual is not None and residual.shape[:-1] != x.shape[:-1]:
+        expected = [*x.shape[:-1], weight.shape[0]]
+        raise ValueError(f"linear: residual has shape {list(residual.shape)}, expected {expected}.")
+    _check.dtypes("linear", _check.FLOATS, x=x, residual=residual)
+    _check.same_dtype("linear", x=x, weight=weight, bias=bias)
+    _check.same_device("linear", x=x, weight=weight, bias=bias, residual=residual)
+
+
 _OP = Op(
     "linear", _fake, _fake_backward,
     outputs=("out",), differentiable=("x", "weight", "bias", "residual"), equal={"residual": "grad_out"},
+    validate=_validate,
 )  # fmt: skip
 
 
@@ -49,13 +60,7 @@ def linear(
     Source: ``torch.nn.functional.linear``.
     """
     x, weight, bias = _check.autocast(x, weight, bias)
-    _check.shapes("linear", x=(x, "... K"), weight=(weight, "N K"), bias=(bias, "N"), residual=(residual, "... N"))
-    if residual is not None and residual.shape[:-1] != x.shape[:-1]:
-        expected = [*x.shape[:-1], weight.shape[0]]
-        raise ValueError(f"linear: residual has shape {list(residual.shape)}, expected {expected}.")
-    _check.dtypes("linear", _check.FLOATS, x=x, residual=residual)
-    _check.same_dtype("linear", x=x, weight=weight, bias=bias)
-    _check.same_device("linear", x=x, weight=weight, bias=bias, residual=residual)
+    _validate(x, weight, bias, residual)
     facts = Facts(
         device=x.device.type, dtype=x.dtype, residual_dtype=None if residual is None else residual.dtype,
         requires_grad=_check.needs_grad(x, weight, bias, residual),

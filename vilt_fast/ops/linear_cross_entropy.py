@@ -30,10 +30,25 @@ def _fake_backward(
     return tuple(None if t is None else t.new_empty(t.shape) for t in (x, weight, bias)), ()
 
 
+def _validate(x, weight, bias, labels, ignore_index):
+    sizes = _check.shapes(_NAME, x=(x, "R D"), weight=(weight, "V D"), bias=(bias, "V"), labels=(labels, "R"))
+    _check.dtypes(_NAME, _check.FLOATS, x=x, weight=weight, bias=bias)
+    _check.same_dtype(_NAME, x=x, weight=weight, bias=bias)
+    _check.dtypes(_NAME, (torch.int64,), labels=labels)
+    _check.same_device(_NAME, x=x, weight=weight, bias=bias, labels=labels)
+    if _check.readable(labels):
+        bad = (labels != ignore_index) & ((labels < 0) | (labels >= sizes["V"]))
+        if bad.any():
+            raise IndexError(
+                f"{_NAME}: label {labels[bad][0].item()} is outside 0..{sizes['V'] - 1} and is not ignore_index "
+                f"{ignore_index}."
+            )
+
+
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("losses", "count"), kept=("lse", "rows"), differentiable=("x", "weight", "bias"),
-    differentiable_outputs=("losses",),
+    differentiable_outputs=("losses",), validate=_validate,
 )  # fmt: skip
 
 
@@ -61,20 +76,9 @@ def linear_cross_entropy(
     Source: ``torch.nn.functional.cross_entropy``.
     """
     x, weight, bias = _check.autocast(x, weight, bias)
-    sizes = _check.shapes(_NAME, x=(x, "R D"), weight=(weight, "V D"), bias=(bias, "V"), labels=(labels, "R"))
-    _check.dtypes(_NAME, _check.FLOATS, x=x, weight=weight, bias=bias)
-    _check.same_dtype(_NAME, x=x, weight=weight, bias=bias)
-    _check.dtypes(_NAME, (torch.int64,), labels=labels)
-    _check.same_device(_NAME, x=x, weight=weight, bias=bias, labels=labels)
+    _validate(x, weight, bias, labels, ignore_index)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{_NAME}: reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
-    if _check.readable(labels):
-        bad = (labels != ignore_index) & ((labels < 0) | (labels >= sizes["V"]))
-        if bad.any():
-            raise IndexError(
-                f"{_NAME}: label {labels[bad][0].item()} is outside 0..{sizes['V'] - 1} and is not ignore_index "
-                f"{ignore_index}."
-            )
     facts = Facts(device=x.device.type, dtype=x.dtype, requires_grad=_check.needs_grad(x, weight, bias))
     name = _OP.resolve(backend, facts)
     arguments = dict(x=x, weight=weight, bias=bias, labels=labels, ignore_index=ignore_index)

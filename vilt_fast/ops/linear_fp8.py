@@ -17,8 +17,23 @@ def _fake_quantize(x: Tensor):
     return (x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)), ()
 
 
-_OP = Op("linear_fp8", _fake, outputs=("out",))
-_QUANTIZE = Op("quantize_fp8", _fake_quantize, outputs=("q", "scale"))
+def _validate(x, weight, weight_scale, bias):
+    _check.shapes(
+        "linear_fp8", x=(x, "... K"), weight=(weight, "N K"), weight_scale=(weight_scale, "N"), bias=(bias, "N")
+    )
+    _check.dtypes("linear_fp8", _check.FLOATS, x=x, bias=bias)
+    _check.dtypes("linear_fp8", (torch.float8_e4m3fn,), weight=weight)
+    _check.dtypes("linear_fp8", (torch.float32,), weight_scale=weight_scale)
+    _check.same_device("linear_fp8", x=x, weight=weight, weight_scale=weight_scale, bias=bias)
+
+
+def _validate_quantize(x):
+    _check.shapes("quantize_fp8", x=(x, "... K"))
+    _check.dtypes("quantize_fp8", _check.FLOATS, x=x)
+
+
+_OP = Op("linear_fp8", _fake, outputs=("out",), validate=_validate)
+_QUANTIZE = Op("quantize_fp8", _fake_quantize, outputs=("q", "scale"), validate=_validate_quantize)
 
 
 def linear_fp8(
@@ -42,13 +57,8 @@ def linear_fp8(
 
     Source: Micikevicius et al. 2022.
     """
-    op = "linear_fp8"
     x, bias = _check.autocast(x, bias)
-    _check.shapes(op, x=(x, "... K"), weight=(weight, "N K"), weight_scale=(weight_scale, "N"), bias=(bias, "N"))
-    _check.dtypes(op, _check.FLOATS, x=x, bias=bias)
-    _check.dtypes(op, (torch.float8_e4m3fn,), weight=weight)
-    _check.dtypes(op, (torch.float32,), weight_scale=weight_scale)
-    _check.same_device(op, x=x, weight=weight, weight_scale=weight_scale, bias=bias)
+    _validate(x, weight, weight_scale, bias)
     if _check.needs_grad(x, bias):
         raise RuntimeError("linear_fp8: has no gradient; call it under torch.no_grad(), or use functional.linear.")
     name = _OP.resolve(backend, Facts(device=x.device.type, dtype=x.dtype))
@@ -58,8 +68,6 @@ def linear_fp8(
 
 def quantize_fp8(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Rows [..., K] as e4m3: (q [..., K] float8_e4m3fn, scale [...] float32), x = q * scale; scale 1 for zero rows."""
-    op = "quantize_fp8"
-    _check.shapes(op, x=(x, "... K"))
-    _check.dtypes(op, _check.FLOATS, x=x)
+    _validate_quantize(x)
     name = _QUANTIZE.resolve(backend, Facts(device=x.device.type, dtype=x.dtype))
     return _QUANTIZE.plain(name, x=x.detach()) if name in registry.PLAIN else _QUANTIZE(name, x=x.detach())

@@ -25,7 +25,17 @@ def _fake_backward(
     return tuple(None if t is None else t.new_empty(t.shape) for t in (x, weight, bias)), ()
 
 
-_OP = Op("linear_gelu", _fake, _fake_backward, outputs=("out",), kept=("pre",), differentiable=("x", "weight", "bias"))
+def _validate(x, weight, bias):
+    _check.shapes("linear_gelu", x=(x, "... K"), weight=(weight, "N K"), bias=(bias, "N"))
+    _check.dtypes("linear_gelu", _check.FLOATS, x=x)
+    _check.same_dtype("linear_gelu", x=x, weight=weight, bias=bias)
+    _check.same_device("linear_gelu", x=x, weight=weight, bias=bias)
+
+
+_OP = Op(
+    "linear_gelu", _fake, _fake_backward,
+    outputs=("out",), kept=("pre",), differentiable=("x", "weight", "bias"), validate=_validate,
+)  # fmt: skip
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str | None = None) -> Tensor:
@@ -40,10 +50,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     Source: Hendrycks and Gimpel 2016, eq. 1.
     """
     x, weight, bias = _check.autocast(x, weight, bias)
-    _check.shapes("linear_gelu", x=(x, "... K"), weight=(weight, "N K"), bias=(bias, "N"))
-    _check.dtypes("linear_gelu", _check.FLOATS, x=x)
-    _check.same_dtype("linear_gelu", x=x, weight=weight, bias=bias)
-    _check.same_device("linear_gelu", x=x, weight=weight, bias=bias)
+    _validate(x, weight, bias)
     facts = Facts(device=x.device.type, dtype=x.dtype, requires_grad=_check.needs_grad(x, weight, bias))
     name = _OP.resolve(backend, facts)
     if name in registry.PLAIN:

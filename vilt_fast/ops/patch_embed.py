@@ -47,9 +47,56 @@ def _fake_backward(
     return tuple(None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in given), ()
 
 
+def _validate(
+    pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows, patch_sample,
+    pos_index, pos_weight, cls_rows, modality_index, total_rows, dropout_p, pixel_scale, pixel_shift,
+):  # fmt: skip
+    sizes = _check.shapes(
+        _NAME,
+        weight=(weight, "D C ph pw"), pixels=(pixels, "B C height width"), bias=(bias, "D"),
+        cls_token=(cls_token, "D"), position=(position, "G+1 D"), modality=(modality, "M D"), text=(text, "n_text D"),
+        text_rows=(text_rows, "n_text"), patch_source=(patch_source, "n"), patch_rows=(patch_rows, "n"),
+        patch_sample=(patch_sample, "n"), pos_index=(pos_index, "n 4"), pos_weight=(pos_weight, "n 4"),
+        cls_rows=(cls_rows, "B"), modality_index=(modality_index, "B"), pixel_scale=(pixel_scale, "C"),
+        pixel_shift=(pixel_shift, "C"),
+    )  # fmt: skip
+    for names, one, other in (
+        ("text and text_rows", text, text_rows), ("modality and modality_index", modality, modality_index)
+    ):  # fmt: skip
+        if (one is None) != (other is None):
+            raise ValueError(f"patch_embed: {names} belong together; give both or neither.")
+    n_text = 0 if text is None else sizes["n_text"]
+    if n_text + sizes["n"] + sizes["B"] > total_rows:
+        raise ValueError(
+            f"patch_embed: total_rows is {total_rows}, but {n_text} text, {sizes['n']} patch and {sizes['B']} "
+            "CLS rows are listed; each row is written once."
+        )
+    floats = dict(weight=weight, bias=bias, cls_token=cls_token, position=position, modality=modality, text=text)
+    normalized = pixel_scale is not None and pixel_shift is not None
+    if (pixels.dtype == torch.uint8) != normalized or (pixel_scale is None) != (pixel_shift is None):
+        raise ValueError(
+            f"patch_embed: pixels are {pixels.dtype}; pixel_scale and pixel_shift belong to uint8 pixels, both of "
+            "them, and to no others."
+        )
+    _check.dtypes(_NAME, (*_check.FLOATS, torch.uint8), pixels=pixels)
+    _check.dtypes(_NAME, _check.FLOATS, pixel_scale=pixel_scale, pixel_shift=pixel_shift, **floats)
+    _check.same_dtype(_NAME, weight=weight, bias=bias)
+    _check.dtypes(_NAME, _check.FLOATS, pos_weight=pos_weight)
+    indices = dict(
+        text_rows=text_rows, patch_source=patch_source, patch_rows=patch_rows, patch_sample=patch_sample,
+        pos_index=pos_index, cls_rows=cls_rows, modality_index=modality_index,
+    )  # fmt: skip
+    _check.dtypes(_NAME, (torch.int64,), **indices)
+    normalization = dict(pixel_scale=pixel_scale, pixel_shift=pixel_shift)
+    _check.same_device(_NAME, pixels=pixels, **floats, **indices, pos_weight=pos_weight, **normalization)
+    _check.probability(_NAME, dropout_p)
+    return sizes
+
+
 _OP = Op(
     _NAME, _fake, _fake_backward,
-    outputs=("rows",), differentiable=("pixels", "weight", "bias", "cls_token", "position", "modality", "text"),
+    outputs=("rows",), validate=_validate,
+    differentiable=("pixels", "weight", "bias", "cls_token", "position", "modality", "text"),
 )  # fmt: skip
 
 
@@ -111,45 +158,15 @@ def patch_embed(
 
     Source: ViLT (Kim et al. 2021) sec. 3.1; HuggingFace ``ViltEmbeddings.visual_embed``.
     """
-    sizes = _check.shapes(
-        _NAME,
-        weight=(weight, "D C ph pw"), pixels=(pixels, "B C height width"), bias=(bias, "D"),
-        cls_token=(cls_token, "D"), position=(position, "G+1 D"), modality=(modality, "M D"), text=(text, "n_text D"),
-        text_rows=(text_rows, "n_text"), patch_source=(patch_source, "n"), patch_rows=(patch_rows, "n"),
-        patch_sample=(patch_sample, "n"), pos_index=(pos_index, "n 4"), pos_weight=(pos_weight, "n 4"),
-        cls_rows=(cls_rows, "B"), modality_index=(modality_index, "B"), pixel_scale=(pixel_scale, "C"),
-        pixel_shift=(pixel_shift, "C"),
-    )  # fmt: skip
-    for names, one, other in (
-        ("text and text_rows", text, text_rows), ("modality and modality_index", modality, modality_index)
-    ):  # fmt: skip
-        if (one is None) != (other is None):
-            raise ValueError(f"patch_embed: {names} belong together; give both or neither.")
-    n_text = 0 if text is None else sizes["n_text"]
-    if n_text + sizes["n"] + sizes["B"] > total_rows:
-        raise ValueError(
-            f"patch_embed: total_rows is {total_rows}, but {n_text} text, {sizes['n']} patch and {sizes['B']} "
-            "CLS rows are listed; each row is written once."
-        )
     floats = dict(weight=weight, bias=bias, cls_token=cls_token, position=position, modality=modality, text=text)
-    normalized = pixel_scale is not None and pixel_shift is not None
-    if (pixels.dtype == torch.uint8) != normalized or (pixel_scale is None) != (pixel_shift is None):
-        raise ValueError(
-            f"patch_embed: pixels are {pixels.dtype}; pixel_scale and pixel_shift belong to uint8 pixels, both of "
-            "them, and to no others."
-        )
-    _check.dtypes(_NAME, (*_check.FLOATS, torch.uint8), pixels=pixels)
-    _check.dtypes(_NAME, _check.FLOATS, pixel_scale=pixel_scale, pixel_shift=pixel_shift, **floats)
-    _check.same_dtype(_NAME, weight=weight, bias=bias)
-    _check.dtypes(_NAME, _check.FLOATS, pos_weight=pos_weight)
     indices = dict(
         text_rows=text_rows, patch_source=patch_source, patch_rows=patch_rows, patch_sample=patch_sample,
         pos_index=pos_index, cls_rows=cls_rows, modality_index=modality_index,
     )  # fmt: skip
-    _check.dtypes(_NAME, (torch.int64,), **indices)
     normalization = dict(pixel_scale=pixel_scale, pixel_shift=pixel_shift)
-    _check.same_device(_NAME, pixels=pixels, **floats, **indices, pos_weight=pos_weight, **normalization)
-    _check.probability(_NAME, dropout_p)
+    sizes = _validate(
+        pixels, **floats, **indices, pos_weight=pos_weight, total_rows=total_rows, dropout_p=dropout_p, **normalization
+    )
     out_dtype = weight.dtype if out_dtype is None else out_dtype
     facts = Facts(
         device=pixels.device.type, dtype=weight.dtype, pixel_dtype=pixels.dtype, out_dtype=out_dtype,

@@ -32,10 +32,29 @@ def _envelope(needs, grad_value, plan, cost):
     return ((plan * grad_value[:, None, None]).to(cost.dtype),)
 
 
+def _validate(cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal):
+    sizes = check_costs("sinkhorn", cost, text_pad, image_pad)
+    _check.shapes(
+        "sinkhorn", cost=(cost, "B M N"), text_marginal=(text_marginal, "B M"), image_marginal=(image_marginal, "B N")
+    )
+    _check.dtypes("sinkhorn", _check.FLOATS, text_marginal=text_marginal, image_marginal=image_marginal)
+    _check.same_device("sinkhorn", cost=cost, text_marginal=text_marginal, image_marginal=image_marginal)
+    _check.positive("sinkhorn", epsilon=epsilon)
+    _check.counts("sinkhorn", iterations=iterations)
+    if tolerance is not None:
+        _check.positive("sinkhorn", tolerance=tolerance)
+    for name, marginal, pad in (("text", text_marginal, text_pad), ("image", image_marginal, image_pad)):
+        if marginal is not None and _check.readable(marginal):
+            real = marginal.detach().masked_fill(pad, 0)
+            if not bool((real.isfinite() & (real >= 0)).all()):
+                raise ValueError(f"sinkhorn: {name}_marginal is negative, NaN or infinite on real entries.")
+    return sizes
+
+
 _OP = Op(
     "sinkhorn", _fake,
     outputs=("plan", "value", "iterations", "marginal_error"), differentiable=("cost",),
-    differentiable_outputs=("value",), backward=_envelope,
+    differentiable_outputs=("value",), backward=_envelope, validate=_validate,
 )  # fmt: skip
 
 
@@ -69,23 +88,9 @@ def sinkhorn(
 
     Source: Cuturi 2013; Peyre and Cuturi 2019.
     """
-    sizes = check_costs("sinkhorn", cost, text_pad, image_pad)
-    _check.shapes(
-        "sinkhorn", cost=(cost, "B M N"), text_marginal=(text_marginal, "B M"), image_marginal=(image_marginal, "B N")
-    )
-    _check.dtypes("sinkhorn", _check.FLOATS, text_marginal=text_marginal, image_marginal=image_marginal)
-    _check.same_device("sinkhorn", cost=cost, text_marginal=text_marginal, image_marginal=image_marginal)
-    _check.positive("sinkhorn", epsilon=epsilon)
-    _check.counts("sinkhorn", iterations=iterations)
-    if tolerance is not None:
-        _check.positive("sinkhorn", tolerance=tolerance)
+    sizes = _validate(cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal)
     if gradient not in ("envelope", "unrolled"):
         raise ValueError(f"sinkhorn: gradient is {gradient!r}, expected 'envelope' or 'unrolled'.")
-    for name, marginal, pad in (("text", text_marginal, text_pad), ("image", image_marginal, image_pad)):
-        if marginal is not None and _check.readable(marginal):
-            real = marginal.detach().masked_fill(pad, 0)
-            if not bool((real.isfinite() & (real >= 0)).all()):
-                raise ValueError(f"sinkhorn: {name}_marginal is negative, NaN or infinite on real entries.")
     unrolled = gradient == "unrolled" and _check.needs_grad(cost, text_marginal, image_marginal)
     facts = Facts(
         device=cost.device.type, dtype=cost.dtype, rows=sizes["M"], columns=sizes["N"], unrolled=unrolled

@@ -44,13 +44,6 @@ def _fake_backward(
     return tuple(None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tables), ()
 
 
-_OP = Op(
-    _NAME, _fake, _fake_backward,
-    outputs=("rows",),
-    differentiable=("inputs_embeds", "word", "position", "token_type", "ln_weight", "ln_bias", "modality"),
-)  # fmt: skip
-
-
 def _check_range(name, ids, table):
     # Only where looking is free: ids on an accelerator would have to be copied to the host.
     if ids is None or not ids.numel() or not _check.readable(ids):
@@ -58,6 +51,38 @@ def _check_range(name, ids, table):
     low, high = (bound.item() for bound in ids.aminmax())
     if low < 0 or high >= table.shape[0]:
         raise IndexError(f"text_embed: {name} holds {low if low < 0 else high}, expected 0 <= id < {table.shape[0]}.")
+
+
+def _validate(
+    input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias, modality,
+    dropout_p,
+):  # fmt: skip
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("text_embed: give input_ids or inputs_embeds, one of them and not both.")
+    _check.shapes(
+        _NAME,
+        position=(position, "L D"), word=(word, "V D"), token_type=(token_type, "S D"), ln_weight=(ln_weight, "D"),
+        ln_bias=(ln_bias, "D"), modality=(modality, "M D"), input_ids=(input_ids, "n"),
+        inputs_embeds=(inputs_embeds, "n D"), position_ids=(position_ids, "n"), token_type_ids=(token_type_ids, "n"),
+    )  # fmt: skip
+    floats = dict(
+        inputs_embeds=inputs_embeds, word=word, position=position, token_type=token_type, ln_weight=ln_weight,
+        ln_bias=ln_bias, modality=modality,
+    )  # fmt: skip
+    indices = dict(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
+    _check.dtypes(_NAME, _check.FLOATS, **floats)
+    _check.dtypes(_NAME, _check.INDICES, **indices)
+    _check.same_device(_NAME, **floats, **indices)
+    _check.probability(_NAME, dropout_p)
+    for name, table in (("input_ids", word), ("position_ids", position), ("token_type_ids", token_type)):
+        _check_range(name, indices[name], table)
+
+
+_OP = Op(
+    _NAME, _fake, _fake_backward,
+    outputs=("rows",), validate=_validate,
+    differentiable=("inputs_embeds", "word", "position", "token_type", "ln_weight", "ln_bias", "modality"),
+)  # fmt: skip
 
 
 def text_embed(
@@ -95,25 +120,12 @@ def text_embed(
 
     Source: Devlin et al. 2019; HuggingFace ``TextEmbeddings``.
     """
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("text_embed: give input_ids or inputs_embeds, one of them and not both.")
-    _check.shapes(
-        _NAME,
-        position=(position, "L D"), word=(word, "V D"), token_type=(token_type, "S D"), ln_weight=(ln_weight, "D"),
-        ln_bias=(ln_bias, "D"), modality=(modality, "M D"), input_ids=(input_ids, "n"),
-        inputs_embeds=(inputs_embeds, "n D"), position_ids=(position_ids, "n"), token_type_ids=(token_type_ids, "n"),
-    )  # fmt: skip
     floats = dict(
         inputs_embeds=inputs_embeds, word=word, position=position, token_type=token_type, ln_weight=ln_weight,
         ln_bias=ln_bias, modality=modality,
     )  # fmt: skip
     indices = dict(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
-    _check.dtypes(_NAME, _check.FLOATS, **floats)
-    _check.dtypes(_NAME, _check.INDICES, **indices)
-    _check.same_device(_NAME, **floats, **indices)
-    _check.probability(_NAME, dropout_p)
-    for name, table in (("input_ids", word), ("position_ids", position), ("token_type_ids", token_type)):
-        _check_range(name, indices[name], table)
+    _validate(**indices, **floats, dropout_p=dropout_p)
     facts = Facts(
         device=position.device.type, dtype=position.dtype,
         dtypes=frozenset(t.dtype for t in floats.values() if t is not None), width=position.shape[1],

@@ -43,10 +43,25 @@ def _fake_backward(
     return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (text, image)), ()
 
 
+def _validate(text, image, text_pad, image_pad, beta, iterations, inner):
+    sizes = _check.shapes(
+        _NAME, text=(text, "B M D"), image=(image, "B N D"), text_pad=(text_pad, "B M"), image_pad=(image_pad, "B N")
+    )
+    if sizes["B"] < 1:
+        raise ValueError(f"{_NAME}: text has shape {list(text.shape)}: no sample; expected B >= 1.")
+    _check.dtypes(_NAME, _check.FLOATS, text=text)
+    _check.same_dtype(_NAME, text=text, image=image)
+    _check.dtypes(_NAME, (torch.bool,), text_pad=text_pad, image_pad=image_pad)
+    _check.same_device(_NAME, text=text, image=image, text_pad=text_pad, image_pad=image_pad)
+    _check.positive(_NAME, beta=beta)
+    _check.counts(_NAME, iterations=iterations, inner=inner)
+    return sizes
+
+
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("distance", "plan"), kept=("state",), differentiable=("text", "image"),
-    differentiable_outputs=("distance",),
+    differentiable_outputs=("distance",), validate=_validate,
 )  # fmt: skip
 
 
@@ -75,17 +90,7 @@ def word_patch_distance(
 
     Source: ViLT (Kim et al. 2021) sec. 3.2, the original ``optimal_transport_dist``.
     """
-    sizes = _check.shapes(
-        _NAME, text=(text, "B M D"), image=(image, "B N D"), text_pad=(text_pad, "B M"), image_pad=(image_pad, "B N")
-    )
-    if sizes["B"] < 1:
-        raise ValueError(f"{_NAME}: text has shape {list(text.shape)}: no sample; expected B >= 1.")
-    _check.dtypes(_NAME, _check.FLOATS, text=text)
-    _check.same_dtype(_NAME, text=text, image=image)
-    _check.dtypes(_NAME, (torch.bool,), text_pad=text_pad, image_pad=image_pad)
-    _check.same_device(_NAME, text=text, image=image, text_pad=text_pad, image_pad=image_pad)
-    _check.positive(_NAME, beta=beta)
-    _check.counts(_NAME, iterations=iterations, inner=inner)
+    sizes = _validate(text, image, text_pad, image_pad, beta, iterations, inner)
     facts = Facts(
         device=text.device.type, dtype=text.dtype, rows=sizes["M"], columns=sizes["N"], hidden=sizes["D"],
         requires_grad=_check.needs_grad(text, image),

@@ -83,7 +83,9 @@ _ROUNDING = {  # compute: (inputs of a linear layer, its weight, q/k/v)
 }
 
 
-def supports(*, device=None, dtype=None, compute="float32", blobs=False, parameter_dtypes=(), requires_grad=False):
+def supports(
+    *, device=None, dtype=None, compute="float32", head_dim=64, blobs=False, parameter_dtypes=(), requires_grad=False
+):  # fmt: skip
     """Takes the float weights, and emulates int8 from them; the blobs of `quantize_linear` are opaque."""
     return "it takes float weights; blobs of quantize_linear belong to the cpp backend." if blobs else ""
 

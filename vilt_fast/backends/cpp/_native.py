@@ -1,7 +1,7 @@
 """What the launchers of `vilt_fast._C` share.
 
-`_C` takes addresses, sizes and strides. What it is handed is checked here, because it trusts offsets and row numbers:
-everything is on the CPU, so looking costs microseconds. Inference only, but for the gradient of word_patch_distance.
+`_C` takes addresses, sizes and strides, and trusts them: what launchers are given has been validated (`ops/<op>.py`).
+Inference only, but for the gradient of word_patch_distance.
 """
 
 import torch
@@ -52,14 +52,6 @@ def dense_rows(tensor):
     dense = tensor.stride(-1) == 1 and (tensor.dim() == 2 or tensor.stride(-2) == inner)
     width = inner if tensor.dim() == 2 else inner * tensor.shape[-2]
     return tensor if dense and tensor.stride(0) >= width else tensor.contiguous()
-
-
-def check_offsets(name, cu_seqlens, rows):
-    """The offsets, dense; ValueError unless they are those of samples that lie end to end."""
-    values = cu_seqlens.tolist()
-    if values[0] != 0 or values[-1] != rows or any(a > b for a, b in zip(values, values[1:], strict=False)):
-        raise ValueError(f"{name} is {values}, expected to start at 0, not to decrease and to end at {rows} rows.")
-    return cu_seqlens.contiguous()
 
 
 def check_on_cpu(**tensors):

@@ -23,8 +23,7 @@ def attention_fwd(
     from vilt_fast import _C
 
     _native.check_on_cpu(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k)
-    cu_seqlens_q = _native.check_offsets("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    cu_seqlens_k = _native.check_offsets("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     seqused_k = None if seqused_k is None else seqused_k.contiguous()
     q, k, v = map(_native.dense_rows, (q, k, v))
     rows, heads, width = q.shape

@@ -9,10 +9,12 @@ _COMPUTE = {"float32": "f32", "bfloat16": "bf16", "int8": "int8"}
 
 
 def supports(
-    *, device=None, dtype=None, compute="float32", blobs=False, parameter_dtypes=(), requires_grad=False
+    *, device=None, dtype=None, compute="float32", head_dim=64, blobs=False, parameter_dtypes=(), requires_grad=False
 ):  # fmt: skip
     if dtype not in (None, torch.float32):
         return f"x is {dtype}, expected float32."
+    if head_dim > 256:
+        return f"head dim is {head_dim}, at most 256."
     if compute == "int8" and not blobs and parameter_dtypes:
         return "compute='int8' takes the six weights of each layer as blobs: functional.quantize_linear(weight)."
     dtypes = {f"a parameter ({place})": dtype for place, dtype in enumerate(sorted(parameter_dtypes, key=str))}
@@ -26,8 +28,7 @@ def encoder_fwd(
 
     _native.check_on_cpu(cu_seqlens=cu_seqlens, seqused_k=seqused_k)
     rows, width = x.shape
-    cu_seqlens = _native.check_offsets("cu_seqlens", cu_seqlens, rows)
-    seqused_k = seqused_k.contiguous()
+    cu_seqlens, seqused_k = cu_seqlens.contiguous(), seqused_k.contiguous()
     held, inner = [], None  # held: keeps contiguous copies alive during the call
     layers = LayerParameters.layers(parameters)
     for number, layer in enumerate(layers):

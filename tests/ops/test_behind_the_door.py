@@ -1,0 +1,93 @@
+"""`torch.ops.vilt_fast.*` called directly: bad sizes are errors there too, not reads of memory past the end."""
+
+import pytest
+import torch
+
+from vilt_fast import functional
+from vilt_fast.functional import LayerParameters
+from vilt_fast.testing import encoder_parameters, offsets
+
+OPS = torch.ops.vilt_fast
+INT = torch.int32
+
+
+def transport(rows=3, columns=4, batch=2):
+    return torch.rand(batch, rows, columns), torch.zeros(batch, rows).bool(), torch.zeros(batch, columns).bool()
+
+
+@torch.no_grad()
+def test_every_op_checks_behind_its_door():
+    backend = "cpp"
+    cost, text_pad, image_pad = transport()
+    x, weight, bias = torch.randn(5, 8), torch.randn(6, 8), torch.randn(6)
+    q = torch.randn(7, 2, 4)
+    cu = offsets([4, 3])
+    parameters = encoder_parameters(1, 8, 16)
+    text, image = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    used = torch.tensor([4, 3], dtype=INT)
+    encoder = (cu, used, 4, 2, [1e-6, 1e-6], "float32", False)
+    calls = {
+        "weight": lambda: OPS.linear_gelu(x, weight[:, :5], bias, backend),
+        "bias": lambda: OPS.linear_gelu(x, weight, bias[:2], backend),
+        "image_pad": lambda: OPS.ipot(cost, text_pad, image_pad[:, :2], 0.5, 5, 1, backend),
+        "text_pad": lambda: OPS.sinkhorn(cost, text_pad[:1], image_pad, 0.5, 5, None, None, None, backend),
+        "text_marginal": lambda: OPS.sinkhorn(
+            cost, text_pad, image_pad, 0.5, 5, None, torch.ones(2, 2), None, backend
+        ),
+        "image": lambda: OPS.word_patch_distance(text, image[..., :5], text_pad, image_pad, 0.5, 5, 1, False, backend),
+        "v has shape": lambda: OPS.attention(q, q, q[:5], cu, cu, 4, 4, None, None, 0.0, 0.5, None, backend),
+        "cu_seqlens_k is": lambda: OPS.attention(
+            q, q, q, cu, offsets([4, 300]), 4, 300, None, None, 0.0, 0.5, None, backend
+        ),
+        "seqused_k is 9": lambda: OPS.attention(
+            q, q, q, cu, cu, 4, 4, torch.tensor([4, 9], dtype=INT), None, 0.0, 0.5, None, backend
+        ),
+        "parameter": lambda: OPS.encoder(torch.randn(7, 8), [parameters[0][:3], *parameters[1:]], *encoder, backend),
+        "cu_seqlens is": lambda: OPS.encoder(
+            torch.randn(7, 8), parameters, offsets([4, 9]), *encoder[1:], backend
+        ),
+    }  # fmt: skip
+    for message, call in calls.items():
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            call()
+
+
+def test_ordinary_pytorch_is_not_behind_the_door():
+    with pytest.raises(ValueError, match="call vilt_fast.functional.linear_gelu"):
+        OPS.linear_gelu(torch.randn(5, 8), torch.randn(6, 8), None, "reference")
+
+
+@pytest.mark.parametrize("backend", [None, "reference", "torch", "cpp"])
+@torch.no_grad()
+def test_offsets_are_looked_at_by_every_backend(backend):
+    q = torch.randn(7, 2, 4)
+    cu = offsets([4, 3])
+
+    def call(cu_q=cu, cu_k=cu, used=None):
+        return functional.attention(q, q, q, cu_q, cu_k, 4, 4, seqused_k=used, backend=backend)
+
+    assert call().shape == q.shape
+    for bad in (
+        offsets([4, 4]),
+        offsets([4, 2]),
+        torch.tensor([1, 4, 7], dtype=INT),
+        torch.tensor([0, 8, 7], dtype=INT),
+    ):
+        with pytest.raises(ValueError, match="expected to start at 0, not to decrease and to end at 7 rows"):
+            call(cu_q=bad)
+        with pytest.raises(ValueError, match="cu_seqlens_k is"):
+            call(cu_k=bad)
+    for keys in ([5, 3], [4, -1]):
+        with pytest.raises(ValueError, match="seqused_k is"):
+            call(used=torch.tensor(keys, dtype=INT))
+
+
+@torch.no_grad()
+def test_heads_wider_than_the_native_library_takes_go_another_way():
+    x, parameters = torch.randn(5, 520), encoder_parameters(1, 520, 16)
+    given = (x, parameters, offsets([5]), torch.tensor([5], dtype=INT), 5)
+    wide = functional.encoder(*given, num_heads=1, eps=[1e-6, 1e-6])
+    torch.testing.assert_close(wide, functional.encoder(*given, num_heads=1, eps=[1e-6, 1e-6], backend="reference"))
+    with pytest.raises(RuntimeError, match="head dim is 520, at most 256"):
+        functional.encoder(*given, num_heads=1, eps=[1e-6, 1e-6], backend="cpp")
+    assert len(LayerParameters._fields) == len(parameters)
