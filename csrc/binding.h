@@ -15,7 +15,9 @@ namespace py = pybind11;
 using Address = uintptr_t;
 
 template <class T>
-T* pointer(Address a) { return reinterpret_cast<T*>(a); }
+T* pointer(Address a) {
+  return reinterpret_cast<T*>(a);
+}
 
 [[noreturn]] inline void fail(const std::string& message) { throw py::value_error(message); }
 
@@ -27,7 +29,8 @@ inline int dtype_of(const std::string& name, const char* argument, bool allow_q8
   if (name == "f32") return F32;
   if (name == "bf16") return BF16;
   if (allow_q8 && name == "q8") return Q8;
-  fail(std::string(argument) + " is \"" + name + "\"; expected \"f32\"" + (allow_q8 ? ", \"bf16\" or \"q8\"" : " or \"bf16\""));
+  fail(std::string(argument) + " is \"" + name + "\"; expected \"f32\"" +
+       (allow_q8 ? ", \"bf16\" or \"q8\"" : " or \"bf16\""));
 }
 
 inline int compute_of(const std::string& name) {
@@ -42,7 +45,8 @@ inline Param param(Address data, const std::string& dtype, const char* argument,
 }
 
 inline void check_weight(int compute, int dtype, int64_t K) {
-  require((compute == Q8) == (dtype == Q8), "int8 compute needs q8 weights (quantize_linear), and q8 weights need int8 compute");
+  require((compute == Q8) == (dtype == Q8),
+          "int8 compute needs q8 weights (quantize_linear), and q8 weights need int8 compute");
   require(compute != Q8 || K <= 65536, "int8 compute supports K <= 65536 (int32 accumulation)");
 }
 

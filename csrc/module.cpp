@@ -39,8 +39,9 @@ static void bind_machine(py::module_& m) {
   using py::arg;
   m.def("cpu_features", &features_of_cpu,
         "-> {avx2, fma, f16c, avx512f, ...: bool, 'isa': the level in use, 'isas': levels available, slowest first}.");
-  m.def("set_isa", &set_isa, arg("name"),
-        "Use one of cpu_features()['isas'] from now on; None: VILT_FAST_CPU_ISA (read at every call), else the fastest. ValueError if unavailable.");
+  m.def(
+      "set_isa", &set_isa, arg("name"),
+      "Use one of cpu_features()['isas'] from now on; None: VILT_FAST_CPU_ISA (read at every call), else the fastest. ValueError if unavailable.");
 
 #ifdef VF_CUDA
   m.attr("cuda_archs") = VF_CUDA_ARCHS;

@@ -6,7 +6,8 @@ namespace vf::VF_ISA {
 void attention(const AttentionArgs& given) {
   AttentionArgs a = given;
   int64_t work = 0;
-  for (int b = 0; b < a.B; ++b) work += (int64_t)(a.cu_q[b + 1] - a.cu_q[b]) * (a.cu_k[b + 1] - a.cu_k[b]) * 2 * a.H * a.d;
+  for (int b = 0; b < a.B; ++b)
+    work += (int64_t)(a.cu_q[b + 1] - a.cu_q[b]) * (a.cu_k[b + 1] - a.cu_k[b]) * 2 * a.H * a.d;
   a.threads = worthwhile(a.threads, work);
   Arena measure{nullptr, 0};
   attention_space(measure, a.d);

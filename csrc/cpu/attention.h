@@ -40,8 +40,8 @@ VF_INLINE AttentionSpace attention_space(Arena& arena, int64_t d) {
 
 // A tile product summed in chains of at most 128 units, for accuracy: shorter chains of rounding errors.
 template <class T>
-VF_INLINE void tile_chains(int rows, int columns, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t units, float* c,
-                           int64_t ldc, bool add) {
+VF_INLINE void tile_chains(int rows, int columns, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t units,
+                           float* c, int64_t ldc, bool add) {
   for (int64_t u = 0; u < units; u += 128)
     tile_any<T>(rows, columns, a + u, lda, b + u * kPanel, min64(128, units - u), c, ldc, add || u > 0);
 }
@@ -56,7 +56,8 @@ static void pack_values(const void* v, int64_t ldv, int64_t n, int64_t d, uint32
     const int width = (int)min64(kLanes, d - c);
     uint32_t* to = out + c / kPanel * units * kPanel + c % kPanel;
     if constexpr (u == 1) {
-      for (int64_t i = 0; i < n; ++i) storei(to + i * kPanel, as_int(load_any((const float*)v + i * ldv, F32, c, width)));
+      for (int64_t i = 0; i < n; ++i)
+        storei(to + i * kPanel, as_int(load_any((const float*)v + i * ldv, F32, c, width)));
     } else {
       for (int64_t i = 0; i < units; ++i) {
         const bf16 *a = (const bf16*)v + 2 * i * ldv + c, *b = 2 * i + 1 < n ? a + ldv : zero;
@@ -75,8 +76,8 @@ static void pack_values(const void* v, int64_t ldv, int64_t n, int64_t d, uint32
 // operand, and running sums. `shrink` receives the factor for everything accumulated before. Rows are independent, so
 // the maxima of all rows come first: their latency chains overlap.
 template <class T>
-static void softmax_tile(float* scores, int64_t ld, int rows, int64_t n, float factor, float* top, float* sum, float* shrink,
-                         uint32_t* probs) {
+static void softmax_tile(float* scores, int64_t ld, int rows, int64_t n, float factor, float* top, float* sum,
+                         float* shrink, uint32_t* probs) {
   const F f = set1(factor);
   const int64_t padded = round_up(n, kLanes);
   float next[kTileRows];
@@ -133,16 +134,18 @@ static void attention_item(const AttentionArgs& a, int b, int h, int64_t q0, int
       for (int r = 0; r < rows; ++r)
         to_units<T>(advance(a.q, dtype, (row + r0 + r) * a.ldq + head), dtype, d, s.q + r * units, nullptr, nullptr);
       for (int64_t j = 0; j < keys; j += kPanel)
-        tile_chains<T>(rows, (int)min64(kPanel, keys - j), s.q, units, s.keys + j * units, units, s.scores + j, s.ld_scores, false);
+        tile_chains<T>(rows, (int)min64(kPanel, keys - j), s.q, units, s.keys + j * units, units, s.scores + j,
+                       s.ld_scores, false);
       float* out = s.out + (r0 - q0) * s.ld_out;
       float shrink[kTileRows];
       softmax_tile<T>(s.scores, s.ld_scores, rows, keys, factor, s.top + r0 - q0, s.sum + r0 - q0, shrink, s.probs);
       for (int r = 0; !first_block && r < rows; ++r)
         if (shrink[r] != 1.f)
-          for (int64_t c = 0; c < d; c += kLanes) store(out + r * s.ld_out + c, load(out + r * s.ld_out + c) * set1(shrink[r]));
+          for (int64_t c = 0; c < d; c += kLanes)
+            store(out + r * s.ld_out + c, load(out + r * s.ld_out + c) * set1(shrink[r]));
       for (int64_t c = 0; c < d; c += kPanel)
-        tile_chains<T>(rows, (int)min64(kPanel, d - c), s.probs, s.ld_scores, s.values + c / kPanel * key_units * kPanel, key_units,
-                    out + c, s.ld_out, !first_block);
+        tile_chains<T>(rows, (int)min64(kPanel, d - c), s.probs, s.ld_scores,
+                       s.values + c / kPanel * key_units * kPanel, key_units, out + c, s.ld_out, !first_block);
       if (!last_block) continue;
       for (int r = 0; r < rows; ++r) {
         const F inverse = set1(1.f / s.sum[r0 - q0 + r]);
@@ -154,7 +157,8 @@ static void attention_item(const AttentionArgs& a, int b, int h, int64_t q0, int
   }
   if (n == 0)
     for (int64_t r = q0; r < q1; ++r)
-      memset((char*)a.out + ((row + r) * a.ldo + head) * (dtype == BF16 ? 2 : 4), 0, (size_t)d * (dtype == BF16 ? 2 : 4));
+      memset((char*)a.out + ((row + r) * a.ldo + head) * (dtype == BF16 ? 2 : 4), 0,
+             (size_t)d * (dtype == BF16 ? 2 : 4));
   if (a.lse)
     for (int64_t r = q0; r < q1; ++r)
       a.lse[h * rows_q + row + r] = n ? (s.top[r - q0] + log2f(s.sum[r - q0])) * 0.693147180559945309f : -INFINITY;

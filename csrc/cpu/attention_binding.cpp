@@ -3,8 +3,9 @@
 
 namespace vf {
 
-static void attention(Address q, Address k, Address v, Address out, const std::string& dtype, int H, int d, int B, int64_t ldq, int64_t ldk,
-               int64_t ldv, int64_t ldo, Address cu_q, Address cu_k, Address seqused_k, float scale, Address lse, int num_threads) {
+static void attention(Address q, Address k, Address v, Address out, const std::string& dtype, int H, int d, int B,
+                      int64_t ldq, int64_t ldk, int64_t ldv, int64_t ldo, Address cu_q, Address cu_k, Address seqused_k,
+                      float scale, Address lse, int num_threads) {
   AttentionArgs a{};
   a.q = pointer<void>(q), a.k = pointer<void>(k), a.v = pointer<void>(v), a.out = pointer<void>(out);
   a.dtype = dtype_of(dtype, "dtype"), a.H = H, a.d = d, a.B = B;
@@ -15,17 +16,20 @@ static void attention(Address q, Address k, Address v, Address out, const std::s
   check_offsets(a.cu_q, B, "cu_q must start at 0 and not decrease");
   check_offsets(a.cu_k, B, "cu_k must start at 0 and not decrease");
   for (int b = 0; a.seqused_k && b < B; ++b)
-    require(a.seqused_k[b] >= 0 && a.seqused_k[b] <= a.cu_k[b + 1] - a.cu_k[b], "seqused_k must lie between 0 and the sample's rows");
+    require(a.seqused_k[b] >= 0 && a.seqused_k[b] <= a.cu_k[b + 1] - a.cu_k[b],
+            "seqused_k must lie between 0 and the sample's rows");
   call(kernels().attention, a);
 }
 
 void bind_attention(py::module_& m) {
   using py::arg;
-  m.def("attention", &attention, arg("q"), arg("k"), arg("v"), arg("out"), arg("dtype"), arg("H"), arg("d"), arg("B"), arg("ldq"), arg("ldk"),
-        arg("ldv"), arg("ldo"), arg("cu_q"), arg("cu_k"), arg("seqused_k"), arg("scale"), arg("lse"), arg("num_threads"),
-        "out = softmax(scale q k^T) v per sample and head. q, out [rows_q, H, d], k, v [rows_k, H, d]: d contiguous, heads d apart, row strides ld*.\n"
-        "cu_q, cu_k int32 [B+1] row offsets; seqused_k int32 [B] or 0: how many leading rows of each sample are keys. lse f32 [H, rows_q] or 0:\n"
-        "log sum exp of the scaled scores. A sample without keys gives zeros and lse -inf. d <= 256. bf16: f32 softmax, bf16 products.");
+  m.def(
+      "attention", &attention, arg("q"), arg("k"), arg("v"), arg("out"), arg("dtype"), arg("H"), arg("d"), arg("B"),
+      arg("ldq"), arg("ldk"), arg("ldv"), arg("ldo"), arg("cu_q"), arg("cu_k"), arg("seqused_k"), arg("scale"),
+      arg("lse"), arg("num_threads"),
+      "out = softmax(scale q k^T) v per sample and head. q, out [rows_q, H, d], k, v [rows_k, H, d]: d contiguous, heads d apart, row strides ld*.\n"
+      "cu_q, cu_k int32 [B+1] row offsets; seqused_k int32 [B] or 0: how many leading rows of each sample are keys. lse f32 [H, rows_q] or 0:\n"
+      "log sum exp of the scaled scores. A sample without keys gives zeros and lse -inf. d <= 256. bf16: f32 softmax, bf16 products.");
 }
 
 }  // namespace vf

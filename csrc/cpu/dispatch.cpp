@@ -24,9 +24,10 @@ namespace {
 enum { AVX2, FMA, F16C, AVX512F, AVX512BW, AVX512DQ, AVX512VL, AVX512_VNNI, AVX512_BF16, AMX_BF16, AMX_INT8, FEATURES };
 
 struct Machine {
-  Feature features[FEATURES] = {{"avx2", false},     {"fma", false},      {"f16c", false},        {"avx512f", false},
-                                {"avx512bw", false}, {"avx512dq", false}, {"avx512vl", false},    {"avx512_vnni", false},
-                                {"avx512_bf16", false}, {"amx_bf16", false}, {"amx_int8", false}};
+  Feature features[FEATURES] = {{"avx2", false},     {"fma", false},         {"f16c", false},
+                                {"avx512f", false},  {"avx512bw", false},    {"avx512dq", false},
+                                {"avx512vl", false}, {"avx512_vnni", false}, {"avx512_bf16", false},
+                                {"amx_bf16", false}, {"amx_int8", false}};
   const Kernels* tables[4];
   int count = 0;
 

@@ -79,7 +79,8 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
 
   const Rows normed{c.normed, units, c.scale, c.offset};
   auto operand = [&](const void* rows, int64_t ldr, uint32_t* quantised, int64_t quantised_ld) {
-    return kUnit == 4 ? Rows{quantised, quantised_ld, c.scale, c.offset} : Rows{(const uint32_t*)rows, ldr / kUnit, nullptr, nullptr};
+    return kUnit == 4 ? Rows{quantised, quantised_ld, c.scale, c.offset}
+                      : Rows{(const uint32_t*)rows, ldr / kUnit, nullptr, nullptr};
   };
   auto norm = [&](const float* x, const Affine& p, float eps, int64_t r) {
     float* y = kUnit == 1 ? (float*)(c.normed + r * units) : row_buffer;
@@ -108,8 +109,8 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
     const Weight o = linear(p.out, D, D), fc1 = linear(p.fc1, a.inner, D), fc2 = linear(p.fc2, D, a.inner);
     const Weight next_q = linear(following.query, D, D);
     const Store<Finish::kPlain> to_qkv[3] = {{c.wide, dtype, 3 * ld, nullptr},
-                             {c.wide + ld * size, dtype, 3 * ld, nullptr},
-                             {c.wide + 2 * ld * size, dtype, 3 * ld, nullptr}};
+                                             {c.wide + ld * size, dtype, 3 * ld, nullptr},
+                                             {c.wide + 2 * ld * size, dtype, 3 * ld, nullptr}};
     gemm<T>(team, normed, n, qkv, to_qkv, 3, &o, ws);
     team.barrier();
 

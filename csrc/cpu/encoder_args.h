@@ -7,9 +7,7 @@ struct Affine {
   Param weight, bias;  // bias.data == nullptr: none
 };
 
-struct Layer {
-  Affine norm1, query, key, value, out, norm2, fc1, fc2;
-};
+struct Layer { Affine norm1, query, key, value, out, norm2, fc1, fc2; };
 
 struct EncoderArgs {
   const float* x;

@@ -8,13 +8,14 @@
 namespace vf {
 
 // In the order of `params`, each a weight and a bias.
-constexpr Affine Layer::*kParts[] = {&Layer::norm1, &Layer::query, &Layer::key, &Layer::value,
-                                     &Layer::out,   &Layer::norm2, &Layer::fc1, &Layer::fc2};
+constexpr Affine Layer::* kParts[] = {&Layer::norm1, &Layer::query, &Layer::key, &Layer::value,
+                                      &Layer::out,   &Layer::norm2, &Layer::fc1, &Layer::fc2};
 static_assert(sizeof(Layer) == std::size(kParts) * sizeof(Affine), "every part of a layer is listed");
 
-static void encoder(Address x, Address out, Address hidden, int64_t N, int64_t D, int layers, const std::vector<Address>& params,
-             const std::vector<std::string>& param_dtypes, int64_t n_inner, int H, const std::vector<float>& eps, Address cu_seqlens,
-             Address seqused_k, int B, const std::string& compute, int num_threads) {
+static void encoder(Address x, Address out, Address hidden, int64_t N, int64_t D, int layers,
+                    const std::vector<Address>& params, const std::vector<std::string>& param_dtypes, int64_t n_inner,
+                    int H, const std::vector<float>& eps, Address cu_seqlens, Address seqused_k, int B,
+                    const std::string& compute, int num_threads) {
   EncoderArgs a{};
   a.x = pointer<float>(x), a.out = pointer<float>(out), a.hidden = pointer<float>(hidden);
   a.N = N, a.D = D, a.inner = n_inner, a.layers = layers, a.H = H, a.B = B;
@@ -33,7 +34,7 @@ static void encoder(Address x, Address out, Address hidden, int64_t N, int64_t D
   std::vector<Layer> list(static_cast<size_t>(layers));
   size_t at = 0;
   for (Layer& layer : list)
-    for (Affine Layer::*const part : kParts) {
+    for (Affine Layer::* const part : kParts) {
       const bool matrix = part != &Layer::norm1 && part != &Layer::norm2;
       Affine& p = layer.*part;
       p.weight = param(params[at], param_dtypes[at], "param_dtypes", matrix);
@@ -49,12 +50,14 @@ static void encoder(Address x, Address out, Address hidden, int64_t N, int64_t D
 
 void bind_encoder(py::module_& m) {
   using py::arg;
-  m.def("encoder", &encoder, arg("x"), arg("out"), arg("hidden"), arg("N"), arg("D"), arg("layers"), arg("params"), arg("param_dtypes"),
-        arg("n_inner"), arg("H"), arg("eps"), arg("cu_seqlens"), arg("seqused_k"), arg("B"), arg("compute"), arg("num_threads"),
-        "The stack of pre-norm blocks on packed rows: x f32 [N, D] (read only) -> out f32 [N, D], the residual stream after the last layer (no final\n"
-        "norm); hidden 0 or f32 [layers, N, D], the stream after each layer. params and param_dtypes: 16 per layer, ln1.w ln1.b q.w q.b k.w k.b v.w\n"
-        "v.b o.w o.b ln2.w ln2.b fc1.w fc1.b fc2.w fc2.b (a missing bias is 0); eps: 2 per layer. cu_seqlens int32 [B+1]; seqused_k int32 [B] or 0.\n"
-        "compute 'int8': the six matrices are q8 blobs. Residual and norms are f32 throughout.");
+  m.def(
+      "encoder", &encoder, arg("x"), arg("out"), arg("hidden"), arg("N"), arg("D"), arg("layers"), arg("params"),
+      arg("param_dtypes"), arg("n_inner"), arg("H"), arg("eps"), arg("cu_seqlens"), arg("seqused_k"), arg("B"),
+      arg("compute"), arg("num_threads"),
+      "The stack of pre-norm blocks on packed rows: x f32 [N, D] (read only) -> out f32 [N, D], the residual stream after the last layer (no final\n"
+      "norm); hidden 0 or f32 [layers, N, D], the stream after each layer. params and param_dtypes: 16 per layer, ln1.w ln1.b q.w q.b k.w k.b v.w\n"
+      "v.b o.w o.b ln2.w ln2.b fc1.w fc1.b fc2.w fc2.b (a missing bias is 0); eps: 2 per layer. cu_seqlens int32 [B+1]; seqused_k int32 [B] or 0.\n"
+      "compute 'int8': the six matrices are q8 blobs. Residual and norms are f32 throughout.");
 }
 
 }  // namespace vf

@@ -48,7 +48,8 @@ VF_INLINE Workspace workspace(void* base) {
 
 // ---- microkernel ----------------------------------------------------------------------------------------------------
 template <class T, int R, int V>
-static __attribute__((noinline)) void tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t units, typename T::acc* c, int64_t ldc, bool add) {
+static __attribute__((noinline)) void tile(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t units,
+                                           typename T::acc* c, int64_t ldc, bool add) {
   typename T::V sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -190,13 +191,13 @@ VF_INLINE Ahead ahead_of(const Weight& w, int64_t panel, int64_t u0) {
   const int64_t units = ceil_div(w.K, T::kUnit), u1 = min64(units, u0 + unit_block<T>(w.K));
   if (T::kUnit == 4) return {};  // one straight run of memory: the hardware sees it coming
   const int64_t size = w.w.dtype == BF16 ? 2 : 4;
-  return {(const char*)w.w.data + (panel * kPanel * w.K + u0 * T::kUnit) * size, w.K * size, (u1 - u0) * T::kUnit * size,
-          min64(kPanel, w.N - panel * kPanel), 0};
+  return {(const char*)w.w.data + (panel * kPanel * w.K + u0 * T::kUnit) * size, w.K * size,
+          (u1 - u0) * T::kUnit * size, min64(kPanel, w.N - panel * kPanel), 0};
 }
 
 template <class T, class Epi>
-static void gemm_panel(const Rows& x, int64_t row0, int64_t row1, const Weight& w, int64_t panel, Ahead next, Workspace ws,
-                       const Epi& epi) {
+static void gemm_panel(const Rows& x, int64_t row0, int64_t row1, const Weight& w, int64_t panel, Ahead next,
+                       Workspace ws, const Epi& epi) {
   using acc = typename T::acc;
   constexpr bool kQuantized = T::kUnit == 4;
   const int64_t column = panel * kPanel;
@@ -235,7 +236,8 @@ static void gemm_panel(const Rows& x, int64_t row0, int64_t row1, const Weight& 
         for (int r = 0; r < rows; ++r) {
           F v;
           if constexpr (kQuantized) {  // sum over k of (s q + o) (t w) = t s (q . w) + o t sum(w)
-            v = fma(to_float(loadi(c + r * kPanel + j)) * set1(x.scale[r0 + r]), scale, fma(set1(x.offset[r0 + r]), sum, b));
+            v = fma(to_float(loadi(c + r * kPanel + j)) * set1(x.scale[r0 + r]), scale,
+                    fma(set1(x.offset[r0 + r]), sum, b));
           } else {
             v = load(c + r * kPanel + j) + b;
           }
@@ -257,7 +259,8 @@ VF_INLINE int64_t row_block(int64_t m, int64_t panels, int threads) {
 
 // `then` is the weight of the product that follows, if known: its first panels are fetched during the last ones here.
 template <class T, class Epi>
-static void gemm(Team& team, const Rows& x, int64_t m, const Weight* w, const Epi* epi, int products, const Weight* then, Workspace ws) {
+static void gemm(Team& team, const Rows& x, int64_t m, const Weight* w, const Epi* epi, int products,
+                 const Weight* then, Workspace ws) {
   int64_t panels = 0;
   for (int i = 0; i < products; ++i) panels += ceil_div(w[i].N, kPanel);
   if (m == 0 || panels == 0) return;

@@ -1,6 +1,7 @@
 // plan [B, M, N] of IPOT from costs [B, M, N]; a sample a thread, see ipot.h. Rows and columns that are padded are
 // neither read nor computed, and are 0 in the plan.
 #include "ipot.h"
+
 #include "ipot_args.h"
 
 namespace vf::VF_ISA {

@@ -89,9 +89,7 @@ static void ipot_in_logs(const Transport& t, double done, int64_t inner) {
   for (int64_t j = 0; j < t.n; ++j) t.gamma[j] = t.psi[j] - t.last_psi[j];
 }
 
-struct Scaling {
-  const float *u, *v;
-};
+struct Scaling { const float *u, *v; };
 
 // Costs in t.c, finite, and t.least -> T' = u G v.
 static Scaling ipot_solve(Transport& t, double beta, int64_t iterations, int64_t inner) {
@@ -100,7 +98,8 @@ static Scaling ipot_solve(Transport& t, double beta, int64_t iterations, int64_t
   int64_t done = 0, patience = 1;
   while (done < iterations) {
     int64_t most = kLongest;
-    if (done) most = open_powers(t, (double)done); else open_first(t);
+    if (done) most = open_powers(t, (double)done);
+    else open_first(t);
     most = min64(most, iterations - done);
     fill(t.u[0], round_up(t.m, kLanes), 1.f);
     fill(t.x, t.m, 1.f);  // sigma 2^-alpha

@@ -34,10 +34,10 @@ struct Feature {
   bool present;
 };
 const Feature* cpu_features(int* count);
-int isa_count();                       // levels built into this binary that this machine can run, slowest first
+int isa_count();  // levels built into this binary that this machine can run, slowest first
 const Kernels* isa_table(int i);
-const Kernels* active_kernels();       // set_isa, else VILT_FAST_CPU_ISA, else the fastest; null if the name is unknown
-bool select_isa(const char* name);     // null: back to automatic; false if unavailable
+const Kernels* active_kernels();    // set_isa, else VILT_FAST_CPU_ISA, else the fastest; null if the name is unknown
+bool select_isa(const char* name);  // null: back to automatic; false if unavailable
 
 // One 2 MB-aligned scratch buffer, reused between calls because faulting fresh pages in costs more than a small op.
 // Buffers above the retention limit are freed at once.

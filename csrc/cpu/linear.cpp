@@ -37,7 +37,8 @@ static void run(const LinearArgs& a) {
       constexpr int64_t kRows = 8;
       for (int64_t item; (item = team.take()) * kRows < a.M;)
         for (int64_t r = item * kRows; r < min64(a.M, (item + 1) * kRows); ++r)
-          to_units<T>(advance(a.x.data, a.x.dtype, r * a.ldx), a.x.dtype, a.K, converted + r * units, scale + r, offset + r);
+          to_units<T>(advance(a.x.data, a.x.dtype, r * a.ldx), a.x.dtype, a.K, converted + r * units, scale + r,
+                      offset + r);
       team.barrier();
     }
     const Rows rows = in_place ? Rows{(const uint32_t*)a.x.data, a.ldx / kUnit, nullptr, nullptr}

@@ -27,7 +27,9 @@ struct Embed {  // epilogue: r counts from the first patch of the chunk
       o.position[j] = advance(a->position.data, a->position.dtype, a->pos_index[4 * i + j] * a->D);
       o.weight[j] = a->pos_weight[4 * i + j];
     }
-    o.modality = a->modality.data ? advance(a->modality.data, a->modality.dtype, a->modality_rows[a->sample_of_patch[i]] * a->D) : nullptr;
+    o.modality = a->modality.data
+                     ? advance(a->modality.data, a->modality.dtype, a->modality_rows[a->sample_of_patch[i]] * a->D)
+                     : nullptr;
     return o;
   }
   void operator()(const Row& r, int64_t column, F x, int n) const {
@@ -59,7 +61,8 @@ static void gather(const PatchEmbedArgs& a, int64_t source, float* row) {
 
 static void cls_row(const PatchEmbedArgs& a, int64_t b) {
   float* out = a.out + a.cls_rows[b] * a.D;
-  const void* modality = a.modality.data ? advance(a.modality.data, a.modality.dtype, a.modality_rows[b] * a.D) : nullptr;
+  const void* modality =
+      a.modality.data ? advance(a.modality.data, a.modality.dtype, a.modality_rows[b] * a.D) : nullptr;
   for (int64_t j = 0; j < a.D; j += kLanes) {
     const int n = (int)min64(kLanes, a.D - j);
     F x = load_any(a.cls_token.data, a.cls_token.dtype, j, n) + load_any(a.position.data, a.position.dtype, j, n);

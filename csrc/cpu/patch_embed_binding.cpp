@@ -5,12 +5,14 @@
 
 namespace vf {
 
-static void patch_embed(Address pixels, const std::string& dtype, const std::array<int64_t, 4>& strides, int64_t P, int64_t C, Address weight,
-                 const std::string& w_dtype, Address bias, const std::string& bias_dtype, int64_t D, Address patch_source, int64_t gh,
-                 int64_t gw, Address patch_rows, Address pos_index, Address pos_weight, Address position, const std::string& pos_dtype,
-                 Address cls_token, const std::string& cls_dtype, Address cls_rows, Address modality, const std::string& modality_dtype,
-                 Address modality_rows, Address sample_of_patch, Address out, int64_t n, int64_t B, const std::string& compute,
-                 int num_threads) {
+static void patch_embed(Address pixels, const std::string& dtype, const std::array<int64_t, 4>& strides, int64_t P,
+                        int64_t C, Address weight, const std::string& w_dtype, Address bias,
+                        const std::string& bias_dtype, int64_t D, Address patch_source, int64_t gh, int64_t gw,
+                        Address patch_rows, Address pos_index, Address pos_weight, Address position,
+                        const std::string& pos_dtype, Address cls_token, const std::string& cls_dtype, Address cls_rows,
+                        Address modality, const std::string& modality_dtype, Address modality_rows,
+                        Address sample_of_patch, Address out, int64_t n, int64_t B, const std::string& compute,
+                        int num_threads) {
   PatchEmbedArgs a{};
   a.pixels = param(pixels, dtype, "dtype");
   for (int i = 0; i < 4; ++i) a.stride[i] = strides[i];
@@ -33,14 +35,16 @@ static void patch_embed(Address pixels, const std::string& dtype, const std::arr
 
 void bind_patch_embed(py::module_& m) {
   using py::arg;
-  m.def("patch_embed", &patch_embed, arg("pixels"), arg("dtype"), arg("strides"), arg("P"), arg("C"), arg("weight"), arg("w_dtype"), arg("bias"),
-        arg("bias_dtype"), arg("D"), arg("patch_source"), arg("gh"), arg("gw"), arg("patch_rows"), arg("pos_index"), arg("pos_weight"),
-        arg("position"), arg("pos_dtype"), arg("cls_token"), arg("cls_dtype"), arg("cls_rows"), arg("modality"), arg("modality_dtype"),
-        arg("modality_rows"), arg("sample_of_patch"), arg("out"), arg("n"), arg("B"), arg("compute"), arg("num_threads"),
-        "Writes n patch rows and B image [CLS] rows into out f32 [N, D]; other rows are not touched.\n"
-        "pixels [B, C, H, W] with any 4 element strides; weight [D, C*P*P]; patch_source int64 [n] = b*(gh*gw) + y*gw + x; patch_rows int64 [n] and\n"
-        "cls_rows int64 [B]: rows of out; pos_index int64 [n, 4] and pos_weight f32 [n, 4]: rows of position [G*G+1, D] (row 0 is [CLS]) and their\n"
-        "weights; modality: table [*, D] with modality_rows int64 [B], or 0; sample_of_patch int64 [n]: index into modality_rows.");
+  m.def(
+      "patch_embed", &patch_embed, arg("pixels"), arg("dtype"), arg("strides"), arg("P"), arg("C"), arg("weight"),
+      arg("w_dtype"), arg("bias"), arg("bias_dtype"), arg("D"), arg("patch_source"), arg("gh"), arg("gw"),
+      arg("patch_rows"), arg("pos_index"), arg("pos_weight"), arg("position"), arg("pos_dtype"), arg("cls_token"),
+      arg("cls_dtype"), arg("cls_rows"), arg("modality"), arg("modality_dtype"), arg("modality_rows"),
+      arg("sample_of_patch"), arg("out"), arg("n"), arg("B"), arg("compute"), arg("num_threads"),
+      "Writes n patch rows and B image [CLS] rows into out f32 [N, D]; other rows are not touched.\n"
+      "pixels [B, C, H, W] with any 4 element strides; weight [D, C*P*P]; patch_source int64 [n] = b*(gh*gw) + y*gw + x; patch_rows int64 [n] and\n"
+      "cls_rows int64 [B]: rows of out; pos_index int64 [n, 4] and pos_weight f32 [n, 4]: rows of position [G*G+1, D] (row 0 is [CLS]) and their\n"
+      "weights; modality: table [*, D] with modality_rows int64 [B], or 0; sample_of_patch int64 [n]: index into modality_rows.");
 }
 
 }  // namespace vf

@@ -63,9 +63,11 @@ VF_INLINE const void* advance(const void* p, int dtype, int64_t elements) {
 }
 VF_INLINE void store_any(void* p, int dtype, int64_t i, F x, int n) {
   if (dtype == BF16) {
-    if (n == kLanes) store((bf16*)p + i, x); else store((bf16*)p + i, x, n);
+    if (n == kLanes) store((bf16*)p + i, x);
+    else store((bf16*)p + i, x, n);
   } else {
-    if (n == kLanes) store((float*)p + i, x); else store((float*)p + i, x, n);
+    if (n == kLanes) store((float*)p + i, x);
+    else store((float*)p + i, x, n);
   }
 }
 
@@ -129,7 +131,8 @@ template <>
 }
 
 template <>
-[[maybe_unused]] void to_units<u8s8x4>(const void* x, int dtype, int64_t K, uint32_t* out, float* scale, float* offset) {
+[[maybe_unused]] void to_units<u8s8x4>(const void* x, int dtype, int64_t K, uint32_t* out, float* scale,
+                                       float* offset) {
   const F first_value = set1(load_one(x, dtype, 0));
   F lo = first_value, hi = first_value, poison = set1(0);
   for (int64_t i = 0; i < K; i += kLanes) {

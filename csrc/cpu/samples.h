@@ -32,11 +32,13 @@ struct Transport {
   float* least;              // [width]: smallest cost of the column, 0 where there is none
   float* partial;            // [m, kLanes]
   double *phi, *psi, *alpha, *gamma, *last_phi, *last_psi, *lift;
-  int64_t *rows, *columns;   // which positions of the sample are real
+  int64_t *rows, *columns;  // which positions of the sample are real
 };
 
 // Rows lie an odd number of cache lines apart, so that a block of columns spreads over all sets of L1.
-VF_INLINE int64_t row_stride(int64_t width) { return round_up(width, 16) + (width > 16 && round_up(width, 16) % 32 == 0 ? 16 : 0); }
+VF_INLINE int64_t row_stride(int64_t width) {
+  return round_up(width, 16) + (width > 16 && round_up(width, 16) % 32 == 0 ? 16 : 0);
+}
 
 // Lays out a Transport for at most m x n; the kernel matrix only if asked for.
 static size_t lay_out(Transport& t, Arena arena, int64_t m, int64_t n, bool kernel) {
@@ -45,7 +47,8 @@ static size_t lay_out(Transport& t, Arena arena, int64_t m, int64_t n, bool kern
   t.a = arena.take<float>(kernel ? m * ld : 0);
   t.g = arena.take<float>(m * ld);
   t.partial = arena.take<float>(m * kLanes);
-  float **of_rows[] = {&t.u[0], &t.u[1], &t.u[2], &t.x, &t.r, &t.mu}, **of_columns[] = {&t.v[0], &t.v[1], &t.v[2], &t.nu, &t.hole, &t.least};
+  float **of_rows[] = {&t.u[0], &t.u[1], &t.u[2], &t.x, &t.r, &t.mu},
+        **of_columns[] = {&t.v[0], &t.v[1], &t.v[2], &t.nu, &t.hole, &t.least};
   double **row_logs[] = {&t.phi, &t.alpha, &t.last_phi}, **column_logs[] = {&t.psi, &t.gamma, &t.last_psi, &t.lift};
   for (float** p : of_rows) *p = arena.take<float>(mr);
   for (float** p : of_columns) *p = arena.take<float>(width);
@@ -140,7 +143,8 @@ static void for_samples(const Masks& k, const float* row_weight, const float* co
     const float* from = cost + t.rows[i] * N;
     float* to = t.c + i * t.ld;
     if (dense) memcpy(to, from, (size_t)t.n * sizeof(float));
-    else for (int64_t j = 0; j < t.n; ++j) to[j] = from[t.columns[j]];
+    else
+      for (int64_t j = 0; j < t.n; ++j) to[j] = from[t.columns[j]];
     for (int64_t j = t.n; j < t.width; ++j) to[j] = kFar;
   }
 }

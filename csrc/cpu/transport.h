@@ -20,7 +20,7 @@ namespace vf::VF_ISA {
 
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr float kLimit = 0x1p60f;
-constexpr double kNever = -INFINITY;  // log2 of the weight of a column that is not there
+constexpr double kNever = -INFINITY;           // log2 of the weight of a column that is not there
 constexpr int kSweep = VF_LEVEL >= 2 ? 4 : 8;  // vectors of columns in a block
 
 typedef double D __attribute__((vector_size(sizeof(F))));
@@ -52,7 +52,8 @@ static void scatter_plan(const Transport& t, const float* u, const float* v, flo
     const float share = u[i++] * scale;
     if (t.columns[t.n - 1] == t.n - 1) {
       const F weight = set1(share);
-      for (int64_t j = 0; j < t.n; j += kLanes) store_any(to, F32, j, load(g + j) * load(v + j) * weight, (int)min64(kLanes, t.n - j));
+      for (int64_t j = 0; j < t.n; j += kLanes)
+        store_any(to, F32, j, load(g + j) * load(v + j) * weight, (int)min64(kLanes, t.n - j));
     } else {
       for (int64_t j = 0; j < t.n; ++j) to[t.columns[j]] = g[j] * v[j] * share;
     }
@@ -125,7 +126,8 @@ static void rows_lse(const Transport& t, double k) {
   for (int64_t i = 0; i < t.m; ++i) {
     const float* c = t.c + i * t.ld;
     D high = doubles(t.psi) - k * doubles(c);
-    for (int64_t j = kLanes / 2; j < t.width; j += kLanes / 2) high = max(high, doubles(t.psi + j) - k * doubles(c + j));
+    for (int64_t j = kLanes / 2; j < t.width; j += kLanes / 2)
+      high = max(high, doubles(t.psi + j) - k * doubles(c + j));
     double top = high[0];
     for (int l = 1; l < kLanes / 2; ++l) top = high[l] > top ? high[l] : top;
     exponents(c, t.width, -top, t.psi, k, t.g);
@@ -181,7 +183,8 @@ VF_INLINE void sweep_block(const Transport& t, int64_t j, const float* x, float*
 
 // `count` blocks of kWidth vectors from column j on, or before it if backwards; moves j.
 template <bool kMultiply, bool kColumns, int kWidth>
-static void sweep_blocks(const Transport& t, int64_t count, bool backwards, const float* x, float* v, int64_t& j, Range& range) {
+static void sweep_blocks(const Transport& t, int64_t count, bool backwards, const float* x, float* v, int64_t& j,
+                         Range& range) {
   for (; count > 0; --count) {
     const bool first = j == (backwards ? t.width : 0);
     if (backwards) j -= kWidth * kLanes;
@@ -200,7 +203,9 @@ static Range sweep(const Transport& t, bool backwards, const float* x, float* v)
   for (int k = 0; k < 4; ++k) {
     switch (backwards ? 3 - k : k) {
       case 0: sweep_blocks<kMultiply, kColumns, kSweep>(t, vecs / kSweep, backwards, x, v, j, range); break;
-      case 1: if (kSweep > 4) sweep_blocks<kMultiply, kColumns, 4>(t, vecs / 4 % 2, backwards, x, v, j, range); break;
+      case 1:
+        if (kSweep > 4) sweep_blocks<kMultiply, kColumns, 4>(t, vecs / 4 % 2, backwards, x, v, j, range);
+        break;
       case 2: sweep_blocks<kMultiply, kColumns, 2>(t, vecs / 2 % 2, backwards, x, v, j, range); break;
       default: sweep_blocks<kMultiply, kColumns, 1>(t, vecs % 2, backwards, x, v, j, range);
     }
@@ -222,7 +227,8 @@ static Range scale_rows(const Transport& t, float* u) {
 
 VF_INLINE bool safe(const Range& u, const Range& v) {
   const float high_u = u.most(), high_v = v.most();
-  return u.least() > 1 / kLimit && v.least() > 1 / kLimit && high_u < kLimit && high_v < kLimit && high_u * high_v < kLimit;
+  return u.least() > 1 / kLimit && v.least() > 1 / kLimit && high_u < kLimit && high_v < kLimit &&
+         high_u * high_v < kLimit;
 }
 
 static void fill(float* p, int64_t n, float x) {

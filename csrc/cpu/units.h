@@ -7,7 +7,7 @@ namespace vf::VF_ISA {
 
 struct f32 {
   using acc = float;
-  using V = F;          // accumulator vector
+  using V = F;  // accumulator vector
   using A = F;
   using B = F;
   static constexpr int kUnit = 1;  // values per 32-bit unit

@@ -38,7 +38,9 @@ VF_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }  // NaN in b propagate
 VF_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }  // NaN in b propagates
 VF_INLINE F abs(F x) { return _mm512_abs_ps(x); }
 VF_INLINE F keep_first(F x, int n) { return _mm512_maskz_mov_ps(first(n), x); }
-VF_INLINE F select_lt(F a, F b, F yes, F no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes); }
+VF_INLINE F select_lt(F a, F b, F yes, F no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
 VF_INLINE float reduce_add(F x) { return _mm512_reduce_add_ps(x); }
 VF_INLINE float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 VF_INLINE F to_float(I x) { return _mm512_cvtepi32_ps(x); }

@@ -12,7 +12,8 @@ constexpr int kTileI = VF_LEVEL >= 2 ? 4 : 3, kTileJ = VF_LEVEL >= 2 ? 6 : 3;  /
 
 // out[r * ldo + q] = 1 - x_r . y_q / norm[q], kI x kJ of them.
 template <int kI, int kJ>
-static void dot_tile(const float* const* x, const float* const* y, int64_t D, const float* norm, float* out, int64_t ldo) {
+static void dot_tile(const float* const* x, const float* const* y, int64_t D, const float* norm, float* out,
+                     int64_t ldo) {
   F acc[kI][kJ];
   for (int i = 0; i < kI; ++i)
     for (int j = 0; j < kJ; ++j) acc[i][j] = set1(0);
@@ -33,7 +34,8 @@ static void dot_tile(const float* const* x, const float* const* y, int64_t D, co
     for (int j = 0; j < kJ; ++j) out[i * ldo + j] = 1.f - reduce_add(acc[i][j]) / norm[j];
 }
 
-static void cosine_costs(const Transport& t, const float* const* x, const float* const* y, int64_t D, const float* norm) {
+static void cosine_costs(const Transport& t, const float* const* x, const float* const* y, int64_t D,
+                         const float* norm) {
   for (int64_t j = 0; j < t.n; j += kTileJ)
     for (int64_t i = 0; i < t.m; i += kTileI) {
       float* out = t.c + i * t.ld + j;
@@ -46,7 +48,8 @@ static void cosine_costs(const Transport& t, const float* const* x, const float*
         for (int64_t q = 0; q < columns; ++q) dot_tile<kTileI, 1>(x + i, y + j + q, D, norm + j + q, out + q, t.ld);
       } else {
         for (int64_t r = 0; r < rows; ++r)
-          for (int64_t q = 0; q < columns; ++q) dot_tile<1, 1>(x + i + r, y + j + q, D, norm + j + q, out + r * t.ld + q, t.ld);
+          for (int64_t q = 0; q < columns; ++q)
+            dot_tile<1, 1>(x + i + r, y + j + q, D, norm + j + q, out + r * t.ld + q, t.ld);
       }
     }
   for (int64_t i = 0; i < t.m; ++i)

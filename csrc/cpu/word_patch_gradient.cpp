@@ -12,7 +12,8 @@ constexpr int kOutRows = 6, kOutVecs = kTileVecs;  // accumulators of weighted s
 
 // out[r] = sum_q w[r * wr + q * wq] x_q for kR rows r, columns d .. d + kV vectors.
 template <int kR, int kV>
-static void sum_tile(const float* w, int64_t wr, int64_t wq, const float* const* x, int64_t count, int64_t d, float* out, int64_t ldo) {
+static void sum_tile(const float* w, int64_t wr, int64_t wq, const float* const* x, int64_t count, int64_t d,
+                     float* out, int64_t ldo) {
   F acc[kR][kV];
   for (int r = 0; r < kR; ++r)
     for (int v = 0; v < kV; ++v) acc[r][v] = set1(0);
@@ -29,7 +30,8 @@ static void sum_tile(const float* w, int64_t wr, int64_t wq, const float* const*
 }
 
 template <int kR>
-static void sum_rows(const float* w, int64_t wr, int64_t wq, const float* const* x, int64_t count, int64_t D, float* out) {
+static void sum_rows(const float* w, int64_t wr, int64_t wq, const float* const* x, int64_t count, int64_t D,
+                     float* out) {
   int64_t d = 0;
   for (; d + kOutVecs * kLanes <= D; d += kOutVecs * kLanes) sum_tile<kR, kOutVecs>(w, wr, wq, x, count, d, out, D);
   for (; d + kLanes <= D; d += kLanes) sum_tile<kR, 1>(w, wr, wq, x, count, d, out, D);
@@ -59,13 +61,14 @@ static void project(const float* s, const float* x, float norm, float g, int64_t
 }
 
 // Gradient of one side: rows `own` (m of them, at `places` of `size`), weights W[r, q] over the rows `other`.
-static void side_gradient(const Param& out, int64_t b, int64_t size, const int64_t* places, int64_t m, const float* const* own,
-                          const float* norms, const float* w, int64_t wr, int64_t wq, const float* const* other, int64_t count,
-                          float g, int64_t D, float* sums) {
+static void side_gradient(const Param& out, int64_t b, int64_t size, const int64_t* places, int64_t m,
+                          const float* const* own, const float* norms, const float* w, int64_t wr, int64_t wq,
+                          const float* const* other, int64_t count, float g, int64_t D, float* sums) {
   char* base = (char*)advance(out.data, out.dtype, b * size * D);
   const int64_t bytes = D * (out.dtype == BF16 ? 2 : 4);
   for (int64_t p = 0, i = 0; p < size; ++p)
-    if (i < m && places[i] == p) ++i; else memset(base + p * bytes, 0, (size_t)bytes);
+    if (i < m && places[i] == p) ++i;
+    else memset(base + p * bytes, 0, (size_t)bytes);
   for (int64_t i = 0; i < m; i += kOutRows) {
     const int64_t rows = min64(kOutRows, m - i);
     switch (rows) {
@@ -104,7 +107,8 @@ void word_patch_gradient(const WordPatchGradientArgs& a) {
         const float norm = clamped(s.text_norm[i]);
         for (int64_t j = 0; j < t.n; ++j) t.g[i * t.ld + j] = t.c[i * t.ld + j] / norm;
       }
-      side_gradient(a.image, b, N, t.columns, t.n, s.image, s.image_norm, t.g, 1, t.ld, s.text, t.m, a.grad[b], D, s.unit);
+      side_gradient(a.image, b, N, t.columns, t.n, s.image, s.image_norm, t.g, 1, t.ld, s.text, t.m, a.grad[b], D,
+                    s.unit);
     }
   });
 }

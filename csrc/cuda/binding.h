@@ -15,7 +15,8 @@ inline void cuda_check(int error) {
 }
 
 inline CudaPairs cuda_pairs(Address text_pad, Address image_pad, int64_t B, int M, int N) {
-  require(B >= 0 && B < (int64_t(1) << 31) && M >= 1 && N >= 1 && int64_t(M) * N < (int64_t(1) << 31), "B, M or N is out of range");
+  require(B >= 0 && B < (int64_t(1) << 31) && M >= 1 && N >= 1 && int64_t(M) * N < (int64_t(1) << 31),
+          "B, M or N is out of range");
   return {pointer<const uint8_t>(text_pad), pointer<const uint8_t>(image_pad), B, M, N};
 }
 

@@ -11,14 +11,14 @@ std::string cuda_message(int error) {
   std::string text = std::string("CUDA: ") + cudaGetErrorString(code) + ". ";
   switch (code) {
     case cudaErrorInsufficientDriver:
-      return text + "There is no NVIDIA driver, or one older than this build needs: install or update it, or use another backend.";
-    case cudaErrorNoDevice:
-      return text + "No GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES.";
+      return text +
+             "There is no NVIDIA driver, or one older than this build needs: install or update it, or use another backend.";
+    case cudaErrorNoDevice: return text + "No GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES.";
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorUnsupportedPtxVersion:
-      return text + "This build has no code for this GPU: rebuild with VILT_FAST_CUDA_ARCHS set to its compute capability, e.g. \"90\".";
-    default:
-      return text + "Set CUDA_LAUNCH_BLOCKING=1 to find the call.";
+      return text +
+             "This build has no code for this GPU: rebuild with VILT_FAST_CUDA_ARCHS set to its compute capability, e.g. \"90\".";
+    default: return text + "Set CUDA_LAUNCH_BLOCKING=1 to find the call.";
   }
 }
 

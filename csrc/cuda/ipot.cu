@@ -6,7 +6,8 @@ namespace vf {
 namespace {
 
 template <int R>
-__global__ void __launch_bounds__(THREADS, 1) ipot_kernel(CudaPairs pairs, const float* cost, float* plan, double step, int iterations, int inner, bool fits) {
+__global__ void __launch_bounds__(THREADS, 1)
+    ipot_kernel(CudaPairs pairs, const float* cost, float* plan, double step, int iterations, int inner, bool fits) {
   extern __shared__ __align__(128) char memory[];
   char* free = memory;
   const int64_t b = blockIdx.x;
@@ -25,7 +26,8 @@ int run(const CudaPairs& pairs, const float* cost, float* plan, double step, int
   if (int e = shared_limit(&limit)) return e;
   const size_t fixed = pair_bytes(pairs.M, pairs.N) + PARTIAL_BYTES, matrix = size_t(pairs.M) * pairs.N * 4;
   const bool fits = fixed + matrix <= limit;
-  return launch(ipot_kernel<R>, pairs.B, fixed + (fits ? matrix : 0), stream, pairs, cost, plan, step, iterations, inner, fits);
+  return launch(ipot_kernel<R>, pairs.B, fixed + (fits ? matrix : 0), stream, pairs, cost, plan, step, iterations,
+                inner, fits);
 }
 
 }  // namespace

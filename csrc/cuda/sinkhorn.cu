@@ -44,12 +44,14 @@ __device__ void text_pass(const Pair& p, const Step& step, float* top, float* to
 
 __device__ float text_error(const Pair& p, const float* mu, const float* top, const float* total) {
   float error = 0;
-  for (int i = threadIdx.x; i < p.m; i += THREADS) error += fabsf(p.u[i] * total[i] * exp2f(p.u_exponent[i] + top[i]) - mu[i]);
+  for (int i = threadIdx.x; i < p.m; i += THREADS)
+    error += fabsf(p.u[i] * total[i] * exp2f(p.u_exponent[i] + top[i]) - mu[i]);
   return block_sum(error, p.buffer);
 }
 
-__global__ void __launch_bounds__(THREADS, 1) sinkhorn_kernel(CudaPairs pairs, const float* cost, const float* text_weight, const float* image_weight,
-                                                           SinkhornOut out, double step, int iterations, float tolerance, bool fits) {
+__global__ void __launch_bounds__(THREADS, 1)
+    sinkhorn_kernel(CudaPairs pairs, const float* cost, const float* text_weight, const float* image_weight,
+                    SinkhornOut out, double step, int iterations, float tolerance, bool fits) {
   extern __shared__ __align__(128) char memory[];
   char* free = memory;
   const int64_t b = blockIdx.x;
@@ -102,14 +104,17 @@ __global__ void __launch_bounds__(THREADS, 1) sinkhorn_kernel(CudaPairs pairs, c
 
 }  // namespace
 
-int cuda_sinkhorn(CudaPairs pairs, const float* cost, const float* text_weight, const float* image_weight, float* plan, float* value, int64_t* used,
-                  float* error, double epsilon, int iterations, double tolerance, void* stream) {
+int cuda_sinkhorn(CudaPairs pairs, const float* cost, const float* text_weight, const float* image_weight, float* plan,
+                  float* value, int64_t* used, float* error, double epsilon, int iterations, double tolerance,
+                  void* stream) {
   size_t limit;
   if (int e = shared_limit(&limit)) return e;
-  const size_t fixed = pair_bytes(pairs.M, pairs.N) + size_t(4) * (pairs.M + pairs.N), matrix = size_t(pairs.M) * pairs.N * 4;
+  const size_t fixed = pair_bytes(pairs.M, pairs.N) + size_t(4) * (pairs.M + pairs.N),
+               matrix = size_t(pairs.M) * pairs.N * 4;
   const bool fits = fixed + matrix <= limit;
   return launch(sinkhorn_kernel, pairs.B, fixed + (fits ? matrix : 0), stream, pairs, cost, text_weight, image_weight,
-                SinkhornOut{plan, value, used, error}, 1.4426950408889634 / epsilon, iterations, float(tolerance), fits);
+                SinkhornOut{plan, value, used, error}, 1.4426950408889634 / epsilon, iterations, float(tolerance),
+                fits);
 }
 
 }  // namespace vf

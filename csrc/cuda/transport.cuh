@@ -21,7 +21,7 @@
 namespace vf {
 namespace {
 
-constexpr float REACH = 24.f;   // by how many powers of two q may shrink between two rebuilds
+constexpr float REACH = 24.f;    // by how many powers of two q may shrink between two rebuilds
 constexpr float LONGEST = 16.f;  // iterations between two rebuilds
 constexpr float LOWEST = -1e9f;
 constexpr unsigned ALL = 0xffffffffu;
@@ -72,11 +72,11 @@ __device__ inline int real_positions(const uint8_t* pad, const float* weight, in
 // One pair in shared memory. Rows and columns are numbered over the real ones only, 0..m-1 and 0..n-1.
 struct Pair {
   int m, n;
-  int *row, *column;                   // where they are in the padded matrix
+  int *row, *column;                       // where they are in the padded matrix
   float *u_exponent, *u, *a_exponent, *a;  // [M]
   float *v_exponent, *v;                   // [N]
-  float* buffer;                       // [32]
-  const float* cost;                   // cost of (i, j) is cost[row_offset[i] + column_offset[j]]
+  float* buffer;                           // [32]
+  const float* cost;                       // cost of (i, j) is cost[row_offset[i] + column_offset[j]]
   int *row_offset, *column_offset;
   __device__ float at(int i, int j) const { return cost[row_offset[i] + column_offset[j]]; }
 };
@@ -84,8 +84,8 @@ struct Pair {
 __host__ __device__ constexpr size_t pair_bytes(int M, int N) { return (size_t(6) * M + size_t(4) * N + 32 + 8) * 4; }
 
 // Lays the arrays out from `memory` on and finds the real rows and columns. Ends with a barrier.
-__device__ inline Pair make_pair(char*& memory, const uint8_t* text_pad, const uint8_t* image_pad, const float* text_weight, const float* image_weight,
-                                 int M, int N) {
+__device__ inline Pair make_pair(char*& memory, const uint8_t* text_pad, const uint8_t* image_pad,
+                                 const float* text_weight, const float* image_weight, int M, int N) {
   Pair p;
   auto floats = [&memory](int count) {
     float* result = reinterpret_cast<float*>(memory);
@@ -98,7 +98,8 @@ __device__ inline Pair make_pair(char*& memory, const uint8_t* text_pad, const u
   p.column = reinterpret_cast<int*>(floats(N)), p.column_offset = reinterpret_cast<int*>(floats(N));
   int* counts = reinterpret_cast<int*>(p.buffer);
   if (threadIdx.x < 32) {
-    const int m = real_positions(text_pad, text_weight, M, p.row), n = real_positions(image_pad, image_weight, N, p.column);
+    const int m = real_positions(text_pad, text_weight, M, p.row),
+              n = real_positions(image_pad, image_weight, N, p.column);
     if (threadIdx.x == 0) counts[0] = m, counts[1] = n;
   }
   __syncthreads();
@@ -112,7 +113,8 @@ __device__ inline Pair make_pair(char*& memory, const uint8_t* text_pad, const u
 __device__ inline void take_costs(Pair& p, const float* matrix, int stride, float* room) {
   if (room)
     for (int i = threadIdx.x / 32; i < p.m; i += WARPS)
-      for (int j = threadIdx.x % 32; j < p.n; j += 32) room[i * p.n + j] = matrix[int64_t(p.row[i]) * stride + p.column[j]];
+      for (int j = threadIdx.x % 32; j < p.n; j += 32)
+        room[i * p.n + j] = matrix[int64_t(p.row[i]) * stride + p.column[j]];
   for (int i = threadIdx.x; i < p.m; i += THREADS) p.row_offset[i] = room ? i * p.n : p.row[i] * stride;
   for (int j = threadIdx.x; j < p.n; j += THREADS) p.column_offset[j] = room ? j : p.column[j];
   p.cost = room ? room : matrix;
@@ -140,7 +142,8 @@ __device__ __forceinline__ void inverse(float top, float total, float weight, fl
 }
 
 // sum_i x_i 2^(-step cost_ij) = total * 2^top for column j, by one thread.
-__device__ inline float image_sum(const Pair& p, const Step& step, int j, const float* exponent, const float* factor, float& top) {
+__device__ inline float image_sum(const Pair& p, const Step& step, int j, const float* exponent, const float* factor,
+                                  float& top) {
   top = LOWEST;
   const int column = p.column_offset[j];
 #pragma unroll 4
@@ -153,19 +156,22 @@ __device__ inline float image_sum(const Pair& p, const Step& step, int j, const 
 }
 
 // sum_j 2^(-step cost_ij) x_j = total * 2^top for row i, by one warp.
-__device__ inline float text_sum(const Pair& p, const Step& step, int i, const float* exponent, const float* factor, float& top) {
+__device__ inline float text_sum(const Pair& p, const Step& step, int i, const float* exponent, const float* factor,
+                                 float& top) {
   const int lane = threadIdx.x % 32, row = p.row_offset[i];
   top = LOWEST;
   for (int j = lane; j < p.n; j += 32) top = fmaxf(top, step.near(exponent[j], p.cost[row + p.column_offset[j]]));
   top = floorf(warp_max(top));
   float total = 0;
-  for (int j = lane; j < p.n; j += 32) total += factor[j] * step.power(exponent[j] - top, p.cost[row + p.column_offset[j]]);
+  for (int j = lane; j < p.n; j += 32)
+    total += factor[j] * step.power(exponent[j] - top, p.cost[row + p.column_offset[j]]);
   return warp_sum(total);
 }
 
 __device__ inline void scaled_loop(Pair& p, double step, int iterations, int inner) {
   const float per_m = 1.f / p.m, per_n = 1.f / p.n;
-  for (int i = threadIdx.x; i < p.m; i += THREADS) p.u_exponent[i] = p.a_exponent[i] = 0.f, p.u[i] = 1.f, p.a[i] = per_m;
+  for (int i = threadIdx.x; i < p.m; i += THREADS)
+    p.u_exponent[i] = p.a_exponent[i] = 0.f, p.u[i] = 1.f, p.a[i] = per_m;
   __syncthreads();
   for (int t = 1; t <= iterations; ++t) {
     const Step now(step * t);
@@ -330,7 +336,9 @@ inline int shared_limit(size_t* bytes) {
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), int64_t blocks, size_t bytes, void* stream, Args... args) {
   if (blocks == 0) return 0;
-  if (cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes))) return e;
+  if (cudaError_t e = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                           cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)))
+    return e;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(blocks));
   config.blockDim = dim3(THREADS);

@@ -12,14 +12,15 @@
 #include <cuda_pipeline_primitives.h>
 #include <mma.h>
 
-#include "word_patch_distance.h"
 #include "transport.cuh"
+#include "word_patch_distance.h"
 
 namespace vf {
 namespace {
 
 constexpr int ROWS = 5;  // rows a warp in the linear loop: up to 40 words
-constexpr int TILE_M = 48, TILE_N = 128, SLAB_BYTES = 128, PAD_BYTES = 16;  // a slab row is 128 bytes of a hidden state, padded against bank conflicts
+constexpr int TILE_M = 48, TILE_N = 128, SLAB_BYTES = 128,
+              PAD_BYTES = 16;  // a slab row is 128 bytes of a hidden state, padded against bank conflicts
 constexpr int STAGE_BYTES = (TILE_M + TILE_N) * (SLAB_BYTES + PAD_BYTES);
 constexpr int PATCH = 16 * 16;  // one fragment a warp, on its way to the costs, where the slabs were
 constexpr size_t SCALE_BYTES = (TILE_M + TILE_N) * 4;
@@ -169,8 +170,9 @@ __device__ void cosine_costs(const Pair& p, const States<T>& s, int stages, char
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 1) word_patch_distance_kernel(CudaPairs pairs, const T* text, const T* image, int D, float* distance, float* plan,
-                                                                      float* scratch, double step, int iterations, int inner, int stages) {
+__global__ void __launch_bounds__(THREADS, 1)
+    word_patch_distance_kernel(CudaPairs pairs, const T* text, const T* image, int D, float* distance, float* plan,
+                               float* scratch, double step, int iterations, int inner, int stages) {
   extern __shared__ __align__(128) char memory[];
   const int64_t b = blockIdx.x;
   const int M = pairs.M, N = pairs.N;
@@ -191,17 +193,20 @@ __global__ void __launch_bounds__(THREADS, 1) word_patch_distance_kernel(CudaPai
   if (threadIdx.x == 0) distance[b] = share;
 }
 
-size_t bytes_without_costs(int M, int N, int stages) { return size_t(stages) * STAGE_BYTES + SCALE_BYTES + pair_bytes(M, N); }
+size_t bytes_without_costs(int M, int N, int stages) {
+  return size_t(stages) * STAGE_BYTES + SCALE_BYTES + pair_bytes(M, N);
+}
 
 template <class T>
-int run(const CudaPairs& pairs, const void* text, const void* image, int D, float* distance, float* plan, float* scratch, double step, int iterations,
-        int inner, void* stream) {
+int run(const CudaPairs& pairs, const void* text, const void* image, int D, float* distance, float* plan,
+        float* scratch, double step, int iterations, int inner, void* stream) {
   size_t limit;
   if (int e = shared_limit(&limit)) return e;
   const size_t costs = scratch ? 0 : size_t(pairs.M) * pairs.N * 4;
   const int stages = bytes_without_costs(pairs.M, pairs.N, MANY) + costs <= limit ? MANY : FEW;
-  return launch(word_patch_distance_kernel<T>, pairs.B, bytes_without_costs(pairs.M, pairs.N, stages) + costs, stream, pairs,
-                static_cast<const T*>(text), static_cast<const T*>(image), D, distance, plan, scratch, step, iterations, inner, stages);
+  return launch(word_patch_distance_kernel<T>, pairs.B, bytes_without_costs(pairs.M, pairs.N, stages) + costs, stream,
+                pairs, static_cast<const T*>(text), static_cast<const T*>(image), D, distance, plan, scratch, step,
+                iterations, inner, stages);
 }
 
 }  // namespace
@@ -213,8 +218,8 @@ int cuda_word_patch_scratch(int M, int N, int* needed) {
   return 0;
 }
 
-int cuda_word_patch_distance(CudaPairs pairs, const void* text, const void* image, int dtype, int D, float* distance, float* plan, float* scratch,
-                             double beta, int iterations, int inner, void* stream) {
+int cuda_word_patch_distance(CudaPairs pairs, const void* text, const void* image, int dtype, int D, float* distance,
+                             float* plan, float* scratch, double beta, int iterations, int inner, void* stream) {
   const double step = 1.4426950408889634 / beta;
   auto* chosen = dtype == CUDA_F32 ? &run<float> : dtype == CUDA_F16 ? &run<__half> : &run<__nv_bfloat16>;
   return chosen(pairs, text, image, D, distance, plan, scratch, step, iterations, inner, stream);

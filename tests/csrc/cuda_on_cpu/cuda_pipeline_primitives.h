@@ -3,12 +3,18 @@
 #include <cstring>
 #include <vector>
 
-struct Copy { char* to; const char* from; size_t size; int group; };
+struct Copy {
+  char* to;
+  const char* from;
+  size_t size;
+  int group;
+};
 inline std::vector<Copy> copies[1024];
 inline int groups[1024];
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t size, size_t zeros) {
-  copies[threadIdx.x].push_back({static_cast<char*>(to), static_cast<const char*>(from), size - zeros, groups[threadIdx.x]});
+  copies[threadIdx.x].push_back(
+      {static_cast<char*>(to), static_cast<const char*>(from), size - zeros, groups[threadIdx.x]});
   if (zeros) copies[threadIdx.x].back().from = nullptr, copies[threadIdx.x].back().size = size;
 }
 

@@ -26,8 +26,15 @@ enum cudaError_t { cudaSuccess = 0 };
 enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = void*;
 struct alignas(16) float4 { float x, y, z, w; };
-struct dim3 { unsigned x = 1, y = 1, z = 1; dim3(unsigned a = 1) : x(a) {} };
-struct cudaLaunchConfig_t { dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; };
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned a = 1) : x(a) {}
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
 
 inline int emulated_shared_limit = 232448;  // tests make it small to see the paths of large pairs
 inline char* emulated_shared_memory;  // of that many bytes, all `extern __shared__` arrays in one; the harness has it
@@ -36,7 +43,11 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = emulated_shared_limit, cudaSuccess; }
 inline cudaError_t cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 
-struct Fiber { ucontext_t context; std::vector<char> stack; bool done; };
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  bool done;
+};
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline dim3 threadIdx, blockIdx, blockDim;

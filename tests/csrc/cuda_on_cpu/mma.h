@@ -16,7 +16,9 @@ inline float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 inline bool first_lane() { return threadIdx.x % 32 == 0; }
 
 template <class Use, int M, int N, int K, class T, class Layout = void>
-struct fragment { float x[16][16]; };
+struct fragment {
+  float x[16][16];
+};
 
 template <class F>
 void fill_fragment(F& f, float value) {
