@@ -8,6 +8,7 @@ MODEL ?=
 WORKERS ?= auto
 BIN := $(VENV)/bin
 NATIVE := $(wildcard setup.py pyproject.toml CMakeLists.txt csrc/*.* csrc/*/*.*)
+CXX_FILES := $(filter-out %.def,$(wildcard csrc/*.* csrc/*/*.* tests/csrc/cuda_on_cpu/*.*))
 
 .PHONY: demo test lint format bench plot info clean
 
@@ -21,10 +22,12 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run model $(ARGS)
