@@ -8,7 +8,7 @@ MODEL ?=
 WORKERS ?= auto
 BIN := $(VENV)/bin
 NATIVE := $(wildcard setup.py pyproject.toml CMakeLists.txt csrc/*.* csrc/*/*.*)
-CXX_FILES := $(filter-out %.def,$(wildcard csrc/*.* csrc/*/*.* tests/csrc/cuda_on_cpu/*.*))
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
 .PHONY: demo test lint format bench plot info clean
 
