@@ -25,7 +25,7 @@ MAX_WIDTH = 8192
 _GROUPS = 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _add_layer_norm_fwd_kernel(
     x, residual, weight, bias, seed, s_out, y_out, mean_out, rstd_out, N, D, stride_x, stride_r, eps, dropout_p,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -54,7 +54,7 @@ def _add_layer_norm_fwd_kernel(
     tl.store(rstd_out + rows, rstd, mask=rows < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows_each"])
 def _add_layer_norm_bwd_kernel(
     ds, dy, s, mean, rstd, weight, seed, dresidual, dx, sums, N, D, rows_each, dropout_p,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -253,7 +253,7 @@ def store_plan(plan, rows, columns, M, N, values):
     tl.store(plan + (rows[:, None] * N + columns[None, :]), values, mask=(rows[:, None] < M) & (columns[None, :] < N))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def _ipot_fwd_kernel(
     cost, text_pad, image_pad, plan, scaling, M, N, stride_b, stride_m, step_high, step_low, iterations, inner,
     BLOCK_M: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -280,7 +280,7 @@ def _ipot_fwd_kernel(
     store_plan(plan, d_rows, columns, M, N, plan_of(d, step * iterations, ud_exponent, ud, v_exponent, v))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def _ipot_fwd_streamed_kernel(
     cost, text_pad, image_pad, plan, scaling, M, N, stride_b, stride_m, step_high, step_low, iterations, inner,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -80,7 +80,7 @@ def _finish_halves(
     _finish(right, m0, n0 + acc.shape[1] // 2, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _linear_fwd_kernel(
     x, weight, x_scale, weight_scale, bias, residual, pre, out, M, N, K, stride_xm, stride_wn, stride_rm,
     GELU: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -32,7 +32,7 @@ _SPLITS = 8
 _LISTS, _COMBINE, _SCATTER = dict(BLOCK=1024), dict(BLOCK_R=32, BLOCK_T=32), dict(BLOCK_R=16, BLOCK_D=256)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _linear_cross_entropy_compact_kernel(labels, kept, count, losses, picked, R, ignore_index, BLOCK: tl.constexpr):
     """One program: kept, count; zero losses for the rest; NaN where the logit of the label will be put."""
     found = 0
@@ -69,7 +69,7 @@ def _logits(
     return tl.where((cols < V)[None, :], acc, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _linear_cross_entropy_fwd_kernel(
     x, weight, bias, labels, kept, count, picked, maxima, sums, R, V, D, stride_xm, stride_wn,
     WHOLE_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,7 +95,7 @@ def _linear_cross_entropy_fwd_kernel(
         tl.store(picked + places, value, mask=(places < rows) & here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _linear_cross_entropy_combine_kernel(
     kept, count, picked, maxima, sums, lse, losses, R, tiles, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr
 ):
@@ -196,7 +196,7 @@ def _linear_cross_entropy_bwd_weight_kernel(
             tl.store(dbias + cols, (total * factor).to(dbias.dtype.element_ty), mask=cols < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "splits"])
 def _linear_cross_entropy_bwd_input_kernel(
     e, weight, count, partial, R, V, start, width, splits, stride_wn, stride_e, ADD: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -225,7 +225,7 @@ def _linear_cross_entropy_bwd_input_kernel(
         tl.store(at, acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "splits"])
 def _linear_cross_entropy_bwd_scatter_kernel(
     partial, kept, count, scale, dx, R, splits, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):

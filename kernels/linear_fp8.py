@@ -18,7 +18,7 @@ LARGEST = tl.constexpr(448.0)  # of e4m3
 _ROWS, _COLUMNS = 4, 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _quantize_fp8_kernel(
     x, q, scale, M, K, stride_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip

@@ -23,7 +23,7 @@ INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _BACKWARD, _GROUPS = dict(BLOCK_M=8, BLOCK_N=256, num_warps=4), 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_each"])
 def _linear_gelu_bwd_kernel(grad, pre, dpre, sums, M, N, rows_each, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """dpre = grad * gelu'(pre) for ``rows_each`` rows of BLOCK_N columns; their column sums go to sums[group]."""
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -80,7 +80,7 @@ def _finish_patches(
     tl.store(out + to[:, None] * D + cols[None, :], x.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "gh", "gw"])
 def _patch_embed_fwd_kernel(
     pixels, weight, scale, shift, source, bias, position, modality, rows, sample, pos_index, pos_weight,
     modality_index, seed, out, partial, n, gh, gw, stride_b, stride_c, stride_h, stride_w, p,
@@ -125,7 +125,7 @@ def _patch_embed_fwd_kernel(
         tl.store(partial + tile + within, x, mask=(i < n)[:, None] & (cols < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_text", "B", "n"])
 def _patch_embed_rows_kernel(
     text, text_rows, cls_token, cls_rows, bias, position, modality, rows, sample, pos_index, pos_weight,
     modality_index, seed, out, partial, n_text, B, n, p, D: tl.constexpr,

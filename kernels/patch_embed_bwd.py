@@ -21,7 +21,7 @@ from .patch_embed import supports as supports
 # --- device side ------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "B"])
 def _patch_embed_bwd_dropout_kernel(
     grad, masked, patch_rows, cls_rows, seed, n, B, p, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
@@ -35,7 +35,7 @@ def _patch_embed_bwd_dropout_kernel(
     tl.store(masked + at, g.to(masked.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "gh", "gw"])
 def _patch_embed_bwd_weight_kernel(
     grad, rows, pixels, scale, shift, source, out, n, gh, gw, stride_b, stride_c, stride_h, stride_w,
     D: tl.constexpr, K: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, NORMALIZE: tl.constexpr, SPLITS: tl.constexpr,
@@ -64,7 +64,7 @@ def _patch_embed_bwd_weight_kernel(
     tl.store(tile + cols[:, None] * K + k[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "B"])
 def _patch_embed_bwd_table_kernel(
     grad, patch_rows, cls_rows, sample, pos_index, pos_weight, modality_index, sums, n, B, T, table_rows,
     D: tl.constexpr, MODALITY: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,

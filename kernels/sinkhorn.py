@@ -42,7 +42,7 @@ def _share(weight, real, pair, at, size):
     return real, share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def _sinkhorn_fwd_kernel(
     cost, text_pad, image_pad, text_weight, image_weight, plan, value, used, error, M, N, stride_b, stride_m,
     step_high, step_low, iterations, tolerance, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -63,7 +63,7 @@ def _text_embed_fwd_kernel(
     tl.store(out + tl.cast(i, tl.int64) * D + cols, y.to(out.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _text_embed_bwd_kernel(
     grad, words, ids, position, position_ids, token_type, token_type_ids, ln_weight, seed, dx, sums, d_word, n, eps,
     p, padding_idx, DROPOUT: tl.constexpr, ATOMIC: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -98,7 +98,7 @@ def _text_embed_bwd_kernel(
     tl.store(to + 2 * D, d_modality, mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _text_embed_bwd_word_kernel(
     dx, ids, order, d_word, n, padding_idx, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
@@ -120,7 +120,7 @@ def _text_embed_bwd_word_kernel(
         tl.store(d_word + own.to(tl.int64) * D + cols, total.to(d_word.dtype.element_ty), mask=cols < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _text_embed_bwd_table_kernel(
     dx, position_ids, token_type_ids, out, n, L, table_rows, D: tl.constexpr,
     SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -85,7 +85,7 @@ def _cosines(
     return c * _per_norm(c_squares)[:, None] * per[None, :], d * _per_norm(d_squares)[:, None] * per[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def _word_patch_distance_fwd_kernel(
     text, image, text_pad, image_pad, distance, plan, scaling, M, N, stride_d, step_high, step_low, iterations, inner,
     BLOCK_M: tl.constexpr, BLOCK_M2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -153,7 +153,7 @@ def _store_rows(base, rows, real, size, columns, stride_d, values):
     tl.store(at, values, mask=(rows[:, None] < size) & (columns[None, :] < stride_d))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N"])
 def _word_patch_distance_bwd_kernel(
     gradient, text, image, text_pad, image_pad, scaling, d_text, d_image, M, N, stride_d, step_high, step_low,
     iterations, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, SHARE: tl.constexpr,
