@@ -67,7 +67,7 @@ def _patch_embed_bwd_weight_kernel(
 @triton.jit(do_not_specialize=["n", "B"])
 def _patch_embed_bwd_table_kernel(
     grad, patch_rows, cls_rows, sample, pos_index, pos_weight, modality_index, sums, n, B, T, table_rows,
-    D: tl.constexpr, MODALITY: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, MODALITY: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """sums[split, table_rows, D] = sum_j S[t, j] grad[row of j] over the n patches and B [CLS] of a split.
@@ -76,7 +76,7 @@ def _patch_embed_bwd_table_kernel(
     """
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    span = tl.cdiv(tl.cdiv(n + B, SPLITS), BLOCK_M) * BLOCK_M
+    span = tl.cdiv(tl.cdiv(n + B, tl.num_programs(2)), BLOCK_M) * BLOCK_M
     first = tl.program_id(2) * span
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in range(first, tl.minimum(first + span, n + B), BLOCK_M):
@@ -171,7 +171,7 @@ def patch_embed_bwd(
         with _device.on(grad):
             _patch_embed_bwd_table_kernel[grid](
                 rows_grad, patch_rows, cls_rows, patch_sample, pos_index, pos_weight, modality_index, out, n, images,
-                len(position), table_rows, D=width, MODALITY=in_modality, SPLITS=splits,
+                len(position), table_rows, D=width, MODALITY=in_modality,
                 PRECISION=_device.precision(arch, *tables), **TABLE,
             )  # fmt: skip
         return out.sum(0)
@@ -212,7 +212,7 @@ def aot_cases():
             config |= dict(NORMALIZE=False, PRECISION=precision, DTYPE=_element(dtype))
             yield aot_case(_patch_embed_bwd_weight_kernel, f"bwd_weight n={n}", short, config, **product, **types)
         for modality in (False, True):
-            config = TABLE | dict(MODALITY=modality, SPLITS=2, PRECISION=_device.precision(targets[0].arch, dtype))
+            config = TABLE | dict(MODALITY=modality, PRECISION=_device.precision(targets[0].arch, dtype))
             name = f"bwd_table {'modality' if modality else 'position'}"
             yield aot_case(_patch_embed_bwd_table_kernel, name, short, config, **product)
         yield aot_case(_patch_embed_bwd_dropout_kernel, "bwd_dropout", short, ROWS, targets=targets)

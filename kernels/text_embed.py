@@ -123,12 +123,12 @@ def _text_embed_bwd_word_kernel(
 @triton.jit(do_not_specialize=["n"])
 def _text_embed_bwd_table_kernel(
     dx, position_ids, token_type_ids, out, n, L, table_rows, D: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out[split, table_rows, D]: sums of the dx rows that hit table row t, positions 0..L-1, then token types."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    span = tl.cdiv(tl.cdiv(n, SPLITS), BLOCK_M) * BLOCK_M
+    span = tl.cdiv(tl.cdiv(n, tl.num_programs(2)), BLOCK_M) * BLOCK_M
     first = tl.program_id(2) * span
     acc = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     for start in range(first, tl.minimum(first + span, n), BLOCK_M):
@@ -242,7 +242,7 @@ def _small_tables(dx, position_ids, token_type_ids, position, token_type):
     if width:
         with _device.on(dx):
             _text_embed_bwd_table_kernel[grid](
-                dx, position_ids, token_type_ids, out, n, len(position), table_rows, D=width, SPLITS=splits,
+                dx, position_ids, token_type_ids, out, n, len(position), table_rows, D=width,
                 PRECISION=precision, **TABLE,
             )  # fmt: skip
     sums = out.sum(0)
@@ -260,7 +260,7 @@ def aot_cases():
         row = row_config(768) | dict(DROPOUT=live, ATOMIC=live)
         absent = dict(token_type_ids=None) | ({} if live else dict(seed=None, d_word=None))
         for _, targets in _aot.alike(lambda target: target.precision):
-            table = TABLE | dict(SPLITS=5, PRECISION=_device.precision(targets[0].arch, dtype))
+            table = TABLE | dict(PRECISION=_device.precision(targets[0].arch, dtype))
             wide = dict(targets=targets, dx="*fp32", out="*fp32")
             yield _case(_text_embed_fwd_kernel, "fwd", short, row, targets=targets, **absent)
             yield _case(_text_embed_bwd_kernel, "bwd", short, row, **wide, **absent)
