@@ -45,7 +45,7 @@ def _quantize_fp8_kernel(
 def supports(*, device=None, dtype=None):
     """ "" when Triton can run this, else why not."""
     reason = _device.problem(device, x=dtype)
-    if not reason and not _device.interpreted() and not _device.has_e4m3():
+    if not reason and not _device.interpreted() and not _device.has_e4m3(device):
         reason = "e4m3 needs an NVIDIA GPU of compute capability 8.9 or newer."
     return reason
 
