@@ -47,12 +47,12 @@ def kept(seed, drop_below, rows, keys, head):
 # --- host side --------------------------------------------------------------------------------------------------------
 
 
-def rows(tensor):
-    """[rows, columns], columns dense."""
-    tensor = tensor.reshape(-1, tensor.shape[-1])
-    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
-
-
 def dense(*tensors):
     """The tensors, contiguous; None where there is none."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def rows(*tensors):
+    """Each as [rows, columns], columns dense; None where there is none."""
+    flat = [t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in tensors]
+    return [t if t is None or t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in flat]

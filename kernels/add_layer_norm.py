@@ -120,7 +120,7 @@ def add_layer_norm_fwd(*, x, residual, weight, bias, eps, dropout_p, seed, keep)
     y = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if s.numel():
-        x, residual = _tiles.rows(x), _tiles.rows(residual)
+        x, residual = _tiles.rows(x, residual)
         N = x.shape[0]
         config = _config(N, D)
         with _device.on(x):

@@ -199,13 +199,12 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
     tests and benchmarks.
     """
     shape = (*x.shape[:-1], weight.shape[0])
-    x, weight = _tiles.rows(x), _tiles.rows(weight)
+    x, weight = _tiles.rows(x, weight)
     (M, K), N = x.shape, weight.shape[0]
     out = x.new_empty(M, N, dtype=out_dtype)
     pre = x.new_empty(M, N) if save else None
     if out.numel():
-        bias = None if bias is None else bias.contiguous()
-        residual = None if residual is None else _tiles.rows(residual)
+        (bias,), (residual,) = _tiles.dense(bias), _tiles.rows(residual)
         kind = kind or _kind(x, weight)
         arch = _device.arch(x)
         config = dict(config or _config(kind, M, N, arch=arch, residual=residual is not None))

@@ -281,7 +281,7 @@ def linear_cross_entropy_fwd(*, x, weight, bias, labels, ignore_index, keep):
     losses, picked = (x.new_empty(R, dtype=torch.float32) for _ in range(2))
     kept, lse = x.new_zeros(R, dtype=torch.int32), x.new_zeros(R, dtype=torch.float32)  # zero past `count`
     count = x.new_empty(1, dtype=torch.int32)
-    x, weight, (bias, labels) = _tiles.rows(x), _tiles.rows(weight), _tiles.dense(bias, labels)
+    (x, weight), (bias, labels) = _tiles.rows(x, weight), _tiles.dense(bias, labels)
     config = _chosen("logits", x)
     tiles = triton.cdiv(V, config["BLOCK_N"])
     maxima, sums = x.new_empty(tiles, R, dtype=torch.float32), x.new_empty(tiles, R, dtype=torch.float32)
@@ -313,7 +313,7 @@ def linear_cross_entropy_bwd(*, needs, grad_losses, x, weight, bias, labels, lse
     dbias = weight.new_empty(V if needs_bias else 0)
     if not R:
         return (dx, dweight.zero_(), dbias.zero_()), ()
-    x, weight, (bias, labels, grad) = _tiles.rows(x), _tiles.rows(weight), _tiles.dense(bias, labels, grad)
+    (x, weight), (bias, labels, grad) = _tiles.rows(x, weight), _tiles.dense(bias, labels, grad)
     chunk = _chunk(R, V)
     e, scale = x.new_empty(R, chunk), x.new_empty(1, dtype=torch.float32)
     splits = min(max(_ALIVE // (R * D), 1), _SPLITS)

@@ -61,7 +61,7 @@ def quantize_fp8_fwd(*, x, keep):
 
 def quantize(x):
     """(q [..., K] float8_e4m3fn, scale [...] float32)."""
-    rows = _tiles.rows(x)
+    (rows,) = _tiles.rows(x)
     M, K = rows.shape
     q = x.new_empty(M, K, dtype=torch.float8_e4m3fn)
     scale = x.new_empty(M, dtype=torch.float32)
