@@ -79,6 +79,9 @@ def aot_cases():
 '''
 
 
+pytestmark = pytest.mark.xdist_group("compiler")
+
+
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
     """Rows of the kernels above by name of the case."""
