@@ -267,6 +267,14 @@ def aot_cases():
             absent |= dict(partial=None) if config["SPLITS"] == 1 else {}
             yield aot_case(_patch_embed_fwd_kernel, f"fwd n={n}", short, flags | config, **product, **absent)
             yield aot_case(_patch_embed_rows_kernel, f"rows n={n}", short, flags | ROWS, targets=targets, **absent)
+        alone = dict.fromkeys(("text", "text_rows", "modality", "modality_index"), None)
+        for n in (BATCHES[0], BATCHES[-1]):
+            config = flags | fwd_config(n, dtype, little)
+            absent = dict(scale=None, shift=None) | alone | (dict(partial=None) if config["SPLITS"] == 1 else {})
+            name = f"n={n} images alone"
+            yield aot_case(_patch_embed_fwd_kernel, f"fwd {name}", short, config, **product, **absent)
+            rows = config | ROWS
+            yield aot_case(_patch_embed_rows_kernel, f"rows {name}", short, rows, targets=targets, **absent)
         config = flags | fwd_config(BATCHES[0], dtype, little)
         if short == "bf16":
             types = dict(pixels="*fp32", scale=None, shift=None)

@@ -263,6 +263,7 @@ def aot_cases():
             table = TABLE | dict(PRECISION=_device.precision(targets[0].arch, dtype))
             wide = dict(targets=targets, dx="*fp32", out="*fp32")
             yield _case(_text_embed_fwd_kernel, "fwd", short, row, targets=targets, **absent)
+            yield _case(_text_embed_fwd_kernel, "fwd no modality", short, row, targets=targets, modality=None, **absent)
             yield _case(_text_embed_bwd_kernel, "bwd", short, row, **wide, **absent)
             yield _case(_text_embed_bwd_word_kernel, "bwd_word", short, WORD, **wide)
             yield _case(

@@ -11,7 +11,6 @@ from benchmarks.gpu import campaign as gpu_campaign
 from benchmarks.gpu import plot as gpu_plot
 from benchmarks.gpu import timing as gpu_timing
 
-
 pytestmark = pytest.mark.xdist_group("campaign")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_case import names_every_argument
+from support.triton_case import names_every_argument
 
 from vilt_fast.kernels import _aot, _device
 
