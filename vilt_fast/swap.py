@@ -1,8 +1,8 @@
 """`accelerate` and `restore`: put the packed forward in place of a model's own, on the instance, and take it out again.
 
-A swap is an instance attribute (`forward`) on a module: nothing on a class or in another library changes, parameters
-and `state_dict` stay what they are, and deleting the attribute is the exact way back. The attribute is an ordinary
-object, so that `copy.deepcopy` and `pickle` carry it along.
+A swap is an instance attribute (`forward`) on a module, with two beside it by which copies of the module get one of
+their own (`models/base.py`): nothing on a class or in another library changes, parameters and `state_dict` stay what
+they are, and deleting the attributes is the exact way back.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from .engine.packing import Packing
 from .models import find
-from .models.base import Swapped
+from .models.base import Swapped, swap_of, wrapper_of
 
 
 def accelerate(
@@ -43,24 +43,33 @@ def accelerate(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}.")
-    swaps = find(model)
-    for module, kind in swaps:
-        present = module.__dict__.get(kind.name)
-        if present is not None and not isinstance(present, Swapped):
-            raise TypeError(
-                f"{type(module).__name__} already has a {kind.name} of its own on the instance "
-                f"({type(present).__name__}): remove that wrapper, or accelerate before it is put on."
-            )
-    if not swaps:
+    found = find(model)
+    parts = [part for part in found if not part.refusal]
+    if not parts:
         raise TypeError(
-            f"{type(model).__name__} contains no ViLT model: accelerate takes transformers' Vilt* classes and the "
+            "; ".join(part.refusal for part in found)
+            or f"{type(model).__name__} contains no ViLT model: accelerate takes transformers' Vilt* classes and the "
             "original ViLTransformerSS, or a module around one of them."
         )
+    for module, name in ((part.module, part.kind.name) for part in parts):
+        present = wrapper_of(module, name)
+        if present is not None:
+            raise TypeError(
+                f"{type(module).__name__} already has a {name} of its own on the instance "
+                f"({type(present).__name__}){_whose(module)}: remove that wrapper, or accelerate before it is put on."
+            )
     given = dict(quantize=quantize, cuda_graphs=cuda_graphs, **family_options)
-    made = [(module, kind(module, _options(kind, given))) for module, kind in swaps]
-    for module, swapped in made:
-        setattr(module, swapped.name, swapped)
+    for swapped in [part.kind(part.module, _options(part.kind, given)) for part in parts]:
+        swapped.put()
     return model
+
+
+def _whose(module) -> str:
+    if "_hf_hook" in module.__dict__:
+        return ", a hook of HF Accelerate (device_map, cpu_offload; accelerate.hooks.remove_hook_from_submodules)"
+    if "_original_forward" in module.__dict__:
+        return ", the autocast of HF Accelerate (accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
+    return ""
 
 
 def _options(kind, given):
@@ -77,8 +86,8 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is no `torch.nn.Module`.
     """
-    for swapped in _swaps(model, "restore"):
-        delattr(swapped.module, swapped.name)
+    for module, swapped in _swaps(model, "restore"):
+        swapped.take_out(module)
     return model
 
 
@@ -89,7 +98,7 @@ def refresh(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: `model` is no `torch.nn.Module`.
     """
-    for swapped in _swaps(model, "refresh"):
+    for _, swapped in _swaps(model, "refresh"):
         swapped.refresh()
     return model
 
@@ -109,7 +118,7 @@ def sequence_plan(model: nn.Module, **inputs) -> Packing:
         TypeError: `model` is not accelerated, or takes no plan (the original `ViLTransformerSS`).
         InputError: inputs that the model cannot be computed on.
     """
-    for swapped in _swaps(model, "sequence_plan"):
+    for _, swapped in _swaps(model, "sequence_plan"):
         return swapped.plan(**inputs)
     raise TypeError(
         f"{type(model).__name__} takes no sequence_plan: pass one of transformers' Vilt* models, after "
@@ -117,7 +126,7 @@ def sequence_plan(model: nn.Module, **inputs) -> Packing:
     )
 
 
-def _swaps(model, verb) -> list[Swapped]:
+def _swaps(model, verb) -> list[tuple[nn.Module, Swapped]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{verb} takes a torch.nn.Module, got {type(model).__name__}.")
-    return [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Swapped)]
+    return [(module, swapped) for module in model.modules() if (swapped := swap_of(module)) is not None]

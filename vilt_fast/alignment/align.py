@@ -18,7 +18,7 @@ from torch import nn
 from .. import functional
 from ..errors import InputError
 from ..models import find
-from ..models.base import Swapped, SwappedTrunk
+from ..models.base import SwappedTrunk, swap_of, wrapper_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -132,20 +132,23 @@ def _trunk(model) -> SwappedTrunk:
     """What computes the ViLT trunk in `model`: the one that it was accelerated with, or a new one beside it."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"align takes a torch.nn.Module, got {type(model).__name__}.")
-    found = [(module, kind) for module, kind in find(model) if issubclass(kind, SwappedTrunk)]
+    found = [part for part in find(model) if issubclass(part.kind, SwappedTrunk)]
     if not found:
         raise TypeError(
             f"{type(model).__name__} contains no ViLT model: align takes transformers' Vilt* classes and the original "
             "ViLTransformerSS, or a module around one of them."
         )
-    trunk, kind = found[0]
-    present = trunk.__dict__.get(kind.name)
-    if present is not None and not isinstance(present, Swapped):
+    part = next((part for part in found if not part.refusal), found[0])
+    if part.refusal:
+        raise TypeError(part.refusal)
+    trunk, kind = part.module, part.kind
+    present = wrapper_of(trunk, kind.name)
+    if present is not None:
         raise TypeError(
             f"{type(trunk).__name__} has a {kind.name} of its own on the instance ({type(present).__name__}), which "
             "align would pass by: remove that wrapper."
         )
-    return kind(trunk, kind.options_type()) if present is None else present
+    return swap_of(trunk) or kind(trunk, kind.options_type())
 
 
 @contextlib.contextmanager

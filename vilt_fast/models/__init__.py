@@ -6,15 +6,15 @@ import sys
 
 from torch import nn
 
-from .base import Swapped
+from .base import Part
 from .vilt import original
 
 
-def find(model: nn.Module) -> list[tuple[nn.Module, type[Swapped]]]:
-    """(module, `Swapped` type) of every part of `model` that can be accelerated; imports no model library."""
-    swaps = original.find(model)
+def find(model: nn.Module) -> list[Part]:
+    """Every part of `model` that is known here, also those that have to stay as they are; imports no model library."""
+    parts = original.find(model)
     if "transformers.models.vilt.modeling_vilt" in sys.modules:  # else nobody can have made such a model
         from .vilt import tasks  # imports transformers
 
-        swaps += tasks.find(model)
-    return swaps
+        parts += tasks.find(model)
+    return parts

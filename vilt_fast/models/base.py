@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
+import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
@@ -45,14 +48,31 @@ class Features:
 
 
 class Swapped:
-    """A method that stands in for a module's own, as an attribute of the instance. Families derive from it."""
+    """A method that stands in for a module's own, as an attribute of the instance. Families derive from it.
+
+    It belongs to one module and computes with no other's parameters. It does not keep that module alive. What copies a
+    module asks the instance how: `copy.copy`, `copy.deepcopy` and `pickle` for `__reduce_ex__`, `nn.DataParallel` for
+    `_replicate_for_data_parallel`. So both are put beside the method, and give each copy a swap of its own.
+    """
 
     name: ClassVar[str] = "forward"  #: of the method
     options_type: ClassVar[type[Options]] = Options
 
-    def __init__(self, module: nn.Module, options: Options):
-        self.module = module
+    def __init__(self, module: nn.Module | None, options: Options):
+        self._module = None if module is None else weakref.ref(module)
+        self._covers = False  # whether the class's own method, bound, was on the instance before
         self.options = options
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose method this is."""
+        module = None if self._module is None else self._module()
+        if module is None:
+            raise RuntimeError(
+                f"this accelerated {self.name} belongs to no module: it was copied out of one, or outlived it. "
+                "Call vilt_fast.accelerate on the model that it was copied to."
+            )
+        return module
 
     @property
     def __signature__(self):
@@ -62,6 +82,11 @@ class Swapped:
     def own(self):
         """The module's own method, as its class defines it."""
         return getattr(type(self.module), self.name).__get__(self.module)
+
+    @property
+    def __func__(self):
+        """The same as a function of its module: HF Accelerate takes a method apart and binds it again."""
+        return _Function(self)
 
     def __call__(self, *args, **kwargs):
         raise NotImplementedError
@@ -76,11 +101,118 @@ class Swapped:
     def refresh(self) -> None:
         """Forget what was derived from parameters."""
 
+    def put(self) -> None:
+        """Stand in for the module's own method from now on."""
+        module = self.module
+        if present := swap_of(module):
+            present.take_out(module)
+        self._covers = self.name in module.__dict__
+        for name, value in ((self.name, self), *self._beside().items()):
+            setattr(module, name, value)
+
+    def take_out(self, module: nn.Module) -> None:
+        """Leave `module` as it was; what has been wrapped around the swap since then wraps the module's own method."""
+        for name, value in list(module.__dict__.items()):
+            if name in self._beside() or (name == self.name and self._is_in(value) and not self._covers):
+                delattr(module, name)
+            elif self._is_in(value):
+                setattr(module, name, getattr(type(module), self.name).__get__(module))
+        if module is self.module:
+            self.name, self.__class__ = self.name, _Restored
+
+    def _is_in(self, value) -> bool:
+        function = getattr(value, "__func__", None)
+        return value is self or (type(function) is _Function and function.swapped is self)
+
+    def _beside(self) -> dict:
+        return {"__reduce_ex__": self._reduce_module, "_replicate_for_data_parallel": self._replicate_module}
+
+    def _handed_to(self, other: Swapped, attributes: dict) -> dict:
+        """The attributes of a copied module, with `other` in the place of this swap."""
+        other._covers = self._covers
+        own = {name: other if value is self else value for name, value in attributes.items()}
+        return own | other._beside()
+
+    def _reduce_module(self, protocol):
+        reduced = type(self.module).__reduce_ex__(self.module, protocol)
+        if isinstance(reduced, str) or len(reduced) < 3 or not isinstance(reduced[2], dict):
+            return reduced
+        make, arguments, state, *rest = reduced
+        other = type(self)(None, self.options)
+        return _made_with, (other, make, arguments), self._handed_to(other, state), *rest
+
+    def _replicate_module(self):
+        replica = type(self.module)._replicate_for_data_parallel(self.module)
+        # It lives for one call, in which nothing that is captured would be replayed.
+        other = type(self)(replica, dataclasses.replace(self.options, cuda_graphs=False))
+        replica.__dict__.update(self._handed_to(other, replica.__dict__))
+        return replica
+
+    def __getstate__(self):
+        return self.__dict__ | {"_module": None}
+
+    def __deepcopy__(self, memo):
+        other = object.__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        module = None if self._module is None else memo.get(id(self._module()))
+        other._module = None if module is None else weakref.ref(module)
+        return other
+
+
+class _Function:
+    """A swap as a function of the module, which takes another module's own way."""
+
+    def __init__(self, swapped: Swapped):
+        self.swapped = swapped
+
+    def __call__(self, module, *args, **kwargs):
+        swapped = self.swapped
+        if swapped._module is not None and swapped._module() is module:
+            return swapped(*args, **kwargs)
+        return getattr(type(module), swapped.name)(module, *args, **kwargs)
+
+
+class _Restored(Swapped):
+    """A swap that was taken out while somebody held it."""
+
+    def __call__(self, *args, **kwargs):
+        return self.own(*args, **kwargs)
+
+
+def _made_with(swapped, make, arguments):
+    """A copy of a module, which `swapped` will be put in."""
+    module = make(*arguments)
+    swapped._module = weakref.ref(module)
+    return module
+
+
+def swap_of(module: nn.Module) -> Swapped | None:
+    """The swap that `module` has, whatever is wrapped around it."""
+    found = getattr(module.__dict__.get("_replicate_for_data_parallel"), "__self__", None)
+    return found if isinstance(found, Swapped) else None
+
+
+def wrapper_of(module: nn.Module, name: str):
+    """What somebody else has put on the instance in place of method `name`, or around a swap; None for nothing."""
+    present, swapped = module.__dict__.get(name), swap_of(module)
+    bound = isinstance(present, types.MethodType) and present.__self__ is module
+    own = bound and present.__func__ is getattr(type(module), name)  # as HF Accelerate leaves it
+    return None if own or (swapped is not None and swapped._is_in(present)) else present
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a model that a family knows."""
+
+    module: nn.Module
+    kind: type[Swapped]
+    refusal: str = ""  #: why it has to stay as it is
+
 
 class SwappedTrunk(Swapped):
     """One that runs transformer blocks, and keeps what that needs from call to call."""
 
-    def __init__(self, module: nn.Module, options: Options):
+    def __init__(self, module: nn.Module | None, options: Options):
         super().__init__(module, options)
         self.weights = WeightCache(options.quantize) if options.quantize else None
         self.graphs = EncoderGraphs() if options.cuda_graphs else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping
 
@@ -28,8 +27,8 @@ def tensors(inputs: Mapping, device: torch.device, *names: str, also: tuple[str,
 
 def in_raster_order(swapped: SwappedTrunk) -> SwappedTrunk:
     """The same, with what it keeps, in raster order: the reference draws an order at random and does not tell it."""
-    other = copy.copy(swapped)
-    other.options = dataclasses.replace(swapped.options, patch_order="raster")
+    other = type(swapped)(swapped.module, dataclasses.replace(swapped.options, patch_order="raster"))
+    other.weights, other.graphs = swapped.weights, swapped.graphs
     return other
 
 

@@ -16,16 +16,16 @@ from ...engine import encode as engine
 from ...engine.blocks import Attention, Block, FeedForward, activation_kind
 from ...engine.listeners import any_hooked
 from ...errors import InputError
-from ..base import Features, SwappedTrunk
+from ..base import Features, Part, SwappedTrunk
 from . import embedding, features
 from .options import ViltOptions
 from .patches import sampled_mask
 from .plan import SequencePlan
 
 
-def find(model: nn.Module) -> list[tuple[nn.Module, type]]:
+def find(model: nn.Module) -> list[Part]:
     """The `ViLTransformerSS`s in `model`."""
-    return [(module, InferSwap) for module in model.modules() if _is_original(module)]
+    return [Part(module, InferSwap) for module in model.modules() if _is_original(module)]
 
 
 def _is_original(module) -> bool:

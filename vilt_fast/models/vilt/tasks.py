@@ -11,14 +11,14 @@ from transformers.models.vilt import modeling_vilt as hf
 from ...engine.blocks import is_tokenwise
 from ...engine.listeners import any_hooked, has_hooks
 from ...errors import InputError
-from ..base import Swapped
+from ..base import Part, Swapped
 from .inputs import Inputs, joined
 from .options import ViltOptions
 from .plan import SequencePlan
 from .trunk import Trunk, TrunkForward, chosen, extras
 
 
-def find(model: nn.Module) -> list[tuple[nn.Module, type]]:
+def find(model: nn.Module) -> list[Part]:
     """The `ViltModel`s in `model`, and the task classes around them."""
     kinds = {
         hf.ViltModel: TrunkForward,
@@ -29,11 +29,19 @@ def find(model: nn.Module) -> list[tuple[nn.Module, type]]:
         hf.ViltForImagesAndTextClassification: ImagesAndTextForward,
     }
     return [
-        (module, kind)
+        Part(module, kind, "" if type(module).forward is known.forward else _refusal(type(module), known))
         for module in model.modules()
         for known, kind in kinds.items()
-        if isinstance(module, known) and type(module).forward is known.forward
+        if isinstance(module, known)
     ]
+
+
+def _refusal(subclass, known) -> str:
+    name = subclass.__name__
+    return (
+        f"{name} overrides forward of {known.__name__}, which accelerate stands for: keep a {known.__name__} as a part "
+        f"of {name} in place of deriving from it, and accelerate is as good as inside."
+    )
 
 
 class TaskForward(Swapped):
