@@ -1,13 +1,14 @@
 """The original `ViLTransformerSS` (dandelin/ViLT): inputs, parameters, outputs of its `infer`.
 
-Everything that the original does with a batch goes through `infer`, so that is what is swapped. The model is known by
-its parts, not by its class: the original is no installable package.
+Everything that the original does with a batch goes through `infer`, so that is what is swapped, where it and what it
+calls are the original's code (`published.py`): the blocks and the pooler run packed; an embedding of another make is
+called itself.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -21,11 +22,12 @@ from . import embedding, features
 from .options import ViltOptions
 from .patches import sampled_mask
 from .plan import SequencePlan
+from .published import is_published, is_text_embedding
 
 
 def find(model: nn.Module) -> list[Part]:
-    """The `ViLTransformerSS`s in `model`."""
-    return [Part(module, InferSwap) for module in model.modules() if _is_original(module)]
+    """The `ViLTransformerSS`s in `model`, and why those with code of their own cannot be accelerated."""
+    return [Part(module, InferSwap, _refusal(module)) for module in model.modules() if _is_original(module)]
 
 
 def _is_original(module) -> bool:
@@ -33,6 +35,32 @@ def _is_original(module) -> bool:
     if not callable(getattr(type(module), "infer", None)) or not all(n in module._modules for n in names):
         return False
     return all(hasattr(module.transformer, n) for n in ("blocks", "norm", "patch_embed", "visual_embed", "pos_drop"))
+
+
+def _unknown(model) -> Iterator[tuple[nn.Module, str, str]]:
+    """(module, method, published name) of what has to be the original's code and is not.
+
+    Padded rows are not computed, which no other code than the original's is known not to read.
+    """
+    if not is_published(model, "ViLTransformerSS.infer", "infer"):
+        yield model, "infer", "ViLTransformerSS.infer"
+    parts = [(model.pooler, "Pooler.forward")]
+    for block in model.transformer.blocks:
+        parts.append((block, "Block.forward"))
+        if is_published(block, "Block.forward"):
+            parts += [(block.attn, "Attention.forward"), (block.mlp, "Mlp.forward")]
+    yield from ((module, "forward", name) for module, name in parts if not is_published(module, name))
+
+
+def _refusal(model) -> str:
+    for module, method, name in _unknown(model):
+        path = next((path for path, m in model.named_modules() if m is module and path), "the model itself")
+        return (
+            f"{type(module).__name__}.{method} ({path}) is not, as code, the {name} of dandelin/ViLT, which accelerate "
+            "stands for: keep that method as it was published and put what you add around it (a linear layer may be "
+            "wrapped, an embedding replaced), or use the model without accelerate."
+        )
+    return ""
 
 
 class InferSwap(SwappedTrunk):
@@ -51,41 +79,44 @@ class InferSwap(SwappedTrunk):
         image_masks=None,
     ):
         model = self.module
-        tables = _tables(model)
-        ready = image_embeds is not None or image_masks is not None
-        # A norm before the blocks and masked patches are the original's own business.
-        other = mask_image or model.transformer.add_norm_before_transformer
-        if other or not tables.plain or any(map(any_hooked, _embedding_modules(model))):
+        if any(_unknown(model)):  # replaced, or patched on its class, since it was accelerated
             return self.own(batch, mask_text, mask_image, image_token_type_idx, image_embeds, image_masks)
         suffix = "_mlm" if mask_text else ""
         ids, text_masks = batch[f"text_ids{suffix}"], batch["text_masks"]
-        pixels = None
-        if not ready:
+        pixels = patch_index = labels = None
+        if image_embeds is None and image_masks is None:
             key = f"image_{image_token_type_idx - 1}"
             pixels = batch[key if key in batch else "image"][0]
-        plan = self._plan(ids, text_masks, pixels, image_embeds, image_masks)
-        modality = torch.full((plan.batch,), image_token_type_idx, device=ids.device)
-        text = embedding.text_rows(tables, plan, ids=ids)
-        if ready:
-            rows = embedding.with_image_embeds(tables, plan, text, image_embeds, modality)
+        if not mask_image and _is_known_embedding(model):
+            rows, plan = self._embed(ids, text_masks, pixels, image_embeds, image_masks, image_token_type_idx)
+            if pixels is not None:
+                image_masks = plan.key_mask()[:, plan.text_length :].long()
+                patch_index = _patch_index(plan), plan.patch_grid
         else:
-            rows = embedding.with_patches(tables, plan, text, pixels, modality)
-        encoded = self.encode(model.transformer.blocks, _block, rows, plan)
+            text = model.text_embeddings(ids)
+            if pixels is not None:
+                image_embeds, image_masks, patch_index, labels = model.transformer.visual_embed(
+                    pixels, max_image_len=model.hparams.config["max_image_len"], mask_it=mask_image
+                )
+            text = text + model.token_type_embeddings(torch.zeros_like(text_masks))
+            image = image_embeds + model.token_type_embeddings(torch.full_like(image_masks, image_token_type_idx))
+            plan = SequencePlan.from_keep_mask(text_masks, image_masks, text_shape=text.shape[:2])
+            rows = plan.pack(torch.cat([text, image], dim=1))
+        masks = torch.cat([text_masks, image_masks], dim=1)
+        encoded = self.encode(model.transformer.blocks, functools.partial(_block, masks=masks), rows, plan)
         rows = engine.final_norm(model.transformer.norm, encoded.rows, plan)
         padded = plan.unpack(rows)
-        if not ready:
-            image_masks = plan.key_mask()[:, plan.text_length :].long()
         return {
             "text_feats": padded[:, : plan.text_length],
             "image_feats": padded[:, plan.text_length :],
             "cls_feats": engine.pool(model.pooler, rows, plan),
             "raw_cls_feats": rows.index_select(0, plan.pool_rows),
-            "image_labels": None,
+            "image_labels": labels,
             "image_masks": image_masks,
             "text_labels": batch[f"text_labels{suffix}"],
             "text_ids": ids,
             "text_masks": text_masks,
-            "patch_index": None if ready else (_patch_index(plan), plan.patch_grid),
+            "patch_index": patch_index,
         }
 
     def features(self, inputs: Mapping, device: torch.device) -> Features:
@@ -102,12 +133,27 @@ class InferSwap(SwappedTrunk):
         )
         index, canvas = out["patch_index"]
         image_real = out["image_masks"].bool()
+        if image_real.shape[1] != 1 + index.shape[1]:
+            raise TypeError(
+                f"{type(self.module.transformer).__name__}.visual_embed gives {image_real.shape[1]} image tokens for "
+                f"{index.shape[1]} patches: only images of one [CLS] and patches can be aligned."
+            )
         shown = sampled_mask(pixels, canvas, lambda picked: picked.sum(dim=1) != 0)
         grids = list(zip(shown[:, :, 0].sum(1).tolist(), shown[:, 0].sum(1).tolist(), strict=True))
         cells = [features.cells(index[b][image_real[b, 1:]], w) for b, (_, w) in enumerate(grids)]
         patch_size = self.module.transformer.patch_embed.proj.kernel_size
         text_real = out["text_masks"].bool()
         return Features(out["text_feats"], out["image_feats"], text_real, image_real, ids, grids, cells, patch_size)
+
+    def _embed(self, ids, text_masks, pixels, image_embeds, image_masks, modality):
+        """Packed rows [N, D] by the tables, and the plan they follow."""
+        tables = _tables(self.module)
+        plan = self._plan(ids, text_masks, pixels, image_embeds, image_masks)
+        modality = torch.full((plan.batch,), modality, device=ids.device)
+        text = embedding.text_rows(tables, plan, ids=ids)
+        if pixels is None:
+            return embedding.with_image_embeds(tables, plan, text, image_embeds, modality), plan
+        return embedding.with_patches(tables, plan, text, pixels, modality), plan
 
     def _plan(self, ids, text_masks, pixels, image_embeds, image_masks) -> SequencePlan:
         if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
@@ -127,7 +173,6 @@ class InferSwap(SwappedTrunk):
         transformer = self.module.transformer
         patch = transformer.patch_embed.proj.kernel_size
         grid = (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1])
-        config = getattr(self.module.hparams, "config", self.module.hparams)
         return SequencePlan.from_masks(
             text_masks,
             # The original takes for padding whatever pixel is zero in the sum of its channels.
@@ -136,7 +181,7 @@ class InferSwap(SwappedTrunk):
             pixel_shape=tuple(pixels.shape),
             patch_size=patch,
             position_grid=transformer.patch_dim,
-            max_image_length=config["max_image_len"],
+            max_image_length=self.module.hparams.config["max_image_len"],
             patch_order=self.options.patch_order,
             generator=self.options.generator,
             position_dtype=torch.float64 if pixels.dtype == torch.float64 else torch.float32,
@@ -173,20 +218,27 @@ def _tables(model) -> embedding.Tables:
     )
 
 
-def _embedding_modules(model):
-    return model.text_embeddings, model.token_type_embeddings, model.transformer.patch_embed, model.transformer.pos_drop
+def _is_known_embedding(model) -> bool:
+    """Whether the tables tell all that the model does before its blocks."""
+    vision = model.transformer
+    if "visual_embed" in vision.__dict__ or vision.add_norm_before_transformer:
+        return False
+    if not is_published(vision, "VisionTransformer.visual_embed", "visual_embed"):
+        return False
+    if not is_published(vision.patch_embed, "PatchEmbed.forward") or not is_text_embedding(model.text_embeddings):
+        return False
+    modules = model.text_embeddings, model.token_type_embeddings, vision.patch_embed, vision.pos_drop
+    if any(map(any_hooked, modules)) or vision.pos_embed.shape[1] != 1 + vision.patch_dim**2:
+        return False
+    return _tables(model).plain
 
 
-def _block(block: nn.Module) -> Block:
-    """One of the original's transformer blocks as the engine sees it."""
-    call_padded = functools.partial(_call_block, block)
-    attention, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
-    usual = {"norm1", "attn", "drop_path", "norm2", "mlp"} == set(block._modules) and (
-        {"qkv", "attn_drop", "proj", "proj_drop"} == set(attention._modules)
-        and {"fc1", "act", "fc2", "drop"} == set(mlp._modules)
-    )
+def _block(block: nn.Module, masks: torch.Tensor) -> Block:
+    """One of the original's transformer blocks as the engine sees it; `masks` [B, L] is what `infer` gives it."""
+    call_padded = functools.partial(_call_block, block, masks)
+    attention, mlp = block.attn, block.mlp
     # Stochastic depth drops whole samples, which only the block itself knows how to do.
-    if not usual or (block.training and type(block.drop_path) is not nn.Identity):
+    if type(block.drop_path) is not nn.Identity or not isinstance(attention.scale, int | float):
         return Block(block, call_padded)
     sublayers = (
         Attention(
@@ -211,6 +263,6 @@ def _block(block: nn.Module) -> Block:
     return Block(block, call_padded, sublayers)
 
 
-def _call_block(block, hidden, plan, want_attention):
-    hidden, probabilities = block(hidden, mask=plan.key_mask())
+def _call_block(block, masks, hidden, plan, want_attention):
+    hidden, probabilities = block(hidden, mask=masks)
     return hidden, probabilities if want_attention else None
