@@ -302,34 +302,3 @@ def test_a_wrapper_that_nobody_can_look_into_wraps_the_own_method_after_restore(
     vilt_fast.restore(ours)
     assert not vilt_fast_attributes(ours)[1:]
     assert torch.equal(call(ours, batch("trunk")), call(theirs, batch("trunk")).pooler_output * 2)
-
-
-# --- classes with a forward of their own ------------------------------------------------------------------------------
-
-
-class Email(KINDS["trunk"]):
-    def forward(self, **inputs):
-        return super().forward(**inputs).pooler_output * 2
-
-
-class Answers(KINDS["question_answering"]):
-    def forward(self, **inputs):
-        return super().forward(**inputs).logits * 2
-
-
-def test_a_trunk_with_another_forward_is_refused_by_name():
-    ours = Email(build("trunk").config)
-    with pytest.raises(TypeError, match="Email overrides forward of ViltModel.*as a part of Email"):
-        vilt_fast.accelerate(ours)
-    assert not vilt_fast_attributes(ours)
-    around = nn.ModuleList([ours, build("trunk")])
-    vilt_fast.accelerate(around)
-    assert not vilt_fast_attributes(around[0]) and vilt_fast_attributes(around[1])
-
-
-def test_the_trunk_of_a_task_with_another_forward_is_accelerated():
-    theirs = Answers(build("question_answering").config).double().eval()
-    theirs.load_state_dict(build("question_answering").state_dict())
-    ours = vilt_fast.accelerate(copy.deepcopy(theirs), patch_order="reference")
-    assert not vilt_fast_attributes(ours) and vilt_fast_attributes(ours.vilt)
-    assert_close(call(ours, batch("trunk")), call(theirs, batch("trunk")))

@@ -12,6 +12,7 @@ from ...engine.blocks import is_tokenwise
 from ...engine.listeners import any_hooked, has_hooks
 from ...errors import InputError
 from ..base import Part, Swapped
+from .encoder import EncoderForward
 from .inputs import Inputs, joined
 from .options import ViltOptions
 from .plan import SequencePlan
@@ -19,7 +20,7 @@ from .trunk import Trunk, TrunkForward, chosen, extras
 
 
 def find(model: nn.Module) -> list[Part]:
-    """The `ViltModel`s in `model`, and the task classes around them."""
+    """The `ViltModel`s in `model`, or the encoders of those with a forward of their own, and the tasks around them."""
     kinds = {
         hf.ViltModel: TrunkForward,
         hf.ViltForMaskedLM: MaskedLMForward,
@@ -28,12 +29,18 @@ def find(model: nn.Module) -> list[Part]:
         hf.ViltForImageAndTextRetrieval: RetrievalForward,
         hf.ViltForImagesAndTextClassification: ImagesAndTextForward,
     }
-    return [
-        Part(module, kind, "" if type(module).forward is known.forward else _refusal(type(module), known))
-        for module in model.modules()
-        for known, kind in kinds.items()
-        if isinstance(module, known)
-    ]
+    parts = []
+    for module in model.modules():
+        for known, kind in kinds.items():
+            if not isinstance(module, known):
+                continue
+            if type(module).forward is known.forward:
+                parts.append(Part(module, kind))
+            elif known is hf.ViltModel and type(module.encoder).forward is hf.ViltEncoder.forward:
+                parts.append(Part(module.encoder, EncoderForward))
+            else:
+                parts.append(Part(module, kind, _refusal(type(module), known)))
+    return parts
 
 
 def _refusal(subclass, known) -> str:

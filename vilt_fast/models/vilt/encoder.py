@@ -1,0 +1,96 @@
+"""HuggingFace's `ViltEncoder` by itself: the blocks of a trunk whose own `forward` is not HuggingFace's.
+
+What such a trunk reads of the result is not known, so no row is left out: padded positions are computed as rows that
+look at others and that nobody looks at. That saves no rows, only the time that a row takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from ...engine.packing import Packing
+from ..base import SwappedTrunk
+from .options import ViltOptions
+from .trunk import _block
+
+
+class EncoderForward(SwappedTrunk):
+    """`ViltEncoder.forward`, padded in and padded out."""
+
+    options_type = ViltOptions
+
+    def __call__(
+        self,
+        hidden_states,
+        attention_mask=None,
+        output_attentions=False,
+        output_hidden_states=False,
+        return_dict=True,
+    ):
+        keys = _keys(hidden_states, attention_mask)
+        if output_attentions or keys is None or not keys.any(1).all():
+            return self.own(hidden_states, attention_mask, output_attentions, output_hidden_states, return_dict)
+        packing = _packing(keys).to(hidden_states.device)
+        encoded = self.encode(
+            self.module.layer,
+            functools.partial(_with_mask, attention_mask),
+            packing.pack(hidden_states),
+            packing,
+            want_hidden=output_hidden_states,
+        )
+        dtype = hidden_states.dtype
+        result = packing.unpack(encoded.rows.to(dtype))
+        hidden = tuple(packing.unpack(h.to(dtype)) for h in encoded.hidden_states) or None
+        if not return_dict:
+            return (result,) if hidden is None else (result, hidden)
+        return BaseModelOutput(last_hidden_state=result, hidden_states=hidden)
+
+    def features(self, inputs, device):
+        raise TypeError(
+            "the trunk has a forward of its own, around HuggingFace's encoder: which of its tokens are words and which "
+            "patches is not known. Pass a model whose trunk keeps the forward of ViltModel."
+        )
+
+
+@torch.compiler.disable  # reads the mask on the host
+def _keys(hidden, mask) -> torch.Tensor | None:
+    """bool [B, L] of an additive mask [B, 1, L, L]: who is looked at; None where it says more than that."""
+    batch, length = hidden.shape[:2]
+    if mask is None:
+        return torch.ones(batch, length, dtype=torch.bool)
+    if mask.shape not in ((batch, 1, 1, length), (batch, 1, length, length)) or not mask.is_floating_point():
+        return None
+    if not (mask == mask[:, :, :1]).all() or not ((mask == 0) | (mask <= torch.finfo(mask.dtype).min)).all():
+        return None
+    return (mask[:, 0, 0] == 0).cpu()
+
+
+@torch.compiler.disable
+def _packing(keys: torch.Tensor) -> Packing:
+    """All positions of each sample as rows, those that are looked at first."""
+    batch, width = keys.shape
+    order = torch.argsort(~keys, dim=1, stable=True)
+    starts = torch.arange(batch) * width
+    counts = keys.sum(1)
+    return Packing(
+        width=width,
+        lengths=(width,) * batch,
+        key_lengths=tuple(counts.tolist()),
+        cu_seqlens=torch.arange(batch + 1, dtype=torch.int32) * width,
+        seqused_k=counts.int(),
+        pool_rows=starts + order.argsort(1)[:, 0],
+        padded_rows=torch.arange(batch * width),
+        padded_places=(starts[:, None] + order).flatten(),
+        dense=bool(keys.all()),
+    )
+
+
+def _with_mask(mask, layer):
+    def call_padded(hidden, packing, want_attention):
+        return layer(hidden, mask)[0], None
+
+    return dataclasses.replace(_block(layer), call_padded=call_padded)
