@@ -130,7 +130,7 @@ class Swapped:
     def _handed_to(self, other: Swapped, attributes: dict) -> dict:
         """The attributes of a copied module, with `other` in the place of this swap."""
         other._covers = self._covers
-        own = {name: other if value is self else value for name, value in attributes.items()}
+        own = {name: other if self._is_in(value) else value for name, value in attributes.items()}
         return own | other._beside()
 
     def _reduce_module(self, protocol):

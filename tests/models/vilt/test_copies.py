@@ -294,6 +294,17 @@ def test_what_is_wrapped_around_a_model_afterwards_stays(steps):
     assert torch.equal(mine, other) or vilt_fast.restore not in steps
 
 
+@pytest.mark.parametrize("duplicate", COPIES)
+def test_a_copy_of_what_was_prepared_and_unwrapped(duplicate):
+    ours = unwrapped(prepared(pair("question_answering")[1]))
+    twin = duplicate(ours)
+    assert_swaps_are_their_own(twin)
+    other_parameters(twin)
+    expected = answer(vilt_fast.restore(copy.deepcopy(twin)), "question_answering")
+    assert_close(answer(twin, "question_answering"), expected)
+    assert "forward" in ours.vilt.__dict__
+
+
 def test_a_wrapper_that_nobody_can_look_into_wraps_the_own_method_after_restore():
     theirs, ours = pair("trunk")
     inner = ours.forward
