@@ -121,6 +121,13 @@ def as_class(kind, path=""):
     return change
 
 
+def on_a_pooler(model):
+    def forward(self, hidden):
+        return self.dense(hidden.mean(1))
+
+    model.pooler.forward = types.MethodType(forward, model.pooler)
+
+
 FORKS = {
     "Prompted.infer": as_class(Prompted),
     "Afterwards.infer": as_class(Afterwards),
@@ -129,6 +136,7 @@ FORKS = {
     "Sharper.forward .transformer.blocks.1.attn": as_class(Sharper, "transformer.blocks.1.attn"),
     "Gated.forward .transformer.blocks.1.mlp": as_class(Gated, "transformer.blocks.1.mlp"),
     "MeanPooler.forward .pooler": as_class(MeanPooler, "pooler"),
+    "Pooler.forward .pooler": on_a_pooler,
     "CalledOtherwise.forward .pooler": as_class(CalledOtherwise, "pooler"),
 }
 

@@ -22,7 +22,7 @@ from . import embedding, features
 from .options import ViltOptions
 from .patches import sampled_mask
 from .plan import SequencePlan
-from .published import is_published, is_text_embedding
+from .published import is_published, is_published_in, is_text_embedding
 
 
 def find(model: nn.Module) -> list[Part]:
@@ -37,24 +37,25 @@ def _is_original(module) -> bool:
     return all(hasattr(module.transformer, n) for n in ("blocks", "norm", "patch_embed", "visual_embed", "pos_drop"))
 
 
-def _unknown(model) -> Iterator[tuple[nn.Module, str, str]]:
-    """(module, method, published name) of what has to be the original's code and is not.
+def _unknown(model) -> Iterator[tuple[nn.Module, str]]:
+    """(module, published name) of what has to be the original's code and is not.
 
     Padded rows are not computed, which no other code than the original's is known not to read.
     """
-    if not is_published(model, "ViLTransformerSS.infer", "infer"):
-        yield model, "infer", "ViLTransformerSS.infer"
+    if not is_published_in(type(model), "ViLTransformerSS.infer"):
+        yield model, "ViLTransformerSS.infer"
     parts = [(model.pooler, "Pooler.forward")]
     for block in model.transformer.blocks:
         parts.append((block, "Block.forward"))
         if is_published(block, "Block.forward"):
             parts += [(block.attn, "Attention.forward"), (block.mlp, "Mlp.forward")]
-    yield from ((module, "forward", name) for module, name in parts if not is_published(module, name))
+    yield from ((module, name) for module, name in parts if not is_published(module, name))
 
 
 def _refusal(model) -> str:
-    for module, method, name in _unknown(model):
+    for module, name in _unknown(model):
         path = next((path for path, m in model.named_modules() if m is module and path), "the model itself")
+        method = name.rpartition(".")[2]
         return (
             f"{type(module).__name__}.{method} ({path}) is not, as code, the {name} of dandelin/ViLT, which accelerate "
             "stands for: keep that method as it was published and put what you add around it (a linear layer may be "
@@ -221,9 +222,7 @@ def _tables(model) -> embedding.Tables:
 def _is_known_embedding(model) -> bool:
     """Whether the tables tell all that the model does before its blocks."""
     vision = model.transformer
-    if "visual_embed" in vision.__dict__ or vision.add_norm_before_transformer:
-        return False
-    if not is_published(vision, "VisionTransformer.visual_embed", "visual_embed"):
+    if vision.add_norm_before_transformer or not is_published(vision, "VisionTransformer.visual_embed"):
         return False
     if not is_published(vision.patch_embed, "PatchEmbed.forward") or not is_text_embedding(model.text_embeddings):
         return False

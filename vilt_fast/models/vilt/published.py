@@ -33,14 +33,15 @@ _PUBLISHED = {
 _seen: dict[types.FunctionType, tuple[types.CodeType, str]] = {}
 
 
-def is_published(module, name: str, method: str = "forward") -> bool:
-    """Whether calling `method` of `module` runs the code that is published as `name` ("Block.forward")."""
-    return _runs(type(module), method, name)
+def is_published(module, name: str) -> bool:
+    """Whether the method of `module` that `name` ("Block.forward") ends in runs the code published as `name`."""
+    return name.rpartition(".")[2] not in getattr(module, "__dict__", ()) and is_published_in(type(module), name)
 
 
 @torch.compiler.assume_constant_result
-def _runs(kind: type, method: str, name: str) -> bool:
-    function = getattr(kind, method, None)
+def is_published_in(kind: type, name: str) -> bool:
+    """The same of a class, whatever an instance puts in its place."""
+    function = getattr(kind, name.rpartition(".")[2], None)
     if type(function) is not types.FunctionType or kind.__call__ is not nn.Module.__call__:
         return False
     seen = _seen.get(function)
