@@ -14,9 +14,11 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ..functional import LayerParameters
 from . import listeners
+from .genuine import is_function_of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +50,7 @@ class FeedForward:
     norm: nn.Module
     fc1: nn.Module
     activation: Callable
-    activation_kind: str | None  #: "gelu": x * Phi(x), exactly; None: whatever `activation` computes
+    activation_kind: str | None  #: as `activation_kind` has it; None: not known
     fc2: nn.Module
     fc2_dropout: nn.Module
     activation_dropout: nn.Module | None = None
@@ -92,16 +94,18 @@ class Block:
         if not self.sublayers:
             return f"{type(self.module).__name__} is not of a make that is known here"
         for sublayer in self.sublayers:
-            if not isinstance(sublayer.norm, nn.LayerNorm):
-                return f"its norm is a {type(sublayer.norm).__name__}"
+            if not listeners.is_plain(sublayer.norm, nn.LayerNorm):
+                return _odd(sublayer.norm, nn.LayerNorm, "a norm")
             if isinstance(sublayer, Attention) and sublayer.source is not None:
                 return f"it attends to another stream ({sublayer.source})"
+            if isinstance(sublayer, FeedForward) and sublayer.activation_kind is None:
+                return _odd(sublayer.activation, nn.GELU, "an activation")
         for linear in self.linears:
             if not is_tokenwise(linear):
-                return f"it has a {type(linear).__name__} in place of a linear layer"
+                return _odd(linear, nn.Linear, "a linear layer")
         for dropout in self.dropouts:
-            if type(dropout) not in (nn.Dropout, nn.Identity):
-                return f"it has a {type(dropout).__name__} in place of a dropout"
+            if not listeners.is_plain(dropout, nn.Dropout, nn.Identity):
+                return _odd(dropout, nn.Dropout, "a dropout")
         if listeners.any_hooked(self.module):
             return "a hook or a wrapper listens to it, or to something inside it"
         return ""
@@ -116,32 +120,67 @@ class Block:
         if feed_forward.activation_kind != "gelu":
             return "its activation is not the exact GELU"
         for norm in (attention.norm, feed_forward.norm):
-            if type(norm) is not nn.LayerNorm or norm.weight is None:
-                return f"its norm is a {type(norm).__name__}, or has no weight"
+            if norm.weight is None:
+                return "its norm has no weight"
         for linear in self.linears:
             if type(linear) is not nn.Linear:
                 return f"it has a {type(linear).__name__} in place of a linear layer"
         if any(map(listeners.live, self.dropouts)):
             return "it is in training mode, with dropout"
-        head_dim = attention.out.in_features // attention.num_heads
+        head_dim = attention.out.weight.shape[1] // attention.num_heads
         if abs(attention.scale * head_dim**0.5 - 1) >= 1e-6:
             return "its scores are not divided by the square root of the head dimension"
         return ""
 
 
+def _odd(module, usual: type, place: str) -> str:
+    """Why a part of a block cannot be computed on packed rows."""
+    if type(module) is not usual:
+        return f"it has a {getattr(module, '__name__', type(module).__name__)} in place of {place}"
+    return f"its {usual.__name__} does not run the code that it was written with, or has no ordinary parameters"
+
+
+_ELEMENTWISE = (
+    nn.GELU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid,
+    nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Identity,
+)  # fmt: skip
+
+
 def activation_kind(activation: Callable) -> str | None:
-    """The kind of a torch activation, as `FeedForward` names it."""
-    exact = activation is nn.functional.gelu or (type(activation) is nn.GELU and activation.approximate == "none")
-    return "gelu" if exact else None
+    """What is known of one of torch's activations.
+
+    "gelu": x * Phi(x), exactly; "elementwise": any other that takes each number by itself; None: nothing.
+    """
+    if listeners.is_plain(activation, nn.GELU):
+        return "gelu" if activation.approximate == "none" else "elementwise"
+    if is_function_of(activation, F, "gelu"):
+        return "gelu"
+    known = listeners.is_plain(activation, *_ELEMENTWISE) or is_function_of(
+        activation, F, "relu", "silu", "mish", "leaky_relu", "elu", "tanh", "sigmoid"
+    )
+    return "elementwise" if known or is_function_of(activation, torch, "relu", "tanh", "sigmoid") else None
+
+
+_WRAPPERS = ("peft.tuners.lora.layer.Linear",)  # add to a linear layer what is made of the same row
 
 
 def is_tokenwise(module: nn.Module) -> bool:
-    """Whether `module` maps each row on its own, so that padding makes no difference: a linear, plain or wrapped."""
-    while not isinstance(module, nn.Linear):
-        module = getattr(module, "base_layer", None)
-        if module is None:
-            return False
-    return True
+    """Whether `module` is known to map each row on its own: torch's linear layer, bare or in a known wrapper.
+
+    That a class derives from `nn.Linear`, or holds one, says nothing of what it computes.
+    """
+    kind = type(module)
+    if kind.forward is nn.Linear.forward:
+        return listeners.runs_own_code(module)
+    if f"{kind.__module__}.{kind.__qualname__}" not in _WRAPPERS or not listeners.runs_own_code(module):
+        return False
+    if module.lora_variant or any(module.use_dora.values()):
+        return False
+    return is_tokenwise(module.base_layer) and all(
+        listeners.is_plain(part, nn.Linear, nn.Dropout, nn.Identity)
+        for parts in (module.lora_A, module.lora_B, module.lora_dropout)
+        for part in parts.values()
+    )
 
 
 _NO_BIAS = torch.empty(0)

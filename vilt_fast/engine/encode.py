@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from . import graphs, native, packed
 from .blocks import Block
-from .listeners import any_hooked, stamp
+from .listeners import any_hooked, has_hooks, is_plain, stamp
 from .packing import Packing
 from .quantization import WeightCache
 
@@ -99,7 +99,7 @@ def encode(
             stream = packed.as_parameters(packed.added(result.rows, branch), block)
             padded, probabilities = block.call_padded(packing.unpack(stream, query_rows=True), packing, want_attention)
             probabilities = of_real_queries(probabilities, packing)
-            result.rows, branch = packing.pack(padded), None
+            result.rows, branch = packing.pack(padded, block.module), None
         if asked is not None and copies is None:
             asked.say_without(i, block.module, _why_without(asked, block, reason))
         if want_hidden:
@@ -131,8 +131,8 @@ def of_real_queries(probabilities: torch.Tensor | None, packing: Packing) -> tor
 
 def final_norm(norm: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
     """The trunk's last LayerNorm on packed rows; a float32 stream is normalised before it is rounded to bfloat16."""
-    if any_hooked(norm) or type(norm) is not nn.LayerNorm:
-        return packing.pack(norm(packing.unpack(rows, query_rows=True)))
+    if has_hooks(norm) or not is_plain(norm, nn.LayerNorm):
+        return packing.pack(norm(packing.unpack(rows, query_rows=True)), norm)
     dtype = norm.weight.dtype
     if rows.dtype == dtype:
         return norm(rows)

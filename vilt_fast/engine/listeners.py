@@ -1,4 +1,4 @@
-"""What an engine asks of modules: who listens to them, whether they compute what they computed before."""
+"""What an engine asks of modules: who listens to them, whose code they run, whether they are what they were before."""
 
 from __future__ import annotations
 
@@ -8,22 +8,35 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_internals
 
+from .genuine import own_methods
+
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to the calls of `module`, or of all modules."""
     return _has_own_hooks(module.__dict__) or bool(module_internals._has_any_global_hook())
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling `module` does more (or other) than its class's `forward`."""
-    return has_hooks(module) or "forward" in module.__dict__
-
-
 def any_hooked(module: nn.Module) -> bool:
-    """`is_hooked` of the module or anything inside it."""
+    """Whether calling `module`, or anything inside it, does more (or other) than the `forward` of its class."""
     return bool(module_internals._has_any_global_hook()) or any(
-        _has_own_hooks(own) or "forward" in own for own in _inside([module])
+        _has_own_hooks(inner.__dict__) or "forward" in inner.__dict__ for inner in _inside([module])
     )
+
+
+def is_plain(module: nn.Module | None, *kinds: type) -> bool:
+    """Whether `module` is itself one of `kinds` and computes as that was written, with ordinary parameters.
+
+    Hooks are not looked for, nor what is inside the module.
+    """
+    return type(module) in kinds and runs_own_code(module)
+
+
+def runs_own_code(module: nn.Module) -> bool:
+    """Whether `module` computes as the library that its class is from was written, with ordinary parameters."""
+    own, methods = module.__dict__, own_methods(type(module))
+    if not methods or any(name in own for name in methods):
+        return False
+    return plain_parameters(p for p in own["_parameters"].values() if p is not None)
 
 
 def live(dropout: nn.Module) -> float:
@@ -39,10 +52,13 @@ def stamp(modules: Iterable[nn.Module]) -> tuple | None:
     if module_internals._has_any_global_hook():
         return None
     found = []
-    for own in _inside(modules):
+    kinds = set()
+    for module in _inside(modules):
+        own = module.__dict__
         if _has_own_hooks(own) or "forward" in own or own["training"]:
             return None
         found.append(id(own))
+        kinds.add(type(module))
         if "eps" in own:
             found.append(own["eps"])
         for parameter in own["_parameters"].values():
@@ -50,6 +66,7 @@ def stamp(modules: Iterable[nn.Module]) -> tuple | None:
                 found.append(parameter.data_ptr())
             elif parameter is not None:
                 return None
+    found += sorted((id(kind), id(kind.forward), bool(own_methods(kind))) for kind in kinds)
     return tuple(found)
 
 
@@ -65,11 +82,10 @@ def _has_own_hooks(own: dict) -> bool:
 
 
 def _inside(modules):
-    """The `__dict__` of each module and of all within it; `Module.modules()` takes five times as long."""
+    """Each module and all within it; `Module.modules()` takes five times as long."""
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
         if module is not None:
-            own = module.__dict__
-            yield own
-            waiting.extend(own["_modules"].values())
+            yield module
+            waiting.extend(module.__dict__["_modules"].values())

@@ -43,7 +43,7 @@ def as_parameters(rows: torch.Tensor, block: Block) -> torch.Tensor:
 
 def normed(norm: nn.LayerNorm, stream, branch: Branch | None):
     """(the stream with the branch added, its norm)."""
-    if branch is None or type(norm) is not nn.LayerNorm or norm.normalized_shape != stream.shape[-1:]:
+    if branch is None or norm.normalized_shape != stream.shape[-1:]:
         stream = added(stream, branch)
         return stream, norm(stream)
     return functional.add_layer_norm(branch.rows, stream, norm.weight, norm.bias, norm.eps, dropout_p=branch.dropout_p)

@@ -73,8 +73,17 @@ class Packing:
         }
         return dataclasses.replace(self, **moved)
 
-    def pack(self, padded: torch.Tensor) -> torch.Tensor:
-        """Rows `[N, ...]` from a padded `[B, width, ...]`; a query-only row is read from position 0."""
+    def pack(self, padded: torch.Tensor, made_by: object = None) -> torch.Tensor:
+        """Rows `[N, ...]` from a padded `[B, width, ...]`; a query-only row is read from position 0.
+
+        Raises:
+            TypeError: the module that it is `made_by` has changed the number of samples or tokens.
+        """
+        if padded.shape[:2] != (self.batch, self.width):
+            raise TypeError(
+                f"{type(made_by).__name__} returned {list(padded.shape)} for {self.batch} samples of {self.width} "
+                "tokens: accelerate cannot follow a module that adds or drops tokens there. Use vilt_fast.restore."
+            )
         flat = padded.flatten(0, 1)
         if self.dense:
             return flat

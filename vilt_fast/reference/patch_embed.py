@@ -37,7 +37,8 @@ def patch_embed(
     if pixel_scale is not None:
         chosen = chosen.to(wide) * pixel_scale.to(wide)[:, None, None] + pixel_shift.to(wide)[:, None, None]
     chosen = chosen.to(weight.dtype)
-    projected = F.linear(chosen.flatten(1), weight.flatten(1), bias).to(wide)
+    rows, columns = chosen.flatten(1), weight.flatten(1).T  # no F.linear: who replaces that means linear layers
+    projected = (rows @ columns if bias is None else torch.addmm(bias, rows, columns)).to(wide)
     corners = position.to(wide)[pos_index]  # [n, 4, D]
     patches = projected + (corners * pos_weight.to(wide).unsqueeze(-1)).sum(1)
     patches = F.dropout(patches, dropout_p)

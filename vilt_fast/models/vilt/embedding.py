@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ... import functional
-from ...engine.listeners import live
+from ...engine.listeners import is_plain, live
 from .plan import SequencePlan
 
 
@@ -26,26 +26,30 @@ class Tables:
     cls_token: torch.Tensor  #: [1, 1, D]
     image_position: torch.Tensor  #: [1, 1 + G*G, D]
     image_dropout: nn.Dropout
+    position_ids: torch.Tensor | None = None  #: [1, >= T] rows of `position`; None: 0, 1, 2, ...
+    token_type_ids: torch.Tensor | None = None  #: [1, >= T] rows of `token_type` where none are given; None: 0
 
     @property
     def plain(self) -> bool:
         """Whether the parameters tell all that the modules compute."""
         lookups = (self.word, self.position, self.token_type, self.modality)
-        if any(type(t) is not nn.Embedding or t.max_norm or t.scale_grad_by_freq or t.sparse for t in lookups):
+        if any(not is_plain(t, nn.Embedding) or t.max_norm or t.scale_grad_by_freq or t.sparse for t in lookups):
             return False
-        if type(self.norm) is not nn.LayerNorm or any(
-            type(d) is not nn.Dropout for d in (self.text_dropout, self.image_dropout)
-        ):
+        if not all(is_plain(d, nn.Dropout) for d in (self.text_dropout, self.image_dropout)):
             return False
-        conv = self.projection
-        return (
-            type(conv) is nn.Conv2d
-            and conv.kernel_size == conv.stride
-            and conv.kernel_size[0] == conv.kernel_size[1]
-            and conv.padding == (0, 0)
-            and conv.dilation == (1, 1)
-            and conv.groups == 1
-        )
+        return is_plain(self.norm, nn.LayerNorm) and is_patchwise(self.projection)
+
+
+def is_patchwise(convolution: nn.Module) -> bool:
+    """Whether a convolution maps each square patch on its own. Its weight tells the size that is computed with."""
+    return (
+        is_plain(convolution, nn.Conv2d)
+        and convolution.stride == tuple(convolution.weight.shape[2:])
+        and convolution.stride[0] == convolution.stride[1]
+        and convolution.padding == (0, 0)
+        and convolution.dilation == (1, 1)
+        and convolution.groups == 1
+    )
 
 
 def text_rows(
@@ -61,7 +65,7 @@ def text_rows(
     Args:
         ids: [B, T], or None and
         embeds: [B, T, D] in its place.
-        token_types: [B, T] or [1, T]; None for all 0.
+        token_types: [B, T] or [1, T]; None for those that the tables have.
     """
     given = ids if ids is not None else embeds
     batch, length = given.shape[:2]
@@ -69,10 +73,15 @@ def text_rows(
     # Images that share a text (NLVR2) share its rows; where dropout is live each copy has its own, as in the reference.
     copies = 1 if live(tables.text_dropout) else len(plan.widths)
     source = source[: len(source) // copies]
+    position = source % max(length, 1)
+    if tables.position_ids is not None:
+        position = tables.position_ids[0].index_select(0, position)
+    if token_types is None and tables.token_type_ids is not None:
+        token_types = tables.token_type_ids[:, :length]
     rows = functional.text_embed(
         None if ids is None else ids.reshape(-1).index_select(0, source),
         None if embeds is None else embeds.reshape(batch * length, -1).index_select(0, source),
-        source % max(length, 1),
+        position,
         None if token_types is None else token_types.expand(batch, length).reshape(-1).index_select(0, source),
         tables.word.weight,
         tables.position.weight,

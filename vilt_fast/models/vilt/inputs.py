@@ -9,6 +9,8 @@ from transformers.models.vilt import modeling_vilt as hf
 
 from ...errors import InputError
 from ...ops._check import readable
+from .embedding import Tables
+from .known import patch_size, position_grid, tables, takes_what_is_given
 from .options import ViltOptions
 from .plan import SequencePlan
 
@@ -49,31 +51,51 @@ class Inputs:
             InputError: (a `ValueError`, `RuntimeError` and `IndexError`) naming what was given and what to do.
         """
         inputs = Inputs(**given, modality=1 if modality is None else modality)
-        inputs._check_text(model)
-        inputs._check_image(model)
-        modalities = _table_size(model, "token_type_embeddings")
-        if modalities is not None and not 0 <= inputs.modality < modalities:
-            raise InputError(f"image_token_type_idx must be in [0, {modalities}), got {inputs.modality}.")
+        inputs._check_both(model)
+        if takes_what_is_given(model.embeddings):
+            inputs._check_text(tables(model.embeddings))
+            inputs._check_image(model.embeddings)
         return inputs
 
-    def _check_text(self, model):
+    def _check_both(self, model):
+        """What `ViltModel.forward` itself wants of its inputs."""
         ids, embeds = self.input_ids, self.inputs_embeds
         if ids is not None and embeds is not None:
             raise InputError("You cannot specify both input_ids and inputs_embeds at the same time: pass one of them.")
         if ids is None and embeds is None:
             raise InputError("You have to specify either input_ids or inputs_embeds.")
+        if self.text.ndim != (2 if ids is not None else 3):
+            name, shape = ("input_ids", "[B, T]") if ids is not None else ("inputs_embeds", "[B, T, D]")
+            raise InputError(f"{name} must be {shape}, got {list(self.text.shape)}.")
+        if ids is not None and readable(ids):
+            model.warn_if_padding_and_no_attention_mask(ids, self.attention_mask)
+        pixels, embeds = self.pixel_values, self.image_embeds
+        if pixels is not None and embeds is not None:
+            raise InputError(
+                "You cannot specify both pixel_values and image_embeds at the same time: pass one of them."
+            )
+        if pixels is None and embeds is None:
+            raise InputError("You have to specify either pixel_values or image_embeds.")
+        texts, images = len(self.text), len(pixels if pixels is not None else embeds)
+        if images != texts:
+            raise InputError(
+                f"The text inputs and image inputs need to have the same batch size: got {texts} texts and "
+                f"{images} images."
+            )
+
+    def _check_text(self, found: Tables):
+        ids, embeds, width = self.input_ids, self.inputs_embeds, found.cls_token.shape[-1]
         if ids is not None:
-            if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+            if ids.dtype not in (torch.int32, torch.int64):
                 raise InputError(f"input_ids must be int32 or int64 [B, T], got {ids.dtype} {list(ids.shape)}.")
-            if readable(ids):
-                model.warn_if_padding_and_no_attention_mask(ids, self.attention_mask)
-            _check_range(ids, _table_size(model, "text_embeddings.word_embeddings"), "input_ids")
-        elif embeds.ndim != 3 or embeds.shape[2] != model.config.hidden_size:
-            raise InputError(f"inputs_embeds must be [B, T, {model.config.hidden_size}], got {list(embeds.shape)}.")
+            _check_range(ids, found.word, "input_ids")
+        elif embeds.shape[2] != width:
+            raise InputError(f"inputs_embeds must be [B, T, {width}], got {list(embeds.shape)}.")
         batch, length = self.text_shape
-        longest = model.config.max_position_embeddings
+        longest = found.position_ids.shape[1]
         if length > longest:
             raise InputError(f"the text has {length} tokens and the model {longest} positions: truncate it.")
+        _check_range(found.position_ids[:, :length], found.position, "position_ids")
         if self.attention_mask is not None and tuple(self.attention_mask.shape) != (batch, length):
             given = list(self.attention_mask.shape)
             raise InputError(f"attention_mask must be [{batch}, {length}] like the text, got {given}.")
@@ -81,44 +103,39 @@ class Inputs:
         if types is not None:
             if types.ndim != 2 or types.shape[0] not in (1, batch) or types.shape[1] != length:
                 raise InputError(f"token_type_ids must be [{batch}, {length}] like the text, got {list(types.shape)}.")
-            _check_range(types, _table_size(model, "text_embeddings.token_type_embeddings"), "token_type_ids")
+            _check_range(types, found.token_type, "token_type_ids")
 
-    def _check_image(self, model):
+    def _check_image(self, embeddings: hf.ViltEmbeddings):
         pixels, embeds, mask = self.pixel_values, self.image_embeds, self.pixel_mask
-        if pixels is not None and embeds is not None:
-            raise InputError(
-                "You cannot specify both pixel_values and image_embeds at the same time: pass one of them."
-            )
-        if pixels is None and embeds is None:
-            raise InputError("You have to specify either pixel_values or image_embeds.")
-        image = pixels if pixels is not None else embeds
-        batch = self.text_shape[0]
-        if image.shape[0] != batch:
-            raise InputError(
-                f"The text inputs and image inputs need to have the same batch size: got {batch} texts and "
-                f"{image.shape[0]} images."
-            )
+        batch, width = len(self.text), embeddings.cls_token.shape[-1]
         if pixels is not None:
-            if pixels.ndim != 4 or pixels.shape[1] != model.config.num_channels:
+            channels = {
+                embeddings.patch_embeddings.num_channels,
+                embeddings.patch_embeddings.projection.weight.shape[1],
+            }
+            if pixels.ndim != 4 or {pixels.shape[1]} != channels:
                 raise InputError(
                     "Make sure that the channel dimension of the pixel values match with the one set in the "
-                    f"configuration: expected [B, {model.config.num_channels}, H, W], got {list(pixels.shape)}."
+                    f"configuration: expected [B, {min(channels)}, H, W], got {list(pixels.shape)}."
                 )
-        elif embeds.ndim != 3 or embeds.shape[2] != model.config.hidden_size:
-            raise InputError(f"image_embeds must be [B, P, {model.config.hidden_size}], got {list(embeds.shape)}.")
+        elif embeds.ndim != 3 or embeds.shape[2] != width:
+            raise InputError(f"image_embeds must be [B, P, {width}], got {list(embeds.shape)}.")
         elif mask is None or mask.ndim < 2 or mask.flatten(1).shape != embeds.shape[:2]:
             shape = None if mask is None else list(mask.shape)
             raise InputError(
                 f"image_embeds of {embeds.shape[1]} tokens need a pixel_mask that flattens to [{batch}, "
                 f"{embeds.shape[1]}] (1 where a token is real), got {shape}."
             )
+        modalities = len(embeddings.token_type_embeddings.weight)
+        if not 0 <= self.modality < modalities:
+            raise InputError(f"image_token_type_idx must be in [0, {modalities}), got {self.modality}.")
 
     def layout(self, model: hf.ViltModel, images: int = 1) -> tuple:
         """What a `SequencePlan` for a sample's so many images like this one has as its `layout`."""
         batch, length = self.text_shape
         if self.pixel_values is None:
             return batch * images, length, (1, self.image_embeds.shape[1]), False
-        sides = zip(self.pixel_values.shape[2:], model.embeddings.patch_embeddings.patch_size, strict=True)
+        sides = zip(self.pixel_values.shape[2:], patch_size(model.embeddings), strict=True)
         return batch * images, length, tuple(pixels // patch for pixels, patch in sides), True
 
     def plan(self, model: hf.ViltModel, options: ViltOptions, cells=None) -> SequencePlan:
@@ -133,9 +150,9 @@ class Inputs:
             self.pixel_mask,
             text_shape=self.text_shape,
             pixel_shape=tuple(self.pixel_values.shape),
-            patch_size=tuple(embeddings.patch_embeddings.patch_size),
-            position_grid=model.config.image_size // model.config.patch_size,
-            max_image_length=model.config.max_image_length,
+            patch_size=patch_size(embeddings),
+            position_grid=position_grid(embeddings),
+            max_image_length=embeddings.config.max_image_length,
             patch_order=options.patch_order,
             generator=options.generator,
             cells=cells,
@@ -148,18 +165,11 @@ def _position_dtype(table):
     return torch.float64 if table.dtype == torch.float64 else torch.float32
 
 
-def _table_size(model, name):
-    """Rows of a lookup table of the embeddings; None where somebody has put something else in its place."""
-    try:
-        return getattr(model.embeddings.get_submodule(name), "num_embeddings", None)
-    except AttributeError:
-        return None
-
-
-def _check_range(ids, size, name):
+def _check_range(ids, table, name):
     """Out-of-range ids, where they may be looked at."""
-    if size is None or ids.numel() == 0 or not readable(ids):
+    if ids.numel() == 0 or not readable(ids):
         return
+    size = len(table.weight)
     low, high = torch.aminmax(ids)
     if low < 0 or high >= size:
         raise InputError(f"{name} must be in [0, {size}), got values from {low.item()} to {high.item()}.")

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from transformers.models.vilt import modeling_vilt as hf
 
-from ...engine.listeners import any_hooked
 from ...errors import InputError
 from . import embedding
 from .inputs import Inputs, joined
+from .known import draws_its_patches, is_known, takes_what_is_given
+from .known import tables as tables_of
 from .options import ViltOptions
 from .plan import SequencePlan
 
@@ -21,12 +22,12 @@ def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, 
     """Packed rows [N, D] of the same text with each of `images`, and the plan they follow.
 
     That plan is the given one, except where the embedding module has hooks or replaced parts: then the module itself
-    makes the rows, and draws its own patches.
+    makes the rows of the one image that there is, and draws its own patches.
     """
-    if not _is_known(model.embeddings):
-        return _embed_padded(model, images, options)
-    tables = _tables(model.embeddings)
     first = images[0]
+    if not is_known(model.embeddings):
+        return _embed_padded(model, first, options)
+    tables = tables_of(model.embeddings)
     if plan is None:
         plan = joined([inputs.plan(model, options) for inputs in images])
     elif plan.layout != (layout := first.layout(model, len(images))):
@@ -62,33 +63,6 @@ def _stacked(tensors):
     return torch.stack(tensors, 1).flatten(0, 1)
 
 
-def _is_known(embeddings) -> bool:
-    """Whether the tables tell all that the embedding module computes."""
-    if any_hooked(embeddings) or type(embeddings) is not hf.ViltEmbeddings:
-        return False
-    if "visual_embed" in embeddings.__dict__:
-        return False
-    if type(embeddings.text_embeddings) is not hf.TextEmbeddings:
-        return False
-    return type(embeddings.patch_embeddings) is hf.ViltPatchEmbeddings and _tables(embeddings).plain
-
-
-def _tables(embeddings) -> embedding.Tables:
-    text = embeddings.text_embeddings
-    return embedding.Tables(
-        word=text.word_embeddings,
-        position=text.position_embeddings,
-        token_type=text.token_type_embeddings,
-        norm=text.LayerNorm,
-        text_dropout=text.dropout,
-        modality=embeddings.token_type_embeddings,
-        projection=embeddings.patch_embeddings.projection,
-        cls_token=embeddings.cls_token,
-        image_position=embeddings.position_embeddings,
-        image_dropout=embeddings.dropout,
-    )
-
-
 # --- the embedding module itself --------------------------------------------------------------------------------------
 
 _watching = threading.RLock()
@@ -97,61 +71,83 @@ _NO_CELLS = np.zeros(0, np.int64)
 
 @contextlib.contextmanager
 def _watched_patches(embeddings):
-    """Collects what `visual_embed` returns, which the module's forward keeps to itself."""
+    """Collects the masks that `visual_embed` is given and what it returns, which the module's forward keeps to itself.
+
+    Nothing where that method is not HuggingFace's own.
+    """
     seen = []
     with _watching:
-        before = embeddings.__dict__.get("visual_embed")
+        if not draws_its_patches(embeddings):
+            yield seen
+            return
         visual_embed = embeddings.visual_embed
 
-        def watched(*args, **kwargs):
-            seen.append(visual_embed(*args, **kwargs))
-            return seen[-1]
+        def watched(pixel_values, pixel_mask, *args, **kwargs):
+            seen.append((pixel_mask, *visual_embed(pixel_values, pixel_mask, *args, **kwargs)))
+            return seen[-1][1:]
 
         embeddings.visual_embed = watched
         try:
             yield seen
         finally:
-            if before is None:
-                del embeddings.visual_embed
-            else:
-                embeddings.visual_embed = before
+            del embeddings.visual_embed
 
 
-def _embed_padded(model, images, options):
-    rows, plans = [], []
-    known = isinstance(model.embeddings, hf.ViltEmbeddings)
-    for inputs in images:
-        if known:  # the masks' checks, before the module sees them; no cells: nothing is drawn here
-            inputs.plan(model, options, cells=[_NO_CELLS] * inputs.text_shape[0])
-        attention_mask, pixel_mask = inputs.attention_mask, inputs.pixel_mask
-        if attention_mask is None:
-            attention_mask = torch.ones(inputs.text_shape, device=inputs.text.device)
-        if pixel_mask is None:
-            side = model.config.image_size
-            pixel_mask = torch.ones((inputs.text_shape[0], side, side), device=inputs.text.device)
-        with _watched_patches(model.embeddings) if known else contextlib.nullcontext() as seen:
-            padded, mask = model.embeddings(
-                inputs.input_ids,
-                attention_mask,
-                inputs.token_type_ids,
-                inputs.pixel_values,
-                pixel_mask,
-                inputs.inputs_embeds,
-                inputs.image_embeds,
-                image_token_type_idx=inputs.modality,
-            )
-        if not seen:
-            text, image = mask.tensor_split([inputs.text_shape[1]], dim=1)
-            plans.append(SequencePlan.from_keep_mask(text, image, text_shape=inputs.text_shape))
-            rows.append(plans[-1].pack(padded))
-            continue
-        _, image_mask, (patch_index, (_, width)) = seen[0]
-        drawn = (patch_index[..., 0] * width + patch_index[..., 1]).cpu().numpy()
-        kept = image_mask[:, 1:].bool().cpu().numpy()
-        plan = inputs.plan(model, options, cells=[d[k] for d, k in zip(drawn, kept, strict=True)])
-        packed = plan.pack(padded)
-        if options.patch_order == "raster":
-            plan, packed = plan.raster(packed)
-        plans.append(plan)
-        rows.append(packed)
-    return torch.cat(rows), joined(plans)
+def _embed_padded(model, inputs: Inputs, options):
+    """Packed rows [N, D] of what the module returns, and the plan that its returned mask makes.
+
+    What came of which patch is known where `visual_embed` is HuggingFace's own and the mask is the one that follows
+    from it. Else the first T tokens count as text and the others as image, in the order in which they came.
+    """
+    attention_mask, pixel_mask = inputs.attention_mask, inputs.pixel_mask
+    batch, length = inputs.text_shape
+    if attention_mask is None:
+        attention_mask = torch.ones((batch, length), device=inputs.text.device)
+    if pixel_mask is None:
+        side = model.config.image_size
+        pixel_mask = torch.ones((batch, side, side), device=inputs.text.device)
+    if takes_what_is_given(model.embeddings):  # the masks' checks, before the module sees them; nothing is drawn here
+        inputs.plan(model, options, cells=[_NO_CELLS] * batch)
+    with _watched_patches(model.embeddings) as seen:
+        returned = model.embeddings(
+            inputs.input_ids,
+            attention_mask,
+            inputs.token_type_ids,
+            inputs.pixel_values,
+            pixel_mask,
+            inputs.inputs_embeds,
+            inputs.image_embeds,
+            image_token_type_idx=inputs.modality,
+        )
+    padded, mask = returned
+    if mask is None:
+        mask = torch.ones(padded.shape[:2], device=padded.device)
+    if padded.ndim != 3 or mask.shape != padded.shape[:2]:
+        raise TypeError(
+            f"{type(model.embeddings).__name__} returned tokens {list(padded.shape)} with a mask {list(mask.shape)}: "
+            "accelerate follows a mask [B, L] for tokens [B, L, D]. vilt_fast.restore the model to use another."
+        )
+    if len(seen) == 1:
+        plan = _drawn(inputs, *seen[0])
+        if plan.width == mask.shape[1] and torch.equal(plan.key_mask(), mask != 0):
+            packed = plan.pack(padded, model.embeddings)
+            return (packed, plan) if options.patch_order != "raster" else plan.raster(packed)[::-1]
+    text, image = mask.tensor_split([length], dim=1)
+    plan = SequencePlan.from_keep_mask(text, image, text_shape=text.shape)
+    return plan.pack(padded, model.embeddings), plan
+
+
+def _drawn(inputs: Inputs, pixel_mask, _, image_mask, patches) -> SequencePlan:
+    """The plan of what `visual_embed` said of the patches that it drew."""
+    index, (height, width) = patches
+    cells = (index[..., 0] * width + index[..., 1]).cpu().numpy()
+    kept = image_mask[:, 1:].bool().cpu().numpy()
+    return SequencePlan.from_masks(
+        inputs.attention_mask,
+        pixel_mask,
+        text_shape=inputs.text_shape,
+        pixel_shape=(len(cells), 0, height, width),
+        patch_size=(1, 1),
+        position_grid=1,  # positions are in the rows already
+        cells=[c[k] for c, k in zip(cells, kept, strict=True)],
+    )

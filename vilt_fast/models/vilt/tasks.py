@@ -9,14 +9,15 @@ from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutp
 from transformers.models.vilt import modeling_vilt as hf
 
 from ...engine.blocks import is_tokenwise
-from ...engine.listeners import any_hooked, has_hooks
+from ...engine.genuine import own_methods
+from ...engine.listeners import any_hooked, has_hooks, is_plain
 from ...errors import InputError
 from ..base import Part, Swapped
 from .encoder import EncoderForward
 from .inputs import Inputs, joined
 from .options import ViltOptions
 from .plan import SequencePlan
-from .trunk import Trunk, TrunkForward, chosen, extras
+from .trunk import Trunk, TrunkForward, activation_kind, chosen, extras, is_known
 
 
 def find(model: nn.Module) -> list[Part]:
@@ -76,7 +77,8 @@ class TaskForward(Swapped):
         model, config = self.module, self.module.config
         trunk_forward = model.vilt.__dict__.get("forward")
         # The trunk is called past its hooks, so there must be none.
-        if not isinstance(trunk_forward, TrunkForward) or has_hooks(model.vilt) or not self.packable():
+        past = isinstance(trunk_forward, TrunkForward) and not has_hooks(model.vilt)
+        if not past or not all(own_methods(type(m)) for m in (model, model.vilt)) or not self.packable():
             return self.own(**given)
         self.check(given)
         images = self.images(given)
@@ -152,17 +154,18 @@ class MaskedLMForward(TaskForward):
 
     def packable(self):
         head = self.module.mlm_score
-        if any_hooked(head) or type(head) is not hf.ViltMLMHead:
+        if any_hooked(head) or not is_plain(head, hf.ViltMLMHead):
             return False
         transform = head.transform
         return (
-            type(transform) is hf.ViltPredictionHeadTransform
-            and isinstance(transform.LayerNorm, nn.LayerNorm)
+            is_plain(transform, hf.ViltPredictionHeadTransform)
+            and is_plain(transform.LayerNorm, nn.LayerNorm)
+            and activation_kind(transform.transform_act_fn) is not None
             and all(map(is_tokenwise, (transform.dense, head.decoder)))
         )
 
     def logits(self, trunk, images):
-        return _text_logits(self.module.mlm_score, trunk, images[0].text_shape)
+        return _text_logits(self.module.mlm_score, trunk)
 
 
 class TokenClassificationForward(TaskForward):
@@ -171,12 +174,14 @@ class TokenClassificationForward(TaskForward):
     output = TokenClassifierOutput
 
     def packable(self):
-        head = (self.module.dropout, self.module.classifier)
-        return is_tokenwise(head[1]) and not any(map(any_hooked, head))
+        dropout, classifier = self.module.dropout, self.module.classifier
+        if any_hooked(dropout) or any_hooked(classifier):
+            return False
+        return is_plain(dropout, nn.Dropout, nn.Identity) and is_tokenwise(classifier)
 
     def logits(self, trunk, images):
         model = self.module
-        return _text_logits(lambda rows: model.classifier(model.dropout(rows)), trunk, images[0].text_shape)
+        return _text_logits(lambda rows: model.classifier(model.dropout(rows)), trunk)
 
 
 class ImagesAndTextForward(TaskForward):
@@ -185,8 +190,9 @@ class ImagesAndTextForward(TaskForward):
     output = hf.ViltForImagesAndTextClassificationOutput
 
     def packable(self):
-        # A hook within the trunk is to see the images one after the other, as in the reference.
-        return not any(map(any_hooked, self.module.vilt.children()))
+        # What is not known, or has hooks, is to see the images one after the other, as in the reference.
+        vilt = self.module.vilt
+        return not any(map(any_hooked, vilt.children())) and is_known(vilt)
 
     def images(self, given):
         pixel_values, pixel_mask, image_embeds = (given.get(k) for k in ("pixel_values", "pixel_mask", "image_embeds"))
@@ -242,7 +248,7 @@ class ImagesAndTextForward(TaskForward):
         return logits, hidden_states, attentions
 
 
-def _text_logits(head, trunk: Trunk, text_shape) -> torch.Tensor:
+def _text_logits(head, trunk: Trunk) -> torch.Tensor:
     """Logits [B, T, classes] of a head on the real text rows, zero elsewhere."""
     plan = trunk.plan
     rows, places = plan.text_rows, plan.text_source
@@ -250,6 +256,6 @@ def _text_logits(head, trunk: Trunk, text_shape) -> torch.Tensor:
         real = torch.isin(rows, plan.padded_rows)
         rows, places = rows[real], places[real]
     logits = head(trunk.rows.index_select(0, rows))
-    batch, length = text_shape
+    batch, length = plan.batch, plan.text_length
     padded = logits.new_zeros(batch * length, logits.shape[-1])
     return padded.index_copy(0, places, logits).view(batch, length, -1)

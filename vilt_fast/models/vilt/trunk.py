@@ -8,17 +8,20 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers.activations import GELUActivation
+from transformers import activations
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vilt import modeling_vilt as hf
 
+from ...engine import blocks
 from ...engine import encode as engine
-from ...engine.blocks import Attention, Block, FeedForward, activation_kind
-from ...engine.listeners import is_hooked
+from ...engine.blocks import Attention, Block, FeedForward, is_tokenwise
+from ...engine.genuine import own_methods
+from ...engine.listeners import has_hooks, is_plain, runs_own_code
 from ..base import Features, SwappedTrunk
 from . import features
 from .inputs import Inputs
+from .known import is_known as embedding_is_known
+from .known import patch_size
 from .options import ViltOptions
 from .plan import SequencePlan
 from .rows import embed
@@ -57,21 +60,12 @@ class TrunkForward(SwappedTrunk):
         sequence_plan=None,
         **kwargs,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "sequence_plan")}
+        if not own_methods(type(self.module)):
+            return self.own(**given, **kwargs)
         config = self.module.config
         trunk = self.run(
-            [
-                Inputs.checked(
-                    self.module,
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    token_type_ids=token_type_ids,
-                    pixel_values=pixel_values,
-                    pixel_mask=pixel_mask,
-                    inputs_embeds=inputs_embeds,
-                    image_embeds=image_embeds,
-                    modality=image_token_type_idx,
-                )
-            ],
+            [Inputs.checked(self.module, **Inputs.among(given), modality=image_token_type_idx)],
             sequence_plan,
             chosen(output_hidden_states, config.output_hidden_states),
             chosen(output_attentions, config.output_attentions),
@@ -100,14 +94,19 @@ class TrunkForward(SwappedTrunk):
         text, image = plan.unpack(computed.rows).tensor_split([plan.text_length], dim=1)
         text_real, image_real = plan.key_mask().tensor_split([plan.text_length], dim=1)
         cells = [features.cells(plan.patch_positions(b), w) for b, (_, w) in enumerate(plan.grids)]
-        patch_size = self.module.embeddings.patch_embeddings.patch_size
-        return Features(text, image, text_real, image_real, checked.input_ids, plan.grids, cells, patch_size)
+        size = patch_size(self.module.embeddings)
+        if not plan.grids:
+            raise TypeError(
+                f"{type(self.module.embeddings).__name__} returns a mask that is not that of text and patches: which "
+                "patch an image token is cannot be told."
+            )
+        return Features(text, image, text_real, image_real, checked.input_ids, plan.grids, cells, size)
 
     def run(self, images: list[Inputs], plan=None, want_hidden=False, want_attention=False) -> Trunk:
         """Embed, encode, normalise and pool; several images share one text and run as one packed batch."""
         model = self.module
         rows, plan = embed(model, images, plan, self.options)
-        if is_hooked(model.encoder) or type(model.encoder) is not hf.ViltEncoder:
+        if has_hooks(model.encoder) or not is_plain(model.encoder, hf.ViltEncoder):
             encoded = _call_encoder(model.encoder, rows, plan, want_hidden, want_attention)
         else:
             encoded = self.encode(
@@ -116,8 +115,17 @@ class TrunkForward(SwappedTrunk):
         normed = engine.final_norm(model.layernorm, encoded.rows, plan)
         pooled = None
         if model.pooler is not None:
-            pooled = engine.pool(model.pooler, normed, plan, first_only=type(model.pooler) is hf.ViltPooler)
+            pooled = engine.pool(model.pooler, normed, plan, first_only=is_plain(model.pooler, hf.ViltPooler))
         return Trunk(normed, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions)
+
+
+def is_known(model: hf.ViltModel) -> bool:
+    """Whether each sample of a batch is computed on its own, so that several batches may be computed as one."""
+    if not embedding_is_known(model.embeddings) or not is_plain(model.encoder, hf.ViltEncoder):
+        return False
+    if not is_plain(model.layernorm, nn.LayerNorm) or not is_plain(model.pooler, hf.ViltPooler):
+        return False
+    return is_tokenwise(model.pooler.dense) and all(_block(layer).packable for layer in model.encoder.layer)
 
 
 def chosen(given, default):
@@ -133,6 +141,7 @@ def extras(trunk: Trunk):
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 _PARTS = {
+    "": hf.ViltLayer,
     "attention": hf.ViltAttention,
     "attention.attention": hf.ViltSelfAttention,
     "attention.output": hf.ViltSelfOutput,
@@ -144,17 +153,20 @@ _PARTS = {
 def _block(layer: nn.Module) -> Block:
     """A `ViltLayer` as the engine sees it."""
     call_padded = functools.partial(_call_layer, layer)
-    if type(layer) is not hf.ViltLayer or any(type(layer.get_submodule(p)) is not kind for p, kind in _PARTS.items()):
+    if not all(is_plain(layer.get_submodule(path), kind) for path, kind in _PARTS.items()):
         return Block(layer, call_padded)
     attention, self_attention = layer.attention, layer.attention.attention
+    heads, head_size = self_attention.num_attention_heads, self_attention.attention_head_size
+    if heads * head_size != self_attention.all_head_size:  # releases differ in which of them they read
+        return Block(layer, call_padded)
     checkpoint = layer._gradient_checkpointing_func if layer.gradient_checkpointing and layer.training else None
     activation = layer.intermediate.intermediate_act_fn
     sublayers = (
         Attention(
             norm=layer.layernorm_before,
             projections=(self_attention.query, self_attention.key, self_attention.value),
-            num_heads=self_attention.num_attention_heads,
-            scale=self_attention.attention_head_size**-0.5,
+            num_heads=heads,
+            scale=head_size**-0.5,
             dropout=self_attention.dropout,
             out=attention.output.dense,
             out_dropout=attention.output.dropout,
@@ -163,7 +175,7 @@ def _block(layer: nn.Module) -> Block:
             norm=layer.layernorm_after,
             fc1=layer.intermediate.dense,
             activation=activation,
-            activation_kind=_activation_kind(activation),
+            activation_kind=activation_kind(activation),
             fc2=layer.output.dense,
             fc2_dropout=layer.output.dropout,
         ),
@@ -171,10 +183,13 @@ def _block(layer: nn.Module) -> Block:
     return Block(layer, call_padded, sublayers, checkpoint=checkpoint)
 
 
-def _activation_kind(activation) -> str | None:
-    if type(activation) is GELUActivation:
-        return "gelu" if activation.act is F.gelu else None
-    return activation_kind(activation)
+def activation_kind(activation) -> str | None:
+    """As `blocks.activation_kind`, of transformers' activations too."""
+    kind = type(activation)
+    if kind.__module__ != activations.__name__ or not runs_own_code(activation):
+        return blocks.activation_kind(activation)
+    # Every class of that module is elementwise; some keep the function that they call.
+    return blocks.activation_kind(activation.act) if "act" in vars(activation) else "elementwise"
 
 
 def _call_layer(layer, hidden, plan, want_attention):
@@ -204,6 +219,6 @@ def _call_encoder(encoder, rows, plan, want_hidden, want_attention) -> engine.En
         output_hidden_states=want_hidden,
         return_dict=True,
     )
-    hidden = [plan.pack(h) for h in outputs.hidden_states] if want_hidden else []
-    attentions = [engine.of_real_queries(a, plan) for a in outputs.attentions] if want_attention else []
-    return engine.Encoded(plan.pack(outputs[0]), hidden, attentions)
+    hidden = [plan.pack(h, encoder) for h in outputs.hidden_states or ()]
+    attentions = [engine.of_real_queries(a, plan) for a in outputs.attentions or ()]
+    return engine.Encoded(plan.pack(outputs[0], encoder), hidden, attentions)

@@ -1,0 +1,162 @@
+"""Whose code runs: whether the functions behind a class are those that its library was written with.
+
+A swap stands for code that it knows. That a module is an `nn.Linear` says little where somebody has assigned to
+`nn.Linear.forward` or to `functional.linear`, or has put a class of their own under the library's name. So each
+function that a call goes through must be the one that the library's own file defines under that name: `forward`, the
+methods of its class that this uses, and what these find by name in their module, in `torch`, `nn` and `functional`.
+They are looked up once; that all are still where they were is asked at every call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import dis
+import functools
+import os
+import sys
+import types
+import weakref
+
+import torch
+from torch import nn
+
+_LIBRARIES = ("torch", "transformers", "peft")
+_CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")  # how torch gets from a call to `forward`
+
+
+@dataclasses.dataclass(slots=True)
+class _Code:
+    """What a class was found to compute with."""
+
+    genuine: bool = True
+    methods: dict = dataclasses.field(default_factory=dict)  #: of the class, by name
+    globals: dict = dataclasses.field(default_factory=dict)  #: by (where, name), where is a module or a class
+
+    def in_place(self, kind: type) -> bool:
+        """Whether all of it is still where it was found."""
+        for name, value in self.methods.items():
+            if getattr(kind, name, None) is not value:
+                return False
+        for (where, name), value in self.globals.items():
+            if getattr(where, name, None) is not value:
+                return False
+        return True
+
+
+_codes: weakref.WeakKeyDictionary[type, _Code] = weakref.WeakKeyDictionary()
+
+
+def _code(kind: type) -> _Code:
+    code = _codes.get(kind)
+    if code is None or not code.in_place(kind):
+        code = _codes[kind] = _found(kind)
+    return code
+
+
+@torch.compiler.assume_constant_result
+def own_methods(kind: type) -> tuple[str, ...]:
+    """What a call of a module of class `kind` goes through, if it is all as its library has written it; else ().
+
+    These are names of methods: an attribute of that name on an instance would come before them.
+    """
+    code = _code(kind)
+    return tuple(code.methods) if code.genuine else ()
+
+
+@torch.compiler.assume_constant_result
+def is_function_of(function, library: types.ModuleType, *names: str) -> bool:
+    """Whether `function` is what `library` has written under one of `names`."""
+    return any(getattr(library, name, None) is function and _is_own(function, name) for name in names)
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+def _found(kind: type) -> _Code:
+    code = _Code()
+    waiting = ["forward", *_CALL]
+    while waiting:
+        name = waiting.pop()
+        owner = next((c for c in kind.__mro__ if name in vars(c)), None)
+        if owner is None or name in code.methods:
+            continue
+        method = code.methods[name] = getattr(kind, name)
+        own = _as_written(method, owner.__module__)
+        aliases = (name, "_wrapped_call_impl", "_call_impl") if name == "__call__" else (name,)
+        if own is None or own.__qualname__ not in [f"{owner.__qualname__}.{alias}" for alias in aliases]:
+            code.genuine = False
+        elif name not in _CALL:
+            used = _used(own.__code__)
+            for chain in used:
+                _look_up(chain, sys.modules[own.__module__], code)
+            called = {name for chain in used for name in chain} & set(dir(kind)) - set(dir(nn.Module))
+            waiting += [n for n in called if isinstance(getattr(kind, n), types.FunctionType)]
+    return code
+
+
+def _look_up(chain, where, code):
+    """Notes what a chain of names, as in `nn.functional.pad`, stands for in the module `where`, name by name."""
+    for name in chain:
+        value = getattr(where, name, None)
+        if callable(value):
+            code.globals[where, name] = value
+            code.genuine &= _is_own(value, name)
+        if isinstance(value, type) and issubclass(value, nn.Module):
+            inner = _code(value)
+            code.genuine &= inner.genuine
+            code.globals |= {(value, n): method for n, method in inner.methods.items()} | inner.globals
+        if not isinstance(value, types.ModuleType) or not _library(value.__name__):
+            return
+        code.globals[where, name] = value
+        where = value
+
+
+def _used(code: types.CodeType) -> list[tuple[str, ...]]:
+    """The chains of names that a function, and those within it, use: what is global first, or of a local."""
+    chains = [chain for inner in code.co_consts if isinstance(inner, types.CodeType) for chain in _used(inner)]
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            chains[-1] += (instruction.argval,)
+        else:
+            chains.append((instruction.argval,) if instruction.opname == "LOAD_GLOBAL" else ("",))
+    return chains
+
+
+def _is_own(value, name: str) -> bool:
+    """Whether a function or class is what a library, or Python, has written under this name."""
+    if getattr(value, "__name__", None) != name:
+        return False
+    if isinstance(value, types.FunctionType):
+        return _as_written(value, value.__module__) is not None
+    package = (value.__module__ or "").partition(".")[0]
+    known = package in _LIBRARIES or package in sys.stdlib_module_names
+    return isinstance(value, types.BuiltinFunctionType) or (isinstance(value, type) and known)
+
+
+def _as_written(function, module: str):
+    """The function that `module`, of a library, has in its file, out of the library's own decorators; else None."""
+    library = _library(module)
+    while library and isinstance(function, types.FunctionType):
+        inner = getattr(function, "__wrapped__", None)
+        file = function.__code__.co_filename
+        if inner is None:
+            return function if file == _file(function.__module__) and function.__module__ == module else None
+        # torch's own decorators (`no_grad`, `autocast`) are for others to put on; its tracer takes them off again.
+        if not (file.endswith(_TRACER) if library == "torch" else file.startswith(os.path.dirname(_file(library)))):
+            return None
+        function = inner
+    return None
+
+
+_TRACER = os.path.join("torch", "fx", "_symbolic_trace.py")
+
+
+def _library(module: str) -> str:
+    """The library that a module belongs to, or ""."""
+    library = module.partition(".")[0]
+    return library if library in _LIBRARIES else ""
+
+
+@functools.lru_cache(maxsize=256)
+def _file(module: str) -> str | None:
+    return getattr(sys.modules.get(module), "__file__", None)

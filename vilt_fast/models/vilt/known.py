@@ -1,0 +1,85 @@
+"""HuggingFace's embedding module: whether its tables tell all that it computes, and which they are."""
+
+from __future__ import annotations
+
+from transformers.models.vilt import modeling_vilt as hf
+
+from ...engine.genuine import own_methods
+from ...engine.listeners import any_hooked, is_plain
+from . import embedding
+
+
+def is_known(embeddings) -> bool:
+    """Whether the tables tell all that the embedding module computes."""
+    return not any_hooked(embeddings) and _is_of_known_parts(embeddings)
+
+
+def takes_what_is_given(embeddings) -> bool:
+    """Whether the tables tell which inputs the module can take: what hooks put in their place, they alone know."""
+    return _is_of_known_parts(embeddings) and not any(m._forward_pre_hooks for m in embeddings.modules())
+
+
+def _is_of_known_parts(embeddings) -> bool:
+    if not is_plain(embeddings, hf.ViltEmbeddings):
+        return False
+    text, patches = embeddings.text_embeddings, embeddings.patch_embeddings
+    if not is_plain(text, hf.TextEmbeddings) or not is_plain(patches, hf.ViltPatchEmbeddings):
+        return False
+    return _is_row(text.position_ids) and _is_row(getattr(text, "token_type_ids", None)) and _fits(embeddings)
+
+
+def _is_row(ids) -> bool:
+    return ids is None or (ids.ndim == 2 and len(ids) == 1)
+
+
+def _fits(embeddings) -> bool:
+    """Whether the tables are plain, and of the sizes that the module's own arithmetic needs."""
+    found = tables(embeddings)
+    grid, width = position_grid(embeddings), found.cls_token.shape[-1]
+    return found.plain and (*found.image_position.shape, len(found.projection.weight)) == (1, 1 + grid**2, width, width)
+
+
+def tables(embeddings) -> embedding.Tables:
+    """Where a `ViltEmbeddings` of known parts keeps what it embeds with."""
+    text = embeddings.text_embeddings
+    return embedding.Tables(
+        word=text.word_embeddings,
+        position=text.position_embeddings,
+        token_type=text.token_type_embeddings,
+        norm=text.LayerNorm,
+        text_dropout=text.dropout,
+        modality=embeddings.token_type_embeddings,
+        projection=embeddings.patch_embeddings.projection,
+        cls_token=embeddings.cls_token,
+        image_position=embeddings.position_embeddings,
+        image_dropout=embeddings.dropout,
+        position_ids=text.position_ids,
+        token_type_ids=getattr(text, "token_type_ids", None),
+    )
+
+
+def position_grid(embeddings) -> int:
+    """Side of the square table of image positions, as the module reads it; 0 where it could not."""
+    sides = embeddings.config.image_size, embeddings.config.patch_size
+    return sides[0] // sides[1] if all(isinstance(side, int) for side in sides) else 0
+
+
+def patch_size(embeddings) -> tuple[int, int]:
+    """(height, width) of a patch, by the convolution that makes them; the `patch_size` beside it may be stale.
+
+    Raises:
+        TypeError: no known convolution makes the patches.
+    """
+    patches = getattr(embeddings, "patch_embeddings", None)
+    if not is_plain(patches, hf.ViltPatchEmbeddings) or not embedding.is_patchwise(patches.projection):
+        raise TypeError(
+            f"{type(embeddings).__name__} with {type(patches).__name__} makes its image tokens in a way that is not "
+            "known ahead of a call: there is no sequence_plan for it, and its patches cannot be aligned."
+        )
+    return tuple(patches.projection.weight.shape[2:])
+
+
+def draws_its_patches(embeddings) -> bool:
+    """Whether `visual_embed` is HuggingFace's own, so that the patches it says it drew are those that it drew."""
+    own = getattr(type(embeddings), "visual_embed", None) is hf.ViltEmbeddings.visual_embed
+    return own and "visual_embed" not in embeddings.__dict__ and bool(own_methods(hf.ViltEmbeddings))
