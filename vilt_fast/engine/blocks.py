@@ -135,8 +135,10 @@ class Block:
 
 def _odd(module, usual: type, place: str) -> str:
     """Why a part of a block cannot be computed on packed rows."""
-    if type(module) is not usual:
-        return f"it has a {getattr(module, '__name__', type(module).__name__)} in place of {place}"
+    kind = type(module)
+    if kind is not usual:
+        name = kind.__name__ if kind.__name__ != usual.__name__ else f"{kind.__module__}.{kind.__name__}"
+        return f"it has a {name} in place of {place}"
     return f"its {usual.__name__} does not run the code that it was written with, or has no ordinary parameters"
 
 
@@ -174,7 +176,7 @@ def is_tokenwise(module: nn.Module) -> bool:
         return listeners.runs_own_code(module)
     if f"{kind.__module__}.{kind.__qualname__}" not in _WRAPPERS or not listeners.runs_own_code(module):
         return False
-    if module.lora_variant or any(module.use_dora.values()):
+    if getattr(module, "lora_variant", None) or any(getattr(module, "use_dora", {}).values()):
         return False
     return is_tokenwise(module.base_layer) and all(
         listeners.is_plain(part, nn.Linear, nn.Dropout, nn.Identity)

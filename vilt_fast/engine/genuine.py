@@ -31,6 +31,7 @@ class _Code:
     genuine: bool = True
     methods: dict = dataclasses.field(default_factory=dict)  #: of the class, by name
     globals: dict = dataclasses.field(default_factory=dict)  #: by (where, name), where is a module or a class
+    names: tuple[str, ...] = ()  #: of the methods
 
     def in_place(self, kind: type) -> bool:
         """Whether all of it is still where it was found."""
@@ -43,14 +44,18 @@ class _Code:
         return True
 
 
-_codes: weakref.WeakKeyDictionary[type, _Code] = weakref.WeakKeyDictionary()
+_codes: dict[weakref.ref, _Code] = {}  # a WeakKeyDictionary takes three times as long to ask
 
 
 def _code(kind: type) -> _Code:
-    code = _codes.get(kind)
+    code = _codes.get(weakref.ref(kind))
     if code is None or not code.in_place(kind):
-        code = _codes[kind] = _found(kind)
+        code = _codes[weakref.ref(kind, _forget)] = _found(kind)
     return code
+
+
+def _forget(kind):
+    _codes.pop(kind, None)
 
 
 @torch.compiler.assume_constant_result
@@ -60,7 +65,7 @@ def own_methods(kind: type) -> tuple[str, ...]:
     These are names of methods: an attribute of that name on an instance would come before them.
     """
     code = _code(kind)
-    return tuple(code.methods) if code.genuine else ()
+    return code.names if code.genuine else ()
 
 
 @torch.compiler.assume_constant_result
@@ -91,6 +96,7 @@ def _found(kind: type) -> _Code:
                 _look_up(chain, sys.modules[own.__module__], code)
             called = {name for chain in used for name in chain} & set(dir(kind)) - set(dir(nn.Module))
             waiting += [n for n in called if isinstance(getattr(kind, n), types.FunctionType)]
+    code.names = tuple(code.methods)
     return code
 
 

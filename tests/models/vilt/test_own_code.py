@@ -1,5 +1,7 @@
 """A part whose code is not the one that the swap stands for is called itself, wherever that code was changed."""
 
+import gc
+import importlib
 import subprocess
 import sys
 import textwrap
@@ -266,6 +268,55 @@ def test_what_is_known_to_be_token_wise():
     assert not is_tokenwise(Mixing(2, 2)) and not is_tokenwise(Gated(nn.Linear(2, 2))) and not is_tokenwise(nn.Tanh())
 
 
+def test_a_wrapper_that_is_known(monkeypatch, tmp_path):
+    """peft's LoRA by its place and its code; DoRA, a patched forward and an odd part inside it are not known."""
+    folder = tmp_path / "peft" / "tuners" / "lora"
+    folder.mkdir(parents=True)
+    for place in (tmp_path / "peft", tmp_path / "peft" / "tuners", folder):
+        (place / "__init__.py").write_text("")
+    (folder / "layer.py").write_text(
+        textwrap.dedent("""
+        from torch import nn
+
+        class Linear(nn.Module):
+            def __init__(self, base_layer):
+                super().__init__()
+                self.base_layer, self.lora_variant, self.use_dora = base_layer, {}, {"default": False}
+                self.lora_A = nn.ModuleDict({"default": nn.Linear(base_layer.in_features, 2)}).to(base_layer.weight)
+                self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base_layer.out_features)}).to(base_layer.weight)
+                self.lora_dropout = nn.ModuleDict({"default": nn.Identity()})
+
+            def forward(self, x):
+                more = self.lora_dropout["default"](x)
+                return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](more))
+    """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    lora = importlib.import_module("peft.tuners.lora.layer").Linear
+
+    models = pair("trunk")
+    for model in models:
+        for layer in model.encoder.layer:
+            torch.manual_seed(0)
+            layer.output.dense = lora(layer.output.dense)
+    assert all(_block(layer).packable for layer in models[1].encoder.layer)
+    assert_follows("trunk", models, batch("trunk"))
+    for attribute, value in (
+        ("lora_variant", {"default": 1}),
+        ("use_dora", {"default": True}),
+        ("base_layer", Gated(1)),
+    ):
+        wrapper = lora(nn.Linear(2, 2))
+        assert is_tokenwise(wrapper)
+        setattr(wrapper, attribute, value)
+        assert not is_tokenwise(wrapper)
+    monkeypatch.setattr(lora, "forward", scaled(lora.forward))
+    assert not any(_block(layer).packable for layer in models[1].encoder.layer)
+    assert_follows("trunk", models, batch("trunk"))
+
+
 def test_every_part_of_a_fresh_model_is_known():
     """Else all would be right, and slow."""
     for kind in ("trunk", "masked_lm"):
@@ -292,6 +343,8 @@ class Stored(torch.Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.detach.default:
             return cls(args[0].halved)
+        if function.namespace != "aten":
+            raise NotImplementedError(f"no {function} of a Stored: quantisation libraries know torch's own operations")
         plain = tree_map(lambda t: t.halved * 2 if isinstance(t, cls) else t, (args, kwargs or {}))
         return function(*plain[0], **plain[1])
 
@@ -321,6 +374,19 @@ def test_a_bare_parameter_in_another_form():
         embeddings.position_embeddings = nn.Parameter(Stored(embeddings.position_embeddings.detach() / 2), False)
     with torch.no_grad():
         assert_close(*(call(m, changed()).pooler_output for m in (ours, theirs)))
+
+
+def test_classes_that_are_gone_are_forgotten():
+    def look():
+        genuine.own_methods(type("Mine", (nn.Linear,), {}))
+
+    look()
+    gc.collect()
+    before = len(genuine._codes)
+    for _ in range(5):
+        look()
+    gc.collect()
+    assert len(genuine._codes) == before
 
 
 def test_nothing_is_patched_by_looking():
