@@ -136,7 +136,7 @@ FORKS = {
     "Sharper.forward .transformer.blocks.1.attn": as_class(Sharper, "transformer.blocks.1.attn"),
     "Gated.forward .transformer.blocks.1.mlp": as_class(Gated, "transformer.blocks.1.mlp"),
     "MeanPooler.forward .pooler": as_class(MeanPooler, "pooler"),
-    "Pooler.forward .pooler": on_a_pooler,
+    "Pooler.forward .pooler\\) is put in its place": on_a_pooler,
     "CalledOtherwise.forward .pooler": as_class(CalledOtherwise, "pooler"),
 }
 
