@@ -128,8 +128,6 @@ def forward(module):
 @pytest.mark.parametrize("duplicate", [*COPIES, replicated])
 def test_a_copy_of_the_original_computes_with_its_own_parameters(duplicate):
     model = vilt_fast.accelerate(build_original(), patch_order="reference")
-    if duplicate in (pickled, saved):
-        model.hparams = copy.copy(model.hparams)
     twin = duplicate(model)
     assert twin.infer.module is twin and model.infer.module is model
     if duplicate is not replicated:

@@ -56,7 +56,7 @@ def _refusal(model) -> str:
     for module, name in _unknown(model):
         path = next((path for path, m in model.named_modules() if m is module and path), "the model itself")
         method = name.rpartition(".")[2]
-        placed = "is put in its place on the instance and " if method == "forward" in vars(module) else ""
+        placed = "is put in its place on the instance and " if method in vars(module) and module is not model else ""
         return (
             f"{type(module).__name__}.{method} ({path}) {placed}is not, as code, the {name} of dandelin/ViLT, which "
             "accelerate stands for: keep that method as it was published and put what you add around it (a linear "
