@@ -31,8 +31,18 @@ class Encoded:
     """What the trunk gives back, still packed."""
 
     rows: torch.Tensor  #: [N, D] the residual stream after the last block
-    hidden_states: list[torch.Tensor]  #: packed [N, D] before the first block and after each, if asked for
+    hidden_states: list[torch.Tensor]  #: padded [B, width, D] before the first block and after each, if asked for
     attentions: list[torch.Tensor]  #: padded [B, H, L, L] of each block, if asked for
+
+    def show(self, packing: Packing) -> None:
+        """Add the stream as it is now to the hidden states."""
+        padded, self.rows = shown(self.rows, packing)
+        self.hidden_states.append(padded)
+
+
+def shown(rows: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows [N, D] as a caller sees them, padded; the rows to go on with, which are a function of what was shown)."""
+    return packing.through_padded(rows) if torch.is_grad_enabled() else (packing.unpack(rows), rows)
 
 
 def encode(
@@ -64,7 +74,9 @@ def encode(
         if replayed is not None:
             return Encoded(replayed, [], [])
     blocks = list(map(describe, modules))
-    result = Encoded(rows, [rows] if want_hidden else [], [])
+    result = Encoded(rows, [], [])
+    if want_hidden:
+        result.show(packing)
     fp8 = weights if weights is not None and weights.kind == "fp8" else None
     # A native run is the int8 way, and that of the parameters themselves; fp8 is a way of the packed block.
     never = "attention probabilities are wanted" if want_attention else native.unavailable(rows)
@@ -80,7 +92,7 @@ def encode(
                 stream = run.encode(packed.added(result.rows, branch), packing, want_hidden)
                 branch = None
                 if want_hidden:
-                    result.hidden_states.extend(stream.unbind(0))
+                    result.hidden_states.extend(map(packing.unpack, stream))
                     stream = stream[-1]
                 result.rows = stream
                 i += run.blocks
@@ -104,7 +116,7 @@ def encode(
             asked.say_without(i, block.module, _why_without(asked, block, reason))
         if want_hidden:
             result.rows, branch = packed.added(result.rows, branch), None
-            result.hidden_states.append(result.rows)
+            result.show(packing)
         if want_attention:
             result.attentions.append(probabilities)
         i += 1

@@ -139,13 +139,18 @@ def _attention_with_probabilities(query, key, value, packing, scale, dropout_p, 
     """Attention that also returns its probabilities, padded [B, H, L, L] with zeros."""
     width, heads = packing.width, query.shape[1]
     probabilities = query.new_zeros(packing.batch, heads, width, width, dtype=dtype)
-    context, start, shown = [], 0, 0
+    samples, start, shown = [], 0, 0
     for b, (rows, keys) in enumerate(zip(packing.lengths, packing.key_lengths, strict=True)):
         q, k, v = (t[start : start + n].transpose(0, 1) for t, n in ((query, rows), (key, keys), (value, keys)))
         scores = (q @ k.transpose(1, 2) * scale).to(dtype)
         weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p)
-        context.append((weights @ v).transpose(0, 1))
         places = packing.padded_places[shown : shown + keys] - b * width
         probabilities[b, :, places[:, None], places] = weights[:, :keys]
+        samples.append((weights, places, v))
         start, shown = start + rows, shown + keys
+    context = []
+    for b, (weights, places, v) in enumerate(samples):
+        if torch.is_grad_enabled():  # what is returned is what is multiplied, so that it has a gradient
+            weights = torch.cat([probabilities[b][:, places[:, None], places], weights[:, len(places) :]], 1)
+        context.append((weights @ v).transpose(0, 1))
     return torch.cat(context), probabilities

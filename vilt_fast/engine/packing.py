@@ -108,6 +108,18 @@ class Packing:
             flat = flat.index_copy(0, extra * self.width, rows.index_select(0, self.pool_rows[extra]))
         return flat.unflatten(0, (self.batch, self.width))
 
+    def through_padded(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(padded `[B, width, ...]` of rows `[N, ...]`, the rows read back from it).
+
+        Who goes on with these rows has a gradient with respect to the padded tensor, as a caller who is given that one
+        expects of it.
+        """
+        padded = self.unpack(rows)
+        if self.dense:
+            return padded, padded.flatten(0, 1)
+        again = padded.flatten(0, 1).index_select(0, self.padded_places)
+        return padded, rows.index_copy(0, self.padded_rows, again)
+
     def _samples_with_query_row(self):
         extra = [b for b, (n, k) in enumerate(zip(self.lengths, self.key_lengths, strict=True)) if n > k]
         return torch.tensor(extra, device=self.device) if extra else None

@@ -44,7 +44,7 @@ class EncoderForward(SwappedTrunk):
         )
         dtype = hidden_states.dtype
         result = packing.unpack(encoded.rows.to(dtype))
-        hidden = tuple(packing.unpack(h.to(dtype)) for h in encoded.hidden_states) or None
+        hidden = tuple(h.to(dtype) for h in encoded.hidden_states) or None
         if not return_dict:
             return (result,) if hidden is None else (result, hidden)
         return BaseModelOutput(last_hidden_state=result, hidden_states=hidden)

@@ -231,7 +231,7 @@ class ImagesAndTextForward(TaskForward):
     def extras(trunk):
         """Lists over the images, each at the padded width of that image's own batch; None where not asked for."""
         plan = trunk.plan
-        hidden = [plan.split(plan.unpack(h.to(trunk.dtype))) for h in trunk.hidden_states]
+        hidden = [plan.split(h.to(trunk.dtype)) for h in trunk.hidden_states]
         attentions = [plan.split(a.transpose(1, 2)) for a in trunk.attentions]  # crop the queries, then the keys
         return (
             [tuple(layer[i] for layer in hidden) for i in range(len(plan.widths))] if hidden else None,

@@ -32,10 +32,11 @@ class Trunk:
     """What the trunk computed, packed, with the plan of each image."""
 
     rows: torch.Tensor  #: [N, D] after the final norm
+    sequence: torch.Tensor | None  #: the same, padded [B, L, D], if asked for
     pooled: torch.Tensor | None  #: [B, D]
     plan: SequencePlan
     dtype: torch.dtype  #: of the residual stream in the reference
-    hidden_states: list[torch.Tensor]  #: packed [N, D], in whatever dtype they were computed
+    hidden_states: list[torch.Tensor]  #: padded [B, L, D], in whatever dtype they were computed
     attentions: list[torch.Tensor]  #: padded [B, H, L, L]
 
 
@@ -69,9 +70,10 @@ class TrunkForward(SwappedTrunk):
             sequence_plan,
             chosen(output_hidden_states, config.output_hidden_states),
             chosen(output_attentions, config.output_attentions),
+            want_sequence=True,
         )
         hidden, attentions = extras(trunk)
-        sequence = trunk.plan.unpack(trunk.rows)
+        sequence = trunk.sequence
         if not chosen(return_dict, config.return_dict):
             return (sequence, trunk.pooled, *(e for e in (hidden, attentions) if e is not None))
         return BaseModelOutputWithPooling(
@@ -102,7 +104,9 @@ class TrunkForward(SwappedTrunk):
             )
         return Features(text, image, text_real, image_real, checked.input_ids, plan.grids, cells, size)
 
-    def run(self, images: list[Inputs], plan=None, want_hidden=False, want_attention=False) -> Trunk:
+    def run(
+        self, images: list[Inputs], plan=None, want_hidden=False, want_attention=False, want_sequence=False
+    ) -> Trunk:
         """Embed, encode, normalise and pool; several images share one text and run as one packed batch."""
         model = self.module
         rows, plan = embed(model, images, plan, self.options)
@@ -113,10 +117,12 @@ class TrunkForward(SwappedTrunk):
                 model.encoder.layer, _block, rows, plan, want_hidden=want_hidden, want_attention=want_attention
             )
         normed = engine.final_norm(model.layernorm, encoded.rows, plan)
-        pooled = None
+        sequence = pooled = None
+        if want_sequence:
+            sequence, normed = engine.shown(normed, plan)
         if model.pooler is not None:
             pooled = engine.pool(model.pooler, normed, plan, first_only=is_plain(model.pooler, hf.ViltPooler))
-        return Trunk(normed, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions)
+        return Trunk(normed, sequence, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions)
 
 
 def is_known(model: hf.ViltModel) -> bool:
@@ -134,7 +140,7 @@ def chosen(given, default):
 
 def extras(trunk: Trunk):
     """(hidden states, attentions) as tuples of padded tensors; None where they were not asked for."""
-    hidden = tuple(trunk.plan.unpack(h.to(trunk.dtype)) for h in trunk.hidden_states) or None
+    hidden = tuple(h.to(trunk.dtype) for h in trunk.hidden_states) or None
     return hidden, tuple(trunk.attentions) or None
 
 
@@ -219,6 +225,6 @@ def _call_encoder(encoder, rows, plan, want_hidden, want_attention) -> engine.En
         output_hidden_states=want_hidden,
         return_dict=True,
     )
-    hidden = [plan.pack(h, encoder) for h in outputs.hidden_states or ()]
+    hidden = [plan.unpack(plan.pack(h, encoder)) for h in outputs.hidden_states or ()]
     attentions = [engine.of_real_queries(a, plan) for a in outputs.attentions or ()]
     return engine.Encoded(plan.pack(outputs[0], encoder), hidden, attentions)
