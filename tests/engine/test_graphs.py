@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from support.models import batch, build, call, leaves
+from torch import nn
 
 import vilt_fast
 from vilt_fast import functional
@@ -201,6 +202,18 @@ def test_hooks_are_honoured(device):
     for m in (plain, model):
         m.encoder.layer[1].register_forward_hook(lambda module, args, output: (output[0] * 2, *output[1:]))
     assert_same(model, plain, inputs_of(device))
+
+
+@pytest.mark.parametrize("where, name", [(nn.Linear, "forward"), (nn.functional, "layer_norm")])
+def test_what_is_assigned_to_a_class_is_honoured(device, monkeypatch, where, name):
+    plain, model = small(device)
+    before = assert_same(model, plain, inputs_of(device)).last_hidden_state
+    own = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *args, **kwargs: own(*args, **kwargs) * 2)
+    after = assert_same(model, plain, inputs_of(device)).last_hidden_state
+    assert not torch.allclose(before, after)
+    monkeypatch.undo()
+    torch.testing.assert_close(assert_same(model, plain, inputs_of(device)).last_hidden_state, before)
 
 
 def test_autocast(device):

@@ -109,14 +109,11 @@ class Inputs:
         pixels, embeds, mask = self.pixel_values, self.image_embeds, self.pixel_mask
         batch, width = len(self.text), embeddings.cls_token.shape[-1]
         if pixels is not None:
-            channels = {
-                embeddings.patch_embeddings.num_channels,
-                embeddings.patch_embeddings.projection.weight.shape[1],
-            }
-            if pixels.ndim != 4 or {pixels.shape[1]} != channels:
+            channels = embeddings.patch_embeddings.num_channels
+            if pixels.ndim != 4 or pixels.shape[1] != channels:
                 raise InputError(
                     "Make sure that the channel dimension of the pixel values match with the one set in the "
-                    f"configuration: expected [B, {min(channels)}, H, W], got {list(pixels.shape)}."
+                    f"configuration: expected [B, {channels}, H, W], got {list(pixels.shape)}."
                 )
         elif embeds.ndim != 3 or embeds.shape[2] != width:
             raise InputError(f"image_embeds must be [B, P, {width}], got {list(embeds.shape)}.")

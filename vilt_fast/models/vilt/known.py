@@ -35,8 +35,11 @@ def _is_row(ids) -> bool:
 def _fits(embeddings) -> bool:
     """Whether the tables are plain, and of the sizes that the module's own arithmetic needs."""
     found = tables(embeddings)
+    if not found.plain:
+        return False
     grid, width = position_grid(embeddings), found.cls_token.shape[-1]
-    return found.plain and (*found.image_position.shape, len(found.projection.weight)) == (1, 1 + grid**2, width, width)
+    channels = embeddings.patch_embeddings.num_channels
+    return (*found.image_position.shape, *found.projection.weight.shape[:2]) == (1, 1 + grid**2, width, width, channels)
 
 
 def tables(embeddings) -> embedding.Tables:
