@@ -52,6 +52,10 @@ class SequencePlan(Packing):
         """(B, T, patch grid, whether images have a [CLS]): what inputs must look like to be packed by this plan."""
         return self.batch, self.text_length, self.patch_grid, len(self.cls_rows) > 0
 
+    def __getstate__(self):
+        # On a GPU they are views of one storage, of several dtypes, which torch does not save.
+        return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+
     def patch_positions(self, sample: int) -> torch.Tensor:
         """(y, x) of each patch row of one sample, in packed order: int64 [patches, 2]."""
         height, width = self.patch_grid
@@ -301,6 +305,9 @@ def _assemble(text, text_length, image, grid, image_tokens, grids, positions, ha
 
 def _on_device(arrays: dict[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
     """The arrays as tensors on `device`, by one copy that nobody waits for; good for autograd in any case."""
+    if device.type == "cpu":
+        with torch.inference_mode(False):
+            return {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
     starts, size = [], 0
     for array in arrays.values():
         starts.append(size)

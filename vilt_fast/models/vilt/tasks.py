@@ -17,7 +17,7 @@ from .encoder import EncoderForward
 from .inputs import Inputs, joined
 from .options import ViltOptions
 from .plan import SequencePlan
-from .trunk import Trunk, TrunkForward, activation_kind, chosen, extras, is_known
+from .trunk import Trunk, TrunkForward, activation_kind, chosen, extras, is_known, traced
 
 
 def find(model: nn.Module) -> list[Part]:
@@ -79,6 +79,8 @@ class TaskForward(Swapped):
         # The trunk is called past its hooks, so there must be none.
         past = isinstance(trunk_forward, TrunkForward) and not has_hooks(model.vilt)
         if not past or not all(own_methods(type(m)) for m in (model, model.vilt)) or not self.packable():
+            return self.own(**given)
+        if given.get("sequence_plan") is None and traced(model.vilt):
             return self.own(**given)
         self.check(given)
         images = self.images(given)

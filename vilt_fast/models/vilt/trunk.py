@@ -20,8 +20,8 @@ from ...engine.listeners import has_hooks, is_plain, runs_own_code
 from ..base import Features, SwappedTrunk
 from . import features
 from .inputs import Inputs
+from .known import draws_its_patches, patch_size
 from .known import is_known as embedding_is_known
-from .known import patch_size
 from .options import ViltOptions
 from .plan import SequencePlan
 from .rows import embed
@@ -62,7 +62,7 @@ class TrunkForward(SwappedTrunk):
         **kwargs,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "sequence_plan")}
-        if not own_methods(type(self.module)):
+        if not own_methods(type(self.module)) or (sequence_plan is None and traced(self.module)):
             return self.own(**given, **kwargs)
         config = self.module.config
         trunk = self.run(
@@ -132,6 +132,20 @@ def is_known(model: hf.ViltModel) -> bool:
     if not is_plain(model.layernorm, nn.LayerNorm) or not is_plain(model.pooler, hf.ViltPooler):
         return False
     return is_tokenwise(model.pooler.dense) and all(_block(layer).packable for layer in model.encoder.layer)
+
+
+def traced(model: hf.ViltModel) -> bool:
+    """Whether the calls of modules are being recorded: a plan made from these masks would become a constant.
+
+    Raises:
+        RuntimeError: under `torch.export`, which HuggingFace's own way of drawing patches does not get through.
+    """
+    if torch.compiler.is_exporting() and draws_its_patches(model.embeddings):
+        raise RuntimeError(
+            "torch.export of a ViLT needs to know where its tokens are: pass "
+            "sequence_plan=vilt_fast.sequence_plan(model, **inputs), for inputs of these masks and sizes."
+        )
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def chosen(given, default):
