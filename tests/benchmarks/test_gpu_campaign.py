@@ -75,6 +75,9 @@ def test_ours_are_as_right_as_their_peers(dry):
         for row in rows(dry[0], name):
             groups.setdefault((row["case"], row["dtype"]), []).append(row)
         for (case, dtype), group in groups.items():
+            if (name, dtype) == ("models_compiled", "float32"):  # only the base of the ratios
+                assert {row["provider"] for row in group} == {"hf_eager"}
+                continue
             if dtype == "float8":  # nobody else computes in it; tests/test_quantization.py holds it to its emulation
                 continue
             rated = [row for row in group if row["provider"] != "conv2d"]  # which leaves out half of the work
