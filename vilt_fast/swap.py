@@ -25,7 +25,8 @@ def accelerate(
         model: any of HuggingFace's `Vilt*` models, the original `ViLTransformerSS`, or a module that contains one.
         quantize: "int8" (on a CPU) or "fp8" (on a GPU from sm_89 on; elsewhere emulated, with no gain) computes the
             linear layers of inference with 8-bit weights (a scale a channel) and activations (a scale a token). Keeps a
-            quantised copy of these weights; training is not touched.
+            quantised copy of these weights; training is not touched. A gradient in evaluation mode is that of the
+            parameters as they are.
         cuda_graphs: on a GPU, capture the blocks once per bucket of sizes and replay them as one launch, in inference:
             for low latency at small batches. Keeps buffers of the captured sizes. A CPU is not touched.
         family_options: what only some models know. ViLT: `patch_order="raster"` gives image tokens row by row,

@@ -111,8 +111,10 @@ def test_every_block_runs_in_int8(monkeypatch):
 def test_quantised_once_and_only_in_inference(quantized):
     model = accelerated()
     assert quantized == []  # accelerating costs nothing
-    call(model, batch("trunk", torch.float32))
-    assert quantized == []  # with autograd on, the float weights compute
+    call(model.train(), batch("trunk", torch.float32))
+    assert quantized == []  # in training the float weights compute
+    call(model.eval(), batch("trunk", torch.float32))
+    assert len(quantized) == 18
     inference(model)
     assert len(quantized) == 18
     inference(model)
@@ -144,8 +146,9 @@ def test_training_uses_float_weights(kind):
         inference(model, kind)  # fills the cache with weights that are about to change
         for m, optimizer in zip((model, plain), optimizers, strict=True):
             optimizer.zero_grad()
-            call(m, inputs).loss.backward()
+            call(m.train(), inputs).loss.backward()
             optimizer.step()
+            m.eval()
         assert_same_gradients(
             {k: None if g is None else g.double() for k, g in gradients(model).items()},
             {k: None if g is None else g.double() for k, g in gradients(plain).items()},
@@ -291,8 +294,9 @@ def test_fp8_copies_are_made_once_and_follow_their_weights(sampled, monkeypatch)
     quantize_fp8 = functional.quantize_fp8
     monkeypatch.setattr(functional, "quantize_fp8", lambda w, **k: made.append(tuple(w.shape)) or quantize_fp8(w, **k))
     model = vilt_fast.accelerate(build("trunk", torch.float32), quantize="fp8")
-    call(model, batch("trunk", torch.float32))
-    assert made == []  # with autograd on, the float weights compute
+    call(model.train(), batch("trunk", torch.float32))
+    assert made == []  # in training the float weights compute
+    model.eval()
     first = inference(model)
     assert made == [(96, 32), (32, 32), (64, 32), (32, 64)] * 3
     assert same(first, inference(model)) and len(made) == 12

@@ -86,10 +86,15 @@ def test_the_reason_is_named(kind, change, match):
         model(**batch("trunk", next(model.parameters()).dtype))
 
 
-def test_gradients_are_named_as_the_reason():
-    model = vilt_fast.accelerate(build("trunk", torch.float32), quantize="int8")
-    with pytest.warns(UserWarning, match="gradients are recorded: call the model under torch.no_grad"):
-        model(**batch("trunk", torch.float32))
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_gradients_are_named_as_the_reason(kind):
+    inputs = batch("trunk", torch.float32)
+    model = vilt_fast.accelerate(build("trunk", torch.float32), quantize=kind)
+    with pytest.warns(UserWarning, match="gradients are recorded, and hidden states or attentions are to have them"):
+        model(**inputs, output_hidden_states=True)
+    model = vilt_fast.accelerate(build("trunk", torch.float32), quantize=kind).train()
+    with pytest.warns(UserWarning, match="it is in training mode"):
+        model(**inputs)
 
 
 def test_a_model_that_gets_what_it_asked_for_says_nothing():

@@ -139,6 +139,31 @@ def test_cpp_within_budget(options, dtype, layout):
     assert_within_budget(got, plain, exact, what="patch_embed")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"chosen": 3, "query_rows": 1}, {"spare": (3, 2)}], ids=["all", "some", "odd"])
+def test_cpp_gradients_within_budget(options, dtype):
+    arguments = _arguments(dtype, **options)
+    arguments["patch_source"][1] = arguments["patch_source"][0]  # a patch that two rows show
+    found = []
+    for backend, compute in (("cpp", dtype), ("reference", dtype), ("reference", torch.float64)):
+        given = arguments | {n: arguments[n].detach().to(compute).requires_grad_() for n in FLOATS}
+        rows = functional.patch_embed(**given, backend=backend)
+        weight = torch.randn(rows.shape, generator=torch.Generator().manual_seed(1)).to(rows.dtype)
+        found.append(torch.autograd.grad((rows * weight).sum(), [given[n] for n in FLOATS]))
+    for name, *three in zip(FLOATS, *found, strict=True):
+        assert_within_budget(*three, what=name)
+
+
+def test_cpp_gradients_of_what_is_there_and_wanted():
+    arguments = _arguments(torch.float32) | ALONE | BARE | {"bias": None}
+    found = []
+    for backend in ("cpp", "reference"):
+        given = arguments | {"weight": arguments["weight"].clone().requires_grad_()}
+        functional.patch_embed(**given, backend=backend).square().sum().backward()
+        found.append(given["weight"].grad)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 ALONE = dict(text=None, text_rows=None)
 BARE = dict(modality=None, modality_index=None)
 
@@ -187,6 +212,9 @@ def test_dropout_is_before_the_modality_row():
 def test_registered_op():
     arguments = _arguments(torch.float32, query_rows=1)
     opcheck("patch_embed", "cpp", **arguments, dropout_p=0.0, out_dtype=torch.float32)
+    trained = arguments | {n: arguments[n].clone().requires_grad_() for n in FLOATS}
+    with torch.enable_grad():
+        opcheck("patch_embed", "cpp", keep=True, **trained, dropout_p=0.0, out_dtype=torch.float32)
     compiled = torch.compile(lambda a: functional.patch_embed(**a) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(arguments), functional.patch_embed(**arguments, backend="cpp") * 2)
 

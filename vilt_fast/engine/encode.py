@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import graphs, native, packed
+from . import graphs, native, packed, recomputed
 from .blocks import Block
 from .listeners import any_hooked, has_hooks, is_plain, stamp
 from .packing import Packing
@@ -60,13 +60,15 @@ def encode(
 
     Args:
         modules: the blocks; `describe` says what each is made of.
-        weights: quantised copies to compute with where no gradient is needed; None computes with the parameters. A
-            block that cannot have them computes with its parameters, which is said once.
-        captured: CUDA graphs to run plain blocks with, where no gradient is needed.
+        weights: quantised copies to compute with in inference; None computes with the parameters. A block that cannot
+            have them computes with its parameters, which is said once.
+        captured: CUDA graphs to run plain blocks with, where no gradient is recorded.
     """
-    asked = weights
+    asked, at_once = weights, ""  # why gradients have to be recorded at once
     if torch.is_grad_enabled():
-        weights = captured = None
+        captured = None
+        if at_once := _why_at_once(want_hidden, want_attention):
+            weights = None
     if weights is not None and weights.kind == "int8" and rows.is_cuda:
         raise RuntimeError("quantize='int8' computes on CPUs; on a GPU, accelerate with quantize='fp8' or without.")
     if captured is not None and not (want_hidden or want_attention) and graphs.usable(rows):
@@ -79,7 +81,7 @@ def encode(
         result.show(packing)
     fp8 = weights if weights is not None and weights.kind == "fp8" else None
     # A native run is the int8 way, and that of the parameters themselves; fp8 is a way of the packed block.
-    never = "attention probabilities are wanted" if want_attention else native.unavailable(rows)
+    never = at_once or ("attention probabilities are wanted" if want_attention else native.unavailable(rows))
     go_native = not never and fp8 is None
     spans = packing.spans
     branch = None  # of the last sublayer, not added to the stream yet
@@ -98,9 +100,12 @@ def encode(
                 i += run.blocks
                 continue
         if block.packable:
-            copies = fp8 if fp8 is not None and all(type(m) is nn.Linear for m in block.linears) else None
+            copies = None if fp8 is None or _why_not_fp8(block) else fp8
             step = packed.step_of(block, i, spans, copies, packing if want_attention else None)
-            if block.checkpoint is None:
+            if copies is not None and torch.is_grad_enabled():
+                stream = packed.as_parameters(packed.added(result.rows, branch), block)
+                result.rows, branch = packed.recomputed_step(block, step, spans, stream), None
+            elif block.checkpoint is None:
                 result.rows, branch, probabilities = step(packed.as_parameters(result.rows, block), branch)
             else:
                 step = packed.checkpointed(block.checkpoint, step)
@@ -124,14 +129,30 @@ def encode(
     return result
 
 
+def _why_at_once(want_hidden, want_attention):
+    """Why gradients, which are recorded, cannot be left to a second forward; "" where they can (`recomputed.py`)."""
+    if want_hidden or want_attention:
+        return (
+            "gradients are recorded, and hidden states or attentions are to have them: call the model under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
+    reason = recomputed.why_not()
+    return reason and f"gradients are recorded, and {reason}"
+
+
+def _why_not_fp8(block):
+    """Why a packable block cannot compute with 8-bit copies of its weights, or ""."""
+    odd = [type(m).__name__ for m in block.linears if type(m) is not nn.Linear]
+    if odd:
+        return f"it has a {odd[0]} in place of a linear layer"
+    return (block.why_not_plain() or recomputed.why_not_of(block.module)) if torch.is_grad_enabled() else ""
+
+
 def _why_without(weights, block, reason):
     """Why a block computes with its parameters although 8-bit copies were asked for."""
-    if torch.is_grad_enabled():
-        return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
     if weights.kind == "int8":
         return reason
-    odd = [type(m).__name__ for m in block.linears if type(m) is not nn.Linear]
-    return block.why_not_packable() or f"it has a {odd[0]} in place of a linear layer"
+    return block.why_not_packable() or _why_not_fp8(block) or reason
 
 
 def of_real_queries(probabilities: torch.Tensor | None, packing: Packing) -> torch.Tensor | None:

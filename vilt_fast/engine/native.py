@@ -1,4 +1,7 @@
-"""The native way: runs of plain blocks in one call of the fused encoder, on a CPU and without gradients."""
+"""The native way: runs of plain blocks in one call of the fused encoder, on a CPU.
+
+Where gradients are recorded, in evaluation mode, a run is one node of the graph (`recomputed.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ from collections.abc import Sequence
 import torch
 
 from .. import functional
+from ..functional import LayerParameters
 from ..ops import registry
-from . import listeners
+from . import listeners, packed
 from .blocks import Block, layer_parameters
 from .packing import Packing
 from .quantization import WeightCache
+from .recomputed import recomputed, why_not_of
 
 _COMPUTE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -22,6 +27,7 @@ class Run:
     """Consecutive blocks that one native call computes."""
 
     parameters: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    copies: list[torch.Tensor] | None = None  #: what is computed with in place of the parameters
     eps: list[float] = dataclasses.field(default_factory=list)
     compute: str = ""
     num_heads: int = 0
@@ -29,16 +35,43 @@ class Run:
 
     def encode(self, rows: torch.Tensor, packing: Packing, return_hidden: bool) -> torch.Tensor:
         """The stream [N, D] float32 after the run, or after each of its blocks [blocks, N, D]."""
+        rows = rows.float()
+        if not torch.is_grad_enabled():
+            return self._fast(rows, packing, return_hidden)
+        frozen = 0  # blocks in front that no gradient passes
+        if not rows.requires_grad:
+            layers = enumerate(LayerParameters.layers(self.parameters))
+            frozen = next((i for i, p in layers if any(t.requires_grad for t in p)), self.blocks)
+        for part in (self._part(0, frozen), self._part(frozen, self.blocks)):
+            if part.blocks:
+                rows = part._recomputed(rows, packing)
+        return rows
+
+    def _recomputed(self, rows, packing):
+        def exact(rows, *parameters):
+            return packed.of_parameters(rows, parameters, packing.spans, self.num_heads, self.eps).float()
+
+        return recomputed(lambda rows: self._fast(rows, packing), exact, rows, self.parameters)
+
+    def _fast(self, rows, packing, return_hidden=False):
         return functional.encoder(
-            rows.float(), self.parameters, packing.cu_seqlens, packing.seqused_k, packing.max_seqlen,
-            num_heads=self.num_heads, eps=self.eps, compute=self.compute, return_hidden=return_hidden,
+            rows, self.parameters if self.copies is None else self.copies, packing.cu_seqlens, packing.seqused_k,
+            packing.max_seqlen, num_heads=self.num_heads, eps=self.eps, compute=self.compute,
+            return_hidden=return_hidden,
+        )  # fmt: skip
+
+    def _part(self, start, end):
+        """Some of the blocks."""
+        layer = len(LayerParameters._fields)
+        tensors = slice(start * layer, end * layer)
+        return dataclasses.replace(
+            self, parameters=self.parameters[tensors], eps=self.eps[2 * start : 2 * end], blocks=end - start,
+            copies=None if self.copies is None else self.copies[tensors],
         )  # fmt: skip
 
 
 def unavailable(rows: torch.Tensor) -> str:
     """Why no block can be computed natively here and now, or ""."""
-    if torch.is_grad_enabled():
-        return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
     if rows.device.type != "cpu":
         return f"the tensors are on {rows.device}"
     return registry.why_unavailable("encoder", "cpp")
@@ -66,7 +99,7 @@ def run_from(blocks: Sequence[Block], first: int, weights: WeightCache | None) -
     """(the longest run of blocks from `first` on, maybe an empty one, and why it ends there)."""
     run, reason = Run(), ""
     for block in blocks[first:]:
-        reason = why_not(block)
+        reason = why_not(block) or why_not_of(block.module)
         if reason:
             break
         parameters = layer_parameters(block)
@@ -79,7 +112,7 @@ def run_from(blocks: Sequence[Block], first: int, weights: WeightCache | None) -
         run.eps += [attention.norm.eps, feed_forward.norm.eps]
         run.blocks += 1
     if run.blocks and weights is not None:
-        run.parameters, run.compute = weights.quantized(run.parameters, first), "int8"
+        run.copies, run.compute = weights.quantized(run.parameters, first), "int8"
     return run, reason
 
 

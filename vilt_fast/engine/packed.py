@@ -13,10 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import functional
-from .blocks import Block, FeedForward
+from ..functional import LayerParameters
+from .blocks import Block, FeedForward, layer_parameters
 from .listeners import live
 from .packing import Packing, Spans
 from .quantization import WeightCache
+from .recomputed import recomputed
 
 
 @dataclasses.dataclass(slots=True)
@@ -112,6 +114,47 @@ def step_of(
         return x, branch, probabilities
 
     return step
+
+
+def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps):
+    """The stream after plain blocks, from what `functional.encoder` takes: the same steps, and nobody's modules."""
+    weight = parameters[0]
+    stream = rows if weight.dtype == torch.float32 else rows.to(weight.dtype)
+    branch, eps = None, iter(eps)
+
+    def normed(weight, bias):
+        if branch is None:
+            return stream, F.layer_norm(stream, stream.shape[-1:], weight, bias, next(eps))
+        return functional.add_layer_norm(branch, stream, weight, bias, next(eps))
+
+    for p in LayerParameters.layers([t if t.numel() else None for t in parameters]):
+        stream, x = normed(p.norm1_weight, p.norm1_bias)
+        projections = ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
+        query, key, value = (F.linear(x, *both).unflatten(-1, (num_heads, -1)) for both in projections)
+        context = functional.attention(
+            query, key, value, spans.cu_seqlens, spans.cu_seqlens, spans.max_seqlen, spans.max_seqlen,
+            seqused_k=spans.seqused_k,
+        )  # fmt: skip
+        branch = F.linear(context.flatten(-2), p.out_weight, p.out_bias)
+        stream, x = normed(p.norm2_weight, p.norm2_bias)
+        branch = F.linear(functional.linear_gelu(x, p.fc1_weight, p.fc1_bias), p.fc2_weight, p.fc2_bias)
+    return stream + branch
+
+
+def recomputed_step(block: Block, step, spans: Spans, stream):
+    """The stream after a plain block in evaluation mode: by `step` now, by its parameters if a gradient is wanted."""
+
+    def fast(x):
+        x, branch, _ = step(x, None)
+        return added(x, branch)
+
+    attention, feed_forward = block.sublayers
+    eps = attention.norm.eps, feed_forward.norm.eps
+
+    def exact(x, *parameters):
+        return of_parameters(x, parameters, spans, attention.num_heads, eps)
+
+    return recomputed(fast, exact, stream, layer_parameters(block))
 
 
 def checkpointed(checkpoint, step):

@@ -27,7 +27,7 @@ import threading
 import torch
 from torch import Tensor
 
-from . import _check, registry
+from . import _check, registry, transforms
 
 _inside = threading.local()  #: `validated`: this thread is within a call whose arguments have been looked at
 OPS = {}  #: {name: Op} of all that have been imported
@@ -289,23 +289,19 @@ def _shape_of(value):
     return f"a {type(value).__name__}"
 
 
-# What stands between a call in Python and a kernel, as far as this torch lets it be asked: modes (fake tensors, FLOP
-# counters), functorch transforms, tangents of forward-mode AD, tracers, profilers that want to see the op.
+# What else stands between a call in Python and a kernel, as far as this torch lets it be asked: modes (fake
+# tensors, FLOP counters), profilers that want to see the op.
 _INTERNALS = (
     getattr(torch._C, "_len_torch_dispatch_stack", None),
-    getattr(torch._C, "_are_functorch_transforms_active", None),
-    getattr(torch._C, "_get_tracing_state", None),
     getattr(torch.autograd, "_profiler_enabled", None),
 )
-_KNOWN = None not in _INTERNALS and hasattr(torch.autograd.forward_ad, "_current_level")
+_KNOWN = None not in _INTERNALS
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _plain_eager(values):
     """Whether nothing but a launcher is to see this call: plain tensors, no mode, no transform, no tracer."""
-    if not _KNOWN or torch.compiler.is_compiling() or any(ask() for ask in _INTERNALS):
-        return False
-    if torch.autograd.forward_ad._current_level >= 0:
+    if not _KNOWN or transforms.active() or any(ask() for ask in _INTERNALS):
         return False
     for value in values:
         if isinstance(value, Tensor):

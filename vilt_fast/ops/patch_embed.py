@@ -153,7 +153,7 @@ def patch_embed(
             ``pixel * pixel_scale[c] + pixel_shift[c]``, e.g. ``1 / (255 std)`` and ``-mean / std``.
 
     Returns:
-        x [N, D]. Differentiable (reference, triton) in floating pixels and in every floating table; gradients are
+        x [N, D]. Differentiable in floating pixels and in every floating table; gradients are
         deterministic.
 
     Source: ViLT (Kim et al. 2021) sec. 3.1; HuggingFace ``ViltEmbeddings.visual_embed``.

@@ -33,6 +33,7 @@ _ROWS = {
     ("patch_embed", "reference"): "vilt_fast.reference.patch_embed:patch_embed",
     ("patch_embed", "cpp"): "vilt_fast.backends.cpp.patch_embed:patch_embed_fwd",
     ("patch_embed", "triton"): "vilt_fast.kernels.patch_embed:patch_embed_fwd",
+    ("patch_embed_bwd", "cpp"): "vilt_fast.backends.cpp.patch_embed:patch_embed_bwd",
     ("patch_embed_bwd", "triton"): "vilt_fast.kernels.patch_embed_bwd:patch_embed_bwd",
     ("text_embed", "reference"): "vilt_fast.reference.text_embed:text_embed",
     ("text_embed", "triton"): "vilt_fast.kernels.text_embed:text_embed_fwd",

@@ -1,7 +1,7 @@
 """What the launchers of `vilt_fast._C` share.
 
 `_C` takes addresses, sizes and strides, and trusts them: what launchers are given has been validated (`ops/<op>.py`).
-Inference only, but for the gradient of word_patch_distance.
+Inference only, but for word_patch_distance and patch_embed.
 """
 
 import torch

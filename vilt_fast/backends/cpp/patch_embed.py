@@ -1,4 +1,4 @@
-"""patch_embed on the CPU: csrc/cpu/patch_embed.cpp."""
+"""patch_embed on the CPU: csrc/cpu/patch_embed.cpp; its gradient in closed form, in PyTorch."""
 
 import torch
 
@@ -12,9 +12,7 @@ def supports(
     if not square:
         return "patches are not square."
     tables = {f"a table ({place})": table for place, table in enumerate(sorted(dtypes, key=str))}
-    return _native.problem(
-        device, requires_grad=requires_grad, dropout=dropout, weight=dtype, pixels=pixel_dtype, out=out_dtype, **tables
-    )
+    return _native.problem(device, dropout=dropout, weight=dtype, pixels=pixel_dtype, out=out_dtype, **tables)
 
 
 def _check_indices(limits, indices):
@@ -69,3 +67,46 @@ def patch_embed_fwd(
         out.data_ptr(), len(patch_rows), len(cls_rows), names[weight.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return (out.to(out_dtype),), ()
+
+
+def patch_embed_bwd(
+    *, needs, grad_rows, pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows,
+    patch_sample, pos_index, pos_weight, cls_rows, modality_index, dropout_p, pixel_scale, pixel_shift, seed,
+):  # fmt: skip
+    need = dict(zip(("pixels", "weight", "bias", "cls_token", "position", "modality", "text"), needs, strict=True))
+    size = weight.shape[-1]
+    images, channels, height, columns = pixels.shape
+    gh, gw = height // size, columns // size
+    rows = grad_rows.to(torch.float32)  # sums are made in float32, products in the dtype of the weight
+    of_patches, of_cls = rows.index_select(0, patch_rows), rows.index_select(0, cls_rows)
+    projected = of_patches.to(weight.dtype)
+    found = dict.fromkeys(need)
+    if need["pixels"]:
+        cells = torch.zeros(images * gh * gw, channels * size * size)
+        cells.index_add_(0, patch_source, (projected @ weight.flatten(1)).float())
+        cells = cells.view(images, gh, gw, channels, size, size).permute(0, 3, 1, 4, 2, 5)
+        found["pixels"] = torch.zeros(pixels.shape, dtype=pixels.dtype)
+        found["pixels"][..., : gh * size, : gw * size] = cells.reshape(images, channels, gh * size, gw * size)
+    if need["weight"]:
+        cells = pixels[..., : gh * size, : gw * size].reshape(images, channels, gh, size, gw, size)
+        image, cell = patch_source // (gh * gw), patch_source % (gh * gw)
+        patches = cells[image, :, cell // gw, :, cell % gw, :]
+        found["weight"] = (projected.T @ patches.flatten(1).to(weight.dtype)).view(weight.shape)
+    if need["bias"]:
+        found["bias"] = of_patches.sum(0)
+    if need["cls_token"]:
+        found["cls_token"] = of_cls.sum(0)
+    if need["position"]:
+        corners = of_patches[:, None] * pos_weight.float()[..., None]
+        found["position"] = torch.zeros(position.shape).index_add_(0, pos_index.flatten(), corners.flatten(0, 1))
+        found["position"][0] += of_cls.sum(0)
+    if need["modality"]:
+        found["modality"] = torch.zeros(modality.shape).index_add_(0, modality_index[patch_sample], of_patches)
+        found["modality"].index_add_(0, modality_index, of_cls)
+    if need["text"]:
+        found["text"] = rows.index_select(0, text_rows)
+    given = dict(weight=weight, bias=bias, cls_token=cls_token, position=position, modality=modality, text=text)
+    for name, tensor in given.items():
+        if found[name] is not None:
+            found[name] = found[name].to(tensor.dtype)
+    return tuple(found.values()), ()
