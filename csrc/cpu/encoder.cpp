@@ -10,6 +10,9 @@
 // Residual stream and norms are float32. Operands between products: float32, or bf16 in bf16 and int8 mode, where the
 // inputs of the products are quantised per row. Scratch per chunk: LN output, and one buffer that holds q, k, v and the
 // attention output first and the FFN hidden rows later.
+//
+// Where only some rows are wanted, the last layer computes keys and values for all and everything else for those: they
+// are copied out of the stream, which then lies in scratch too, to the result, and stay there end to end.
 #include <stdlib.h>
 
 #include "attention.h"
@@ -18,12 +21,15 @@
 namespace vf::VF_ISA {
 
 constexpr int64_t kChunkRows = 896;
-constexpr int kPhases = 9;
+constexpr int kPhases = 10;
 
 struct Buffers {  // for the rows of one chunk
   uint32_t *normed, *hidden_units;
   float *scale, *offset;
-  char* wide;  // [rows][3 D] q k v, then [rows][D] attention output; later [rows][inner]
+  char* wide;     // [rows][3 D] q k v, then [rows][D] attention output; later [rows][inner]
+  float* stream;  // of all rows, and the norm of the wanted ones, if there are such
+  uint32_t* picked;
+  float *picked_scale, *picked_offset;
 };
 
 template <class T>
@@ -45,6 +51,11 @@ static Buffers chunk_buffers(Arena& arena, const EncoderArgs& a, int64_t rows) {
   c.scale = arena.take<float>(T::kUnit == 4 ? rows : 0);
   c.offset = arena.take<float>(T::kUnit == 4 ? rows : 0);
   c.wide = arena.take<char>(rows * (4 * ld > ld_inner ? 4 * ld : ld_inner) * size);
+  const int64_t wanted = a.wanted ? rows : 0;
+  c.stream = arena.take<float>(wanted * a.D);
+  c.picked = arena.take<uint32_t>(wanted * ceil_div(a.D, T::kUnit));
+  c.picked_scale = arena.take<float>(T::kUnit == 4 ? wanted : 0);
+  c.picked_offset = arena.take<float>(T::kUnit == 4 ? wanted : 0);
   return c;
 }
 
@@ -65,7 +76,7 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
   const int64_t ld = round_up(D, 4), ld_inner = round_up(a.inner, 4), units = ceil_div(D, kUnit);
   const int64_t inner_units = ceil_div(a.inner, kUnit);
   char* const ctx = c.wide + n * 3 * ld * size;
-  float* const stream = a.out + base * D;
+  float* const all_rows = a.wanted ? c.stream : a.out + base * D;
 
   AttentionArgs attn{};
   attn.q = c.wide - base * 3 * ld * size;
@@ -77,19 +88,20 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
   attn.cu_q = attn.cu_k = a.cu_seqlens, attn.seqused_k = a.seqused_k;
   attn.scale = 1.f / sqrtf((float)attn.d);
 
-  const Rows normed{c.normed, units, c.scale, c.offset};
+  const Rows normed{c.normed, units, c.scale, c.offset}, picked{c.picked, units, c.picked_scale, c.picked_offset};
   auto operand = [&](const void* rows, int64_t ldr, uint32_t* quantised, int64_t quantised_ld) {
     return kUnit == 4 ? Rows{quantised, quantised_ld, c.scale, c.offset}
                       : Rows{(const uint32_t*)rows, ldr / kUnit, nullptr, nullptr};
   };
-  auto norm = [&](const float* x, const Affine& p, float eps, int64_t r) {
-    float* y = kUnit == 1 ? (float*)(c.normed + r * units) : row_buffer;
+  auto norm = [&](const float* x, const Affine& p, float eps, const Rows& to, int64_t r) {
+    uint32_t* const row = (uint32_t*)to.data + r * units;
+    float* y = kUnit == 1 ? (float*)row : row_buffer;
     layer_norm(x, p.weight, p.bias, eps, D, y);
-    if (kUnit != 1) to_units<T>(y, F32, D, c.normed + r * units, c.scale + r, c.offset + r);
+    if (kUnit != 1) to_units<T>(y, F32, D, row, (float*)to.scale + r, (float*)to.offset + r);
   };
   auto linear = [](const Affine& p, int64_t N, int64_t K) { return Weight{p.weight, p.bias, N, K}; };
-  auto requantise = [&](const char* rows, int64_t ldr, int64_t K, uint32_t* out) {
-    each_row(team, n, [&](int64_t r) {
+  auto requantise = [&](const char* rows, int64_t count, int64_t ldr, int64_t K, uint32_t* out) {
+    each_row(team, count, [&](int64_t r) {
       to_units<T>(rows + r * ldr * size, dtype, K, out + r * ceil_div(K, kUnit), c.scale + r, c.offset + r);
     });
     team.barrier();
@@ -99,9 +111,19 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
     const Layer &p = a.layer[layer], &following = layer + 1 < a.layers ? a.layer[layer + 1] : p;
     float* copy = a.hidden ? a.hidden + ((int64_t)layer * a.N + base) * D : nullptr;
 
-    each_row(team, n, [&](int64_t r) {
-      if (layer == 0) memcpy(stream + r * D, a.x + (base + r) * D, (size_t)D * 4);
-      norm(stream + r * D, p.norm1, a.eps[2 * layer], r);
+    const bool some = a.wanted && layer + 1 == a.layers;
+    const int64_t first = some ? a.cu_wanted[b0] : base, m = some ? a.cu_wanted[b1] - first : n;
+    float* const stream = some ? a.out + first * D : all_rows;  // of the rows that go on
+
+    each_row(team, n + (some ? m : 0), [&](int64_t r) {
+      if (r < n) {
+        if (layer == 0) memcpy(all_rows + r * D, a.x + (base + r) * D, (size_t)D * 4);
+        norm(all_rows + r * D, p.norm1, a.eps[2 * layer], normed, r);
+        return;
+      }
+      const int64_t i = r - n, row = a.wanted[first + i];  // a copy of its own: who makes that row's may not be done
+      memcpy(stream + i * D, layer == 0 ? a.x + row * D : all_rows + (row - base) * D, (size_t)D * 4);
+      norm(stream + i * D, p.norm1, a.eps[2 * layer], picked, i);
     });
     team.barrier();
 
@@ -111,27 +133,36 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
     const Store<Finish::kPlain> to_qkv[3] = {{c.wide, dtype, 3 * ld, nullptr},
                                              {c.wide + ld * size, dtype, 3 * ld, nullptr},
                                              {c.wide + 2 * ld * size, dtype, 3 * ld, nullptr}};
-    gemm<T>(team, normed, n, qkv, to_qkv, 3, &o, ws);
+    if (some) {
+      gemm<T>(team, normed, n, qkv + 1, to_qkv + 1, 2, qkv, ws);
+      team.barrier();
+      gemm<T>(team, picked, m, qkv, to_qkv, 1, &o, ws);
+      attn.cu_q = a.cu_wanted;
+      attn.q = c.wide - first * 3 * ld * size;
+      attn.out = ctx - first * ld * size;
+    } else {
+      gemm<T>(team, normed, n, qkv, to_qkv, 3, &o, ws);
+    }
     team.barrier();
 
     attention_phase<Attn>(team, attn, b0, b1, space);
     team.barrier();
 
-    if (kUnit == 4) requantise(ctx, ld, D, c.normed);
+    if (kUnit == 4) requantise(ctx, m, ld, D, c.normed);
     const Store<Finish::kResidual> add{stream, F32, D, nullptr};
-    gemm<T>(team, operand(ctx, ld, c.normed, units), n, &o, &add, 1, &fc1, ws);
+    gemm<T>(team, operand(ctx, ld, c.normed, units), m, &o, &add, 1, &fc1, ws);
     team.barrier();
 
-    each_row(team, n, [&](int64_t r) { norm(stream + r * D, p.norm2, a.eps[2 * layer + 1], r); });
+    each_row(team, m, [&](int64_t r) { norm(stream + r * D, p.norm2, a.eps[2 * layer + 1], normed, r); });
     team.barrier();
 
     const Store<Finish::kGelu> to_hidden{c.wide, dtype, ld_inner, nullptr};
-    gemm<T>(team, normed, n, &fc1, &to_hidden, 1, &fc2, ws);
+    gemm<T>(team, normed, m, &fc1, &to_hidden, 1, &fc2, ws);
     team.barrier();
 
-    if (kUnit == 4) requantise(c.wide, ld_inner, a.inner, c.hidden_units);
+    if (kUnit == 4) requantise(c.wide, m, ld_inner, a.inner, c.hidden_units);
     const Store<Finish::kResidual> add_copy{stream, F32, D, copy};
-    gemm<T>(team, operand(c.wide, ld_inner, c.hidden_units, inner_units), n, &fc2, &add_copy, 1, &next_q, ws);
+    gemm<T>(team, operand(c.wide, ld_inner, c.hidden_units, inner_units), m, &fc2, &add_copy, 1, &next_q, ws);
     team.barrier();
   }
 }

@@ -18,6 +18,8 @@ struct EncoderArgs {
   const Layer* layer;  // [layers]
   const float* eps;    // [layers][2]: of norm1 and norm2
   const int32_t *cu_seqlens, *seqused_k;
+  const int64_t* wanted;     // rows that are wanted of the last layer, increasing, or null: all; `out` holds just them
+  const int32_t* cu_wanted;  // [B+1] where those of each sample begin among them
   int compute, threads;
 };
 

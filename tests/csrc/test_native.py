@@ -284,7 +284,7 @@ def encoder(x, parameters, heads, cu, *, compute="f32", used=None, threads=2, ep
     _C.encoder(
         address(x), address(out), address(states) if hidden else 0, rows, width, layers, [address(p) for p, _ in pairs],
         [d for _, d in pairs], parameters[12].shape[0] if parameters else 1, heads, [eps] * (2 * layers), address(cu),
-        address(used), len(cu) - 1, compute, threads,
+        address(used), len(cu) - 1, 0, 0, compute, threads,
     )  # fmt: skip
     assert torch.equal(x.nan_to_num(), before.nan_to_num())
     return out, states

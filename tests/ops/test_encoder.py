@@ -136,6 +136,63 @@ def test_every_instruction_set_within_budget(compute, monkeypatch):
         assert_within_budget(got, plain, exact, what=f"{compute} on {isa}")
 
 
+WANTED = {  # rows of each sample that are wanted of the last layer
+    "ragged": ([[0], [0, 2], [], [0, 1, 2, 19]], [[0], [0], [0], [0]], [[], [], [], []]),
+    "query only": ([[8], [3]], [[0, 8], list(range(4))]),
+    "empty": ([[4, 4], [], [0]],),
+    "one row": ([[0]],),
+}
+
+
+def _wanted(arguments, chosen):
+    starts = arguments["cu_seqlens"].tolist()
+    rows = [start + i for start, own in zip(starts, chosen, strict=False) for i in own]
+    return dict(wanted=torch.tensor(rows, dtype=torch.int64), cu_wanted=offsets(map(len, chosen)))
+
+
+@pytest.mark.parametrize("layers", [1, LAYERS])
+@pytest.mark.parametrize("compute", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("case, chosen", [(case, rows) for case, several in WANTED.items() for rows in several])
+@torch.no_grad()
+def test_wanted_rows_are_those_of_all(case, chosen, compute, layers, monkeypatch):
+    from vilt_fast import _C
+
+    arguments = _arguments(case, layers=layers)
+    wanted = _wanted(arguments, chosen)
+    exact = functional.encoder(**_double(arguments), **wanted, backend="reference")
+    plain = functional.encoder(**arguments, **wanted, compute=compute, backend="reference")
+    assert exact.shape == (len(wanted["wanted"]), WIDTH)
+    if compute == "int8":
+        arguments["parameters"] = _blobs(arguments["parameters"])
+    for isa in _C.cpu_features()["isas"]:
+        monkeypatch.setenv("VILT_FAST_CPU_ISA", isa)
+        whole = functional.encoder(**arguments, compute=compute, backend="cpp")
+        got = functional.encoder(**arguments, **wanted, compute=compute, backend="cpp")
+        assert_within_budget(got, plain, exact, what=isa)
+        assert torch.equal(got, whole[wanted["wanted"]])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@torch.no_grad()
+def test_wanted_rows_of_many_samples(threads):
+    """More than one chunk, for one thread each and for all together."""
+    lengths = [280] * 7 + [300, 3]
+    parameters = encoder_parameters(2, WIDTH, INNER)
+    arguments = dict(
+        x=torch.randn(sum(lengths), WIDTH), parameters=parameters, cu_seqlens=offsets(lengths), max_seqlen=300,
+        seqused_k=torch.tensor(lengths, dtype=torch.int32), num_heads=HEADS, eps=EPS,
+    )  # fmt: skip
+    chosen = [list(range(i % 3, n, 1 + 40 * (i % 2))) for i, n in enumerate(lengths)]
+    wanted = _wanted(arguments, chosen)
+    torch.set_num_threads(threads)
+    try:
+        whole = functional.encoder(**arguments, backend="cpp")
+        got = functional.encoder(**arguments, **wanted, backend="cpp")
+    finally:
+        torch.set_num_threads(2)
+    assert torch.equal(got, whole[wanted["wanted"]])
+
+
 @torch.no_grad()
 def test_int8_at_the_boundary_of_two_row_blocks():
     """1024 rows are two blocks of 512 or so, and an inner width of 1040 takes two blocks along K."""
@@ -206,6 +263,7 @@ def test_registered_op():
     a = _arguments(layers=1)
     for hidden in (False, True):
         opcheck("encoder", "cpp", **a, compute="float32", return_hidden=hidden)
+    opcheck("encoder", "cpp", **a, **_wanted(a, [[0], [], [0], [3, 4]]), compute="float32", return_hidden=False)
     compiled = torch.compile(lambda x: functional.encoder(**(a | {"x": x})) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(a["x"]), functional.encoder(**a, backend="cpp") * 2)
 
@@ -257,6 +315,11 @@ def test_bad_input():
         ({"compute": "fp8"}, "compute is 'fp8'"),
         ({"num_heads": 3}, "not a multiple of num_heads 3"),
         ({"seqused_k": arguments["seqused_k"][:2]}, "seqused_k has shape"),
+        ({"wanted": torch.tensor([0])}, "wanted and cu_wanted belong together"),
+        (_wanted(arguments, [[0], [], [], []]) | {"return_hidden": True}, "give no wanted rows with it"),
+        (_wanted(arguments, [[0], [], [], []]) | {"cu_wanted": offsets([0, 1, 0, 0])}, "a row of another sample"),
+        (_wanted(arguments, [[-1], [], [], []]), "a row of another sample"),
+        (_wanted(arguments, [[0], [], [], []]) | {"cu_wanted": offsets([0, 0, 0, 0])}, "cu_wanted is"),
     ):
         with pytest.raises(ValueError, match=message):
             functional.encoder(**(arguments | change))

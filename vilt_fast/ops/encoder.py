@@ -24,13 +24,18 @@ class Facts(registry.Facts):
 
 def _fake(
     x: Tensor, parameters: list[Tensor], cu_seqlens: Tensor, seqused_k: Tensor, max_seqlen: int, num_heads: int,
-    eps: list[float], compute: str, return_hidden: bool,
+    eps: list[float], compute: str, return_hidden: bool, wanted: Tensor | None, cu_wanted: Tensor | None,
 ):  # fmt: skip
-    return (x.new_empty(len(parameters) // _LAYER, *x.shape) if return_hidden else x.new_empty(x.shape),), ()
+    if return_hidden:
+        return (x.new_empty(len(parameters) // _LAYER, *x.shape),), ()
+    return (x.new_empty(x.shape[0] if wanted is None else wanted.shape[0], x.shape[1]),), ()
 
 
-def _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute):
-    sizes = _check.shapes("encoder", x=(x, "N D"), cu_seqlens=(cu_seqlens, "B+1"), seqused_k=(seqused_k, "B"))
+def _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute, return_hidden, wanted, cu_wanted):
+    sizes = _check.shapes(
+        "encoder", x=(x, "N D"), cu_seqlens=(cu_seqlens, "B+1"), seqused_k=(seqused_k, "B"), wanted=(wanted, "W"),
+        cu_wanted=(cu_wanted, "B+1"),
+    )  # fmt: skip
     if sizes["B"] < 1:
         raise ValueError("encoder: cu_seqlens has one entry, so there is no sample; expected B + 1 >= 2 entries.")
     if compute not in COMPUTE:
@@ -47,6 +52,23 @@ def _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute):
     _check.dtypes("encoder", (torch.int32,), cu_seqlens=cu_seqlens, seqused_k=seqused_k)
     _check.offsets("encoder", "cu_seqlens", cu_seqlens, sizes["N"])
     _check.used("encoder", seqused_k, cu_seqlens)
+    if (wanted is None) != (cu_wanted is None):
+        raise ValueError("encoder: wanted and cu_wanted belong together; give both or neither.")
+    if wanted is not None:
+        _validate_wanted(wanted, cu_wanted, cu_seqlens, return_hidden)
+
+
+def _validate_wanted(wanted, cu_wanted, cu_seqlens, return_hidden):
+    if return_hidden:
+        raise ValueError("encoder: return_hidden gives all rows of every layer; give no wanted rows with it.")
+    _check.dtypes("encoder", (torch.int64,), wanted=wanted)
+    _check.dtypes("encoder", (torch.int32,), cu_wanted=cu_wanted)
+    _check.offsets("encoder", "cu_wanted", cu_wanted, len(wanted))
+    if len(wanted) and _check.readable(wanted) and _check.readable(cu_seqlens):
+        counts = (cu_wanted[1:] - cu_wanted[:-1]).long()
+        low, high = (ends.long().repeat_interleave(counts) for ends in (cu_seqlens[:-1], cu_seqlens[1:]))
+        if not bool(((wanted >= low) & (wanted < high)).all()):
+            raise ValueError("encoder: wanted lists a row of another sample than cu_wanted says.")
 
 
 def _check_parameters(parameters, width, blobs):
@@ -94,6 +116,8 @@ def encoder(
     eps: list[float],
     compute: str = "float32",
     return_hidden: bool = False,
+    wanted: Tensor | None = None,
+    cu_wanted: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """A stack of pre-norm transformer blocks over packed rows, meant for inference.
@@ -111,14 +135,18 @@ def encoder(
         compute: how the operands of matrix products are represented: "float32", "bfloat16" or "int8" (weights per
             output channel, activations per row). The residual stream, norms and softmax are float32 in all three.
         return_hidden: return the stream after every layer.
+        wanted: [W] int64, the rows that are wanted of the last layer, sample by sample; it computes nothing else for
+            the others than their keys and values. cu_wanted: [B + 1] int32, where those of each sample begin in
+            ``wanted``. None, both of them, for all rows.
 
     Returns:
-        [N, D], the residual stream after the last layer, before the final norm; [layers, N, D] with ``return_hidden``.
+        [N, D], the residual stream after the last layer, before the final norm, or its ``wanted`` rows [W, D];
+        [layers, N, D] with ``return_hidden``.
 
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """
     parameters, eps = list(parameters), [float(e) for e in eps]
-    _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute)
+    _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute, return_hidden, wanted, cu_wanted)
     blobs = any(p.dtype == torch.uint8 for p in parameters)
     facts = Facts(
         device=x.device.type, dtype=x.dtype, compute=compute, head_dim=x.shape[1] // num_heads, blobs=blobs,
@@ -128,6 +156,6 @@ def encoder(
     name = _OP.resolve(backend, facts)
     arguments = dict(
         x=x, parameters=parameters, cu_seqlens=cu_seqlens, seqused_k=seqused_k, max_seqlen=max_seqlen,
-        num_heads=num_heads, eps=eps, compute=compute, return_hidden=return_hidden,
+        num_heads=num_heads, eps=eps, compute=compute, return_hidden=return_hidden, wanted=wanted, cu_wanted=cu_wanted,
     )  # fmt: skip
     return _OP.plain(name, **arguments) if name in registry.PLAIN else _OP(name, **arguments)[0]

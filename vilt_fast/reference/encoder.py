@@ -1,7 +1,8 @@
 """A stack of pre-norm transformer blocks over packed rows: x += O(attention(QKV(LN1 x))); x += FC2(gelu(FC1(LN2 x))).
 
 Shapes: x [N, D]; parameters: those of a `LayerParameters` a layer, end to end; eps: 2 floats a layer. Returns the
-residual stream [N, D] after the last block (before the final norm), or after every block [layers, N, D].
+residual stream [N, D] after the last block (before the final norm), its `wanted` rows, or that after every block
+[layers, N, D].
 
 `compute` says how the operands of the matrix products are represented; everything else (sums, norms, softmax, the
 residual stream) stays in the dtype of x:
@@ -91,8 +92,9 @@ def supports(
 
 
 def encoder(
-    x, parameters, cu_seqlens, seqused_k, max_seqlen, *, num_heads, eps, compute="float32", return_hidden=False
-):
+    x, parameters, cu_seqlens, seqused_k, max_seqlen, *, num_heads, eps, compute="float32", return_hidden=False,
+    wanted=None, cu_wanted=None,
+):  # fmt: skip
     rows_like, weight_like, operand_like = _ROUNDING[compute]
     parameters = [p.to(x.dtype) for p in parameters]
 
@@ -109,4 +111,6 @@ def encoder(
         y = F.layer_norm(x, x.shape[-1:], p.norm2_weight, p.norm2_bias, eps[2 * layer + 1])
         x = x + linear(F.gelu(linear(y, p.fc1_weight, p.fc1_bias)), p.fc2_weight, p.fc2_bias)
         hidden.append(x)
-    return torch.stack(hidden) if return_hidden else x
+    if return_hidden:
+        return torch.stack(hidden)
+    return x if wanted is None else x[wanted]

@@ -22,13 +22,15 @@ def supports(
 
 
 def encoder_fwd(
-    *, x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads, eps, compute, return_hidden, keep
+    *, x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads, eps, compute, return_hidden, wanted, cu_wanted, keep
 ):  # fmt: skip
     from vilt_fast import _C
 
-    _native.check_on_cpu(cu_seqlens=cu_seqlens, seqused_k=seqused_k)
+    _native.check_on_cpu(cu_seqlens=cu_seqlens, seqused_k=seqused_k, wanted=wanted, cu_wanted=cu_wanted)
     rows, width = x.shape
     cu_seqlens, seqused_k = cu_seqlens.contiguous(), seqused_k.contiguous()
+    if wanted is not None:
+        wanted, cu_wanted = wanted.contiguous(), cu_wanted.contiguous()
     held, inner = [], None  # held: keeps contiguous copies alive during the call
     layers = LayerParameters.layers(parameters)
     for number, layer in enumerate(layers):
@@ -48,14 +50,15 @@ def encoder_fwd(
                     "for none."
                 )
         held += layer
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = x.new_empty(rows if wanted is None else len(wanted), width)
     hidden = x.new_empty(len(layers), rows, width) if return_hidden else None
-    if rows:
+    if len(out):
         x = x.contiguous()
         _C.encoder(
             x.data_ptr(), out.data_ptr(), _native.address(hidden), rows, width, len(layers),
             [_native.address(p) for p in held], [_native.NAMES[p.dtype] if p.numel() else "f32" for p in held], inner,
-            num_heads, eps, cu_seqlens.data_ptr(), seqused_k.data_ptr(), len(seqused_k), _COMPUTE[compute],
+            num_heads, eps, cu_seqlens.data_ptr(), seqused_k.data_ptr(), len(seqused_k),
+            _native.address(wanted), _native.address(cu_wanted), _COMPUTE[compute],
             torch.get_num_threads(),
         )  # fmt: skip
     return (hidden if return_hidden else out,), ()
