@@ -119,7 +119,7 @@ def test_results_are_the_callers_own(device):
     _, model = small(device)
     plan = vilt_fast.sequence_plan(model, **inputs_of(device))
     rows, made = torch.randn(2, plan.total_rows, 8, device=device), graphs.EncoderGraphs()
-    first, second = (made.run(lambda: lambda x, spans: x * 2, r, plan, ()) for r in rows)
+    first, second = (made.run(lambda: lambda x, spans, wanted: x * 2, r, plan, ()) for r in rows)
     assert len(made) == 1
     assert torch.equal(first, rows[0] * 2) and torch.equal(second, rows[1] * 2)
 

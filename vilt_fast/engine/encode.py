@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from . import graphs, native, packed, recomputed
 from .blocks import Block
 from .listeners import any_hooked, has_hooks, is_plain, stamp
-from .packing import Packing
+from .packing import Packing, Selection
 from .quantization import WeightCache
 
 
@@ -30,7 +30,7 @@ from .quantization import WeightCache
 class Encoded:
     """What the trunk gives back, still packed."""
 
-    rows: torch.Tensor  #: [N, D] the residual stream after the last block
+    rows: torch.Tensor  #: [N, D] the residual stream after the last block, or the wanted rows of it [W, D]
     hidden_states: list[torch.Tensor]  #: padded [B, width, D] before the first block and after each, if asked for
     attentions: list[torch.Tensor]  #: padded [B, H, L, L] of each block, if asked for
 
@@ -55,6 +55,7 @@ def encode(
     captured: graphs.EncoderGraphs | None = None,
     want_hidden: bool = False,
     want_attention: bool = False,
+    wanted: Selection | None = None,
 ) -> Encoded:
     """Run transformer blocks over packed rows [N, D].
 
@@ -63,6 +64,8 @@ def encode(
         weights: quantised copies to compute with in inference; None computes with the parameters. A block that cannot
             have them computes with its parameters, which is said once.
         captured: CUDA graphs to run plain blocks with, where no gradient is recorded.
+        wanted: the rows that anybody reads, of which alone the last block computes more than keys and values; None:
+            all, as hidden states and attentions want them.
     """
     asked, at_once = weights, ""  # why gradients have to be recorded at once
     if torch.is_grad_enabled():
@@ -72,7 +75,7 @@ def encode(
     if weights is not None and weights.kind == "int8" and rows.is_cuda:
         raise RuntimeError("quantize='int8' computes on CPUs; on a GPU, accelerate with quantize='fp8' or without.")
     if captured is not None and not (want_hidden or want_attention) and graphs.usable(rows):
-        replayed = _replayed(modules, describe, rows, packing, weights, captured)
+        replayed = _replayed(modules, describe, rows, packing, weights, captured, wanted)
         if replayed is not None:
             return Encoded(replayed, [], [])
     blocks = list(map(describe, modules))
@@ -88,10 +91,12 @@ def encode(
     i = 0
     while i < len(blocks):
         block, reason = blocks[i], never
+        here = wanted if i + 1 == len(blocks) else None
         if go_native:
             run, reason = native.run_from(blocks, i, weights)
             if run.blocks:
-                stream = run.encode(packed.added(result.rows, branch), packing, want_hidden)
+                last = i + run.blocks == len(blocks)
+                stream = run.encode(packed.added(result.rows, branch), packing, want_hidden, wanted if last else None)
                 branch = None
                 if want_hidden:
                     result.hidden_states.extend(map(packing.unpack, stream))
@@ -101,10 +106,10 @@ def encode(
                 continue
         if block.packable:
             copies = None if fp8 is None or _why_not_fp8(block) else fp8
-            step = packed.step_of(block, i, spans, copies, packing if want_attention else None)
+            step = packed.step_of(block, i, spans, copies, packing if want_attention else None, here)
             if copies is not None and torch.is_grad_enabled():
                 stream = packed.as_parameters(packed.added(result.rows, branch), block)
-                result.rows, branch = packed.recomputed_step(block, step, spans, stream), None
+                result.rows, branch = packed.recomputed_step(block, step, spans, stream, here), None
             elif block.checkpoint is None:
                 result.rows, branch, probabilities = step(packed.as_parameters(result.rows, block), branch)
             else:
@@ -116,7 +121,7 @@ def encode(
             stream = packed.as_parameters(packed.added(result.rows, branch), block)
             padded, probabilities = block.call_padded(packing.unpack(stream, query_rows=True), packing, want_attention)
             probabilities = of_real_queries(probabilities, packing)
-            result.rows, branch = packing.pack(padded, block.module), None
+            result.rows, branch = packed.chosen(packing.pack(padded, block.module), here), None
         if asked is not None and copies is None:
             asked.say_without(i, block.module, _why_without(asked, block, reason))
         if want_hidden:
@@ -125,7 +130,7 @@ def encode(
         if want_attention:
             result.attentions.append(probabilities)
         i += 1
-    result.rows = packed.added(result.rows, branch)
+    result.rows = packed.added(result.rows, branch) if blocks else packed.chosen(result.rows, wanted)
     return result
 
 
@@ -180,7 +185,7 @@ def pool(pooler: nn.Module, rows: torch.Tensor, packing: Packing, *, first_only:
     return pooler(rows.index_select(0, packing.pool_rows)[:, None])
 
 
-def _replayed(modules, describe, rows, packing, weights, captured):
+def _replayed(modules, describe, rows, packing, weights, captured, wanted):
     """The blocks as one CUDA graph; None where they are not plain."""
     identity = stamp(modules)
     if identity is None:
@@ -201,12 +206,13 @@ def _replayed(modules, describe, rows, packing, weights, captured):
         if any(block.why_not_plain() for block in blocks):
             return None
 
-        def run(x, spans):
+        def run(x, spans, wanted):
             x, branch = packed.as_parameters(x, blocks[0]), None
             for i, block in enumerate(blocks):
-                x, branch, _ = packed.step_of(block, i, spans, weights)(x, branch)
+                here = wanted if i + 1 == len(blocks) else None
+                x, branch, _ = packed.step_of(block, i, spans, weights, wanted=here)(x, branch)
             return packed.added(x, branch)
 
         return run
 
-    return captured.run(prepare, rows, packing, identity)
+    return captured.run(prepare, rows, packing, identity, wanted)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from .packing import Packing, Spans
+from .packing import Packing, Selection, Spans
 
 MAX_GRAPHS = 32  #: kept at a time, the least recently used goes first
 
@@ -28,13 +28,19 @@ class Bucket:
     rows: int
     samples: int
     max_seqlen: int
+    wanted: tuple[int, int] | None  #: rows that are wanted of the last block, and most of a sample
 
     @classmethod
-    def of(cls, packing: Packing) -> Bucket:
+    def of(cls, packing: Packing, wanted: Selection | None = None) -> Bucket:
         """The smallest that holds a packing: at most an eighth more rows, or 63, than are real."""
         rows, longest = packing.total_rows, packing.max_seqlen
         step = max(64, _power_of_two(rows) // 8)
-        return cls(_multiple(rows, step), _power_of_two(packing.batch), _multiple(longest, 64))
+        samples = _power_of_two(packing.batch)
+        longest, some = _multiple(longest, 64), None
+        if wanted is not None:
+            one = wanted.max_seqlen == 1  # as a pooler wants them: a size of its own
+            some = (samples, 1) if one else (_multiple(len(wanted.rows), step), longest)
+        return cls(_multiple(rows, step), samples, longest, some)
 
 
 def _multiple(n, step):
@@ -56,17 +62,24 @@ class EncoderGraphs:
     def __len__(self):
         return len(self._graphs)
 
-    def run(self, prepare: Callable, rows: torch.Tensor, packing: Packing, identity: tuple) -> torch.Tensor | None:
-        """`prepare()(rows, spans)`, captured the first time and replayed from then on; None where it gives None.
+    def run(
+        self,
+        prepare: Callable,
+        rows: torch.Tensor,
+        packing: Packing,
+        identity: tuple,
+        wanted: Selection | None = None,
+    ) -> torch.Tensor | None:
+        """`prepare()(rows, spans, wanted)`, captured the first time and replayed from then on; None where that is None.
 
         Args:
-            prepare: makes the function [N, D] -> [N, D] that is captured; that one must not wait for the device.
+            prepare: makes the function [N, D] -> [N or W, D] that is captured; that one must not wait for the device.
             identity: everything that a captured graph holds fixed of its model: addresses of parameters, eps. Graphs
                 of another identity are dropped.
         """
         kind = rows.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (Bucket.of(packing), rows.dtype, rows.device, autocast, identity)
+        key = (Bucket.of(packing, wanted), rows.dtype, rows.device, autocast, identity)
         with self._lock, self._turn(rows.device) as pool:
             graph = self._graphs.get(key)
             if graph is None:
@@ -77,9 +90,9 @@ class EncoderGraphs:
                     del self._graphs[stale]
                 while len(self._graphs) >= MAX_GRAPHS:
                     self._graphs.popitem(last=False)
-                graph = self._graphs[key] = _Graph(encode, rows, packing, key[0], pool)
+                graph = self._graphs[key] = _Graph(encode, rows, packing, wanted, key[0], pool)
             self._graphs.move_to_end(key)
-            return graph(rows, packing)
+            return graph(rows, packing, wanted)
 
     @contextlib.contextmanager
     def _turn(self, device):
@@ -105,26 +118,37 @@ class EncoderGraphs:
 
 
 class _Graph:
-    def __init__(self, encode, rows, packing, bucket, pool):
+    def __init__(self, encode, rows, packing, wanted, bucket, pool):
         with torch.inference_mode(False), torch.no_grad():  # tensors that a call in either mode may write to
             self.rows = torch.zeros(bucket.rows, rows.shape[1], dtype=rows.dtype, device=rows.device)
             self.cu_seqlens = torch.zeros(bucket.samples + 1, dtype=torch.int32, device=rows.device)
             self.seqused_k = torch.zeros(bucket.samples, dtype=torch.int32, device=rows.device)
-            self._fill(rows, packing)
+            self.wanted = None
+            if bucket.wanted is not None:
+                count, most = bucket.wanted
+                chosen = torch.zeros(count, dtype=torch.int64, device=rows.device)
+                self.wanted = Selection(chosen, torch.zeros_like(self.cu_seqlens), most)
+            self._fill(rows, packing, wanted)
             spans = Spans(self.cu_seqlens, self.seqused_k, bucket.max_seqlen)
-            self.recording = Recording(lambda: encode(self.rows, spans), rows.device, pool)
+            self.recording = Recording(lambda: encode(self.rows, spans, self.wanted), rows.device, pool)
 
-    def __call__(self, rows, packing):
-        self._fill(rows, packing)
+    def __call__(self, rows, packing, wanted):
+        self._fill(rows, packing, wanted)
         self.recording.replay()
-        return self.recording.result[: len(rows)].clone()  # the next replay writes over it
+        count = len(rows) if wanted is None else len(wanted.rows)
+        return self.recording.result[:count].clone()  # the next replay writes over it
 
-    def _fill(self, rows, packing):
+    def _fill(self, rows, packing, wanted):
         self.rows[: len(rows)].copy_(rows)
         self.cu_seqlens[: packing.batch + 1].copy_(packing.cu_seqlens)
         self.cu_seqlens[packing.batch + 1 :].fill_(len(rows))
         self.seqused_k[: packing.batch].copy_(packing.seqused_k)
         self.seqused_k[packing.batch :].zero_()
+        if wanted is not None:
+            count = len(wanted.rows)
+            self.wanted.rows[:count].copy_(wanted.rows)  # beyond, rows of earlier calls, which nobody reads
+            self.wanted.cu_seqlens[: packing.batch + 1].copy_(wanted.cu_seqlens)
+            self.wanted.cu_seqlens[packing.batch + 1 :].fill_(count)
 
 
 class Recording:

@@ -15,7 +15,7 @@ from ..functional import LayerParameters
 from ..ops import registry
 from . import listeners, packed
 from .blocks import Block, layer_parameters
-from .packing import Packing
+from .packing import Packing, Selection
 from .quantization import WeightCache
 from .recomputed import recomputed, why_not_of
 
@@ -33,31 +33,34 @@ class Run:
     num_heads: int = 0
     blocks: int = 0
 
-    def encode(self, rows: torch.Tensor, packing: Packing, return_hidden: bool) -> torch.Tensor:
-        """The stream [N, D] float32 after the run, or after each of its blocks [blocks, N, D]."""
+    def encode(
+        self, rows: torch.Tensor, packing: Packing, return_hidden: bool, wanted: Selection | None
+    ) -> torch.Tensor:
+        """The stream [N, D] float32 after the run, or its wanted rows; after each of its blocks [blocks, N, D]."""
         rows = rows.float()
         if not torch.is_grad_enabled():
-            return self._fast(rows, packing, return_hidden)
+            return self._fast(rows, packing, wanted, return_hidden)
         frozen = 0  # blocks in front that no gradient passes
         if not rows.requires_grad:
             layers = enumerate(LayerParameters.layers(self.parameters))
             frozen = next((i for i, p in layers if any(t.requires_grad for t in p)), self.blocks)
-        for part in (self._part(0, frozen), self._part(frozen, self.blocks)):
-            if part.blocks:
-                rows = part._recomputed(rows, packing)
-        return rows
+        if 0 < frozen < self.blocks:
+            rows = self._part(0, frozen)._recomputed(rows, packing, None)
+            return self._part(frozen, self.blocks)._recomputed(rows, packing, wanted)
+        return self._recomputed(rows, packing, wanted)
 
-    def _recomputed(self, rows, packing):
+    def _recomputed(self, rows, packing, wanted):
         def exact(rows, *parameters):
-            return packed.of_parameters(rows, parameters, packing.spans, self.num_heads, self.eps).float()
+            return packed.of_parameters(rows, parameters, packing.spans, self.num_heads, self.eps, wanted).float()
 
-        return recomputed(lambda rows: self._fast(rows, packing), exact, rows, self.parameters)
+        return recomputed(lambda rows: self._fast(rows, packing, wanted), exact, rows, self.parameters)
 
-    def _fast(self, rows, packing, return_hidden=False):
+    def _fast(self, rows, packing, wanted, return_hidden=False):
         return functional.encoder(
             rows, self.parameters if self.copies is None else self.copies, packing.cu_seqlens, packing.seqused_k,
             packing.max_seqlen, num_heads=self.num_heads, eps=self.eps, compute=self.compute,
-            return_hidden=return_hidden,
+            return_hidden=return_hidden, wanted=None if wanted is None else wanted.rows,
+            cu_wanted=None if wanted is None else wanted.cu_seqlens,
         )  # fmt: skip
 
     def _part(self, start, end):

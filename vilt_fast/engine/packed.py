@@ -16,7 +16,7 @@ from .. import functional
 from ..functional import LayerParameters
 from .blocks import Block, FeedForward, layer_parameters
 from .listeners import live
-from .packing import Packing, Spans
+from .packing import Packing, Selection, Spans
 from .quantization import WeightCache
 from .recomputed import recomputed
 
@@ -52,12 +52,17 @@ def normed(norm: nn.LayerNorm, stream, branch: Branch | None):
 
 
 def step_of(
-    block: Block, number: int, spans: Spans, weights: WeightCache | None = None, packing: Packing | None = None
+    block: Block,
+    number: int,
+    spans: Spans,
+    weights: WeightCache | None = None,
+    packing: Packing | None = None,
+    wanted: Selection | None = None,
 ):
     """The step of a block: (stream, branch before) -> (stream, branch, probabilities or None).
 
     With `weights` (fp8) its linear layers compute with 8-bit copies; with a packing, attention's probabilities are
-    wanted.
+    wanted. With a selection, only those rows go on; the others are keys and values.
     """
 
     def multiply(name, x, *modules, gelu=False):
@@ -70,10 +75,13 @@ def step_of(
     def attention(sublayer, x, stream_dtype):
         """(branch, probabilities or None)."""
         if weights is not None or len(sublayer.projections) == 1:
-            projected = multiply("qkv", x, *sublayer.projections).chunk(3, dim=-1)
+            query, key, value = multiply("qkv", x, *sublayer.projections).chunk(3, dim=-1)
+            query = chosen(query, wanted)
         else:
-            projected = [linear(x) for linear in sublayer.projections]
-        query, key, value = (t.unflatten(-1, (sublayer.num_heads, -1)) for t in projected)
+            query, key, value = (
+                linear(t) for linear, t in zip(sublayer.projections, (chosen(x, wanted), x, x), strict=True)
+            )
+        query, key, value = (t.unflatten(-1, (sublayer.num_heads, -1)) for t in (query, key, value))
         dropout_p, probabilities = live(sublayer.dropout), None
         if packing is not None:
             # The reference adds a mask, if any, in the dtype of its stream: under autocast that is not the scores'.
@@ -82,10 +90,7 @@ def step_of(
                 query, key, value, packing, sublayer.scale, dropout_p, dtype
             )
         else:
-            context = functional.attention(
-                query, key, value, spans.cu_seqlens, spans.cu_seqlens, spans.max_seqlen, spans.max_seqlen,
-                seqused_k=spans.seqused_k, dropout_p=dropout_p, scale=sublayer.scale,
-            )  # fmt: skip
+            context = attend(query, key, value, spans, wanted, dropout_p=dropout_p, scale=sublayer.scale)
         return Branch(multiply("out", context.flatten(-2), sublayer.out), live(sublayer.out_dropout)), probabilities
 
     def feed_forward(sublayer, x):
@@ -108,6 +113,7 @@ def step_of(
                 branch = feed_forward(sublayer, inner)
             else:
                 branch, seen = attention(sublayer, inner, x.dtype)
+                x = chosen(x, wanted)
                 probabilities = seen if probabilities is None else probabilities
             if not block.norm_first:
                 (_, x), branch = normed(sublayer.norm, x, branch), None
@@ -116,7 +122,7 @@ def step_of(
     return step
 
 
-def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps):
+def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps, wanted: Selection | None = None):
     """The stream after plain blocks, from what `functional.encoder` takes: the same steps, and nobody's modules."""
     weight = parameters[0]
     stream = rows if weight.dtype == torch.float32 else rows.to(weight.dtype)
@@ -127,21 +133,39 @@ def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps):
             return stream, F.layer_norm(stream, stream.shape[-1:], weight, bias, next(eps))
         return functional.add_layer_norm(branch, stream, weight, bias, next(eps))
 
-    for p in LayerParameters.layers([t if t.numel() else None for t in parameters]):
+    layers = LayerParameters.layers([t if t.numel() else None for t in parameters])
+    for number, p in enumerate(layers):
+        here = wanted if number + 1 == len(layers) else None
         stream, x = normed(p.norm1_weight, p.norm1_bias)
-        projections = ((p.query_weight, p.query_bias), (p.key_weight, p.key_bias), (p.value_weight, p.value_bias))
-        query, key, value = (F.linear(x, *both).unflatten(-1, (num_heads, -1)) for both in projections)
-        context = functional.attention(
-            query, key, value, spans.cu_seqlens, spans.cu_seqlens, spans.max_seqlen, spans.max_seqlen,
-            seqused_k=spans.seqused_k,
-        )  # fmt: skip
+        stream, asking = chosen(stream, here), chosen(x, here)
+        sides = (
+            (asking, p.query_weight, p.query_bias),
+            (x, p.key_weight, p.key_bias),
+            (x, p.value_weight, p.value_bias),
+        )
+        query, key, value = (F.linear(*side).unflatten(-1, (num_heads, -1)) for side in sides)
+        context = attend(query, key, value, spans, here)
         branch = F.linear(context.flatten(-2), p.out_weight, p.out_bias)
         stream, x = normed(p.norm2_weight, p.norm2_bias)
         branch = F.linear(functional.linear_gelu(x, p.fc1_weight, p.fc1_bias), p.fc2_weight, p.fc2_bias)
     return stream + branch
 
 
-def recomputed_step(block: Block, step, spans: Spans, stream):
+def chosen(rows: torch.Tensor, wanted: Selection | None) -> torch.Tensor:
+    """The rows that are wanted; all without a selection."""
+    return rows if wanted is None else rows.index_select(0, wanted.rows)
+
+
+def attend(query, key, value, spans: Spans, wanted: Selection | None, **options) -> torch.Tensor:
+    """`functional.attention` of the wanted rows to all of their sample."""
+    asking = spans if wanted is None else wanted
+    return functional.attention(
+        query, key, value, asking.cu_seqlens, spans.cu_seqlens, asking.max_seqlen, spans.max_seqlen,
+        seqused_k=spans.seqused_k, **options,
+    )  # fmt: skip
+
+
+def recomputed_step(block: Block, step, spans: Spans, stream, wanted: Selection | None):
     """The stream after a plain block in evaluation mode: by `step` now, by its parameters if a gradient is wanted."""
 
     def fast(x):
@@ -152,7 +176,7 @@ def recomputed_step(block: Block, step, spans: Spans, stream):
     eps = attention.norm.eps, feed_forward.norm.eps
 
     def exact(x, *parameters):
-        return of_parameters(x, parameters, spans, attention.num_heads, eps)
+        return of_parameters(x, parameters, spans, attention.num_heads, eps, wanted)
 
     return recomputed(fast, exact, stream, layer_parameters(block))
 

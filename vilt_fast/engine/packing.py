@@ -21,6 +21,15 @@ class Spans:
     max_seqlen: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Selection:
+    """Some of the packed rows, sample by sample: those that somebody reads."""
+
+    rows: torch.Tensor  #: int64 [W]
+    cu_seqlens: torch.Tensor  #: int32 [B + 1] where those of each sample begin
+    max_seqlen: int  #: most rows of a sample
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Packing:
     """Index tensors (int64 unless said) that take a padded batch of B samples to N packed rows and back."""
@@ -60,6 +69,12 @@ class Packing:
         """What attention needs to know."""
         whole = self.lengths == self.key_lengths
         return Spans(self.cu_seqlens, None if whole else self.seqused_k, self.max_seqlen)
+
+    @property
+    def pooled(self) -> Selection:
+        """The rows that a pooler reads."""
+        starts = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
+        return Selection(self.pool_rows, starts, 1)
 
     def to(self, device) -> Packing:
         """The same with its index tensors on `device`."""
