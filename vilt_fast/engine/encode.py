@@ -120,7 +120,7 @@ def encode(
             copies = None
             stream = packed.as_parameters(packed.added(result.rows, branch), block)
             padded, probabilities = block.call_padded(packing.unpack(stream, query_rows=True), packing, want_attention)
-            probabilities = of_real_queries(probabilities, packing)
+            probabilities = of_shown_queries(probabilities, packing)
             result.rows, branch = packed.chosen(packing.pack(padded, block.module), here), None
         if asked is not None and copies is None:
             asked.say_without(i, block.module, _why_without(asked, block, reason))
@@ -160,11 +160,11 @@ def _why_without(weights, block, reason):
     return block.why_not_packable() or _why_not_fp8(block) or reason
 
 
-def of_real_queries(probabilities: torch.Tensor | None, packing: Packing) -> torch.Tensor | None:
-    """Attention probabilities [B, H, L, L] with zeros where a padded position asks."""
+def of_shown_queries(probabilities: torch.Tensor | None, packing: Packing) -> torch.Tensor | None:
+    """Attention probabilities [B, H, L, L] with zeros where a position asks that has no row to show."""
     if probabilities is None or packing.dense:
         return probabilities
-    return probabilities.masked_fill(~packing.key_mask()[:, None, :, None], 0)
+    return probabilities.masked_fill(~packing.shown_mask()[:, None, :, None], 0)
 
 
 def final_norm(norm: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:

@@ -203,7 +203,7 @@ def side_by_side(block: Block) -> dict[str, tuple[nn.Module, ...]]:
 
 
 def _attention_with_probabilities(query, key, value, packing, scale, dropout_p, dtype):
-    """Attention that also returns its probabilities, padded [B, H, L, L] with zeros."""
+    """Attention that also returns its probabilities, padded [B, H, L, L] with zeros where nothing is shown."""
     width, heads = packing.width, query.shape[1]
     probabilities = query.new_zeros(packing.batch, heads, width, width, dtype=dtype)
     samples, start, shown = [], 0, 0
@@ -211,13 +211,15 @@ def _attention_with_probabilities(query, key, value, packing, scale, dropout_p, 
         q, k, v = (t[start : start + n].transpose(0, 1) for t, n in ((query, rows), (key, keys), (value, keys)))
         scores = (q @ k.transpose(1, 2) * scale).to(dtype)
         weights = F.dropout(torch.softmax(scores, dim=-1), dropout_p)
-        places = packing.padded_places[shown : shown + keys] - b * width
-        probabilities[b, :, places[:, None], places] = weights[:, :keys]
+        asking = rows if packing.shows_every_row else keys
+        places = packing.padded_places[shown : shown + asking] - b * width
+        probabilities[b, :, places[:, None], places[:keys]] = weights[:, :asking]
         samples.append((weights, places, v))
-        start, shown = start + rows, shown + keys
+        start, shown = start + rows, shown + asking
     context = []
     for b, (weights, places, v) in enumerate(samples):
         if torch.is_grad_enabled():  # what is returned is what is multiplied, so that it has a gradient
-            weights = torch.cat([probabilities[b][:, places[:, None], places], weights[:, len(places) :]], 1)
+            again = probabilities[b][:, places[:, None], places[: v.shape[1]]]
+            weights = torch.cat([again, weights[:, len(places) :]], 1)
         context.append((weights @ v).transpose(0, 1))
     return torch.cat(context), probabilities

@@ -1,8 +1,9 @@
 """Where the rows of a packed batch lie: `Packing`, all that the engine knows about padding.
 
 A packed batch is one `[N, D]` buffer in which the rows of a sample are contiguous. The padded tensor it stands for is
-`[B, width, D]`. A sample may end in a *query-only* row: one that is asked for (a pooler reads it) and that nobody looks
-at, which in the padded tensor is a masked position 0. So a sample has as many keys as rows, or one less.
+`[B, width, D]`. A sample may end in *query-only* rows: rows that are asked for and that nobody looks at, which in the
+padded tensor are masked positions. That is either position 0 alone, which a pooler reads and which is not shown, or all
+that are masked, which then are shown like the others.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Packing:
     """Index tensors (int64 unless said) that take a padded batch of B samples to N packed rows and back."""
 
     width: int  #: rows of a sample in the padded tensor
-    lengths: tuple[int, ...]  #: rows of each sample
+    lengths: tuple[int, ...]  #: rows of each sample, those that are keys first
     key_lengths: tuple[int, ...]  #: leading rows of each sample that are keys
     cu_seqlens: torch.Tensor  #: int32 [B + 1] row offsets
     seqused_k: torch.Tensor  #: int32 [B], `key_lengths`
@@ -63,6 +64,11 @@ class Packing:
     def device(self) -> torch.device:
         """Where the index tensors live."""
         return self.cu_seqlens.device
+
+    @property
+    def shows_every_row(self) -> bool:
+        """Whether each row has a place in the padded output: then `padded_rows` counts them from 0 on."""
+        return len(self.padded_rows) == self.total_rows
 
     @property
     def spans(self) -> Spans:
@@ -108,15 +114,15 @@ class Packing:
         return rows if extra is None else rows.index_copy(0, self.pool_rows[extra], padded[extra, 0])
 
     def unpack(self, rows: torch.Tensor, *, query_rows: bool = False) -> torch.Tensor:
-        """Padded `[B, width, ...]` from rows `[N, ...]`; padded positions are zero.
+        """Padded `[B, width, ...]` from rows `[N, ...]`; positions without a row are zero.
 
-        With `query_rows`, position 0 holds the query-only row where there is one, as modules that are called on the
-        padded tensor expect; `pack` is then the exact inverse.
+        With `query_rows`, position 0 holds the query-only row that is not shown, where there is one, as modules that
+        are called on the padded tensor expect; `pack` is then the exact inverse.
         """
         if self.dense:
             return rows.reshape(self.batch, self.width, *rows.shape[1:])
         flat = rows.new_zeros(self.batch * self.width, *rows.shape[1:])
-        real = rows if len(self.padded_rows) == len(rows) else rows.index_select(0, self.padded_rows)
+        real = rows if self.shows_every_row else rows.index_select(0, self.padded_rows)
         flat = flat.index_copy_(0, self.padded_places, real)
         extra = self._samples_with_query_row() if query_rows else None
         if extra is not None:
@@ -136,10 +142,20 @@ class Packing:
         return padded, rows.index_copy(0, self.padded_rows, again)
 
     def _samples_with_query_row(self):
+        """The samples that have one which is not shown."""
+        if self.shows_every_row:
+            return None
         extra = [b for b, (n, k) in enumerate(zip(self.lengths, self.key_lengths, strict=True)) if n > k]
         return torch.tensor(extra, device=self.device) if extra else None
 
     def key_mask(self) -> torch.Tensor:
-        """bool [B, width]: True where a padded position is real."""
+        """bool [B, width]: True where a position of the padded tensor is real."""
+        sample = self.padded_places // self.width
+        real = self.padded_rows - self.cu_seqlens[sample] < self.seqused_k[sample]
+        mask = torch.zeros(self.batch * self.width, dtype=torch.bool, device=self.device)
+        return mask.index_copy(0, self.padded_places, real).view(self.batch, -1)
+
+    def shown_mask(self) -> torch.Tensor:
+        """bool [B, width]: True where a position of the padded tensor has a row, and is not just zero."""
         mask = torch.zeros(self.batch * self.width, dtype=torch.bool, device=self.device)
         return mask.index_fill(0, self.padded_places, True).view(self.batch, -1)

@@ -26,8 +26,12 @@ def tensors(inputs: Mapping, device: torch.device, *names: str, also: tuple[str,
 
 
 def in_raster_order(swapped: SwappedTrunk) -> SwappedTrunk:
-    """The same, with what it keeps, in raster order: the reference draws an order at random and does not tell it."""
-    other = type(swapped)(swapped.module, dataclasses.replace(swapped.options, patch_order="raster"))
+    """The same, with what it keeps, in raster order: the reference draws an order at random and does not tell it.
+
+    Padding is not computed.
+    """
+    options = dataclasses.replace(swapped.options, patch_order="raster", padding="zero")
+    other = type(swapped)(swapped.module, options)
     other.weights, other.graphs = swapped.weights, swapped.graphs
     return other
 

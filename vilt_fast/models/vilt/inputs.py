@@ -139,7 +139,11 @@ class Inputs:
         """Where the tokens go; the only device-to-host copy of a forward."""
         if self.pixel_values is None:
             return SequencePlan.from_keep_mask(
-                self.attention_mask, self.pixel_mask.flatten(1), text_shape=self.text_shape, device=self.text.device
+                self.attention_mask,
+                self.pixel_mask.flatten(1),
+                text_shape=self.text_shape,
+                padding=options.padding,
+                device=self.text.device,
             )
         embeddings = model.embeddings
         return SequencePlan.from_masks(
@@ -152,6 +156,7 @@ class Inputs:
             max_image_length=embeddings.config.max_image_length,
             patch_order=options.patch_order,
             generator=options.generator,
+            padding=options.padding,
             cells=cells,
             position_dtype=_position_dtype(embeddings.position_embeddings),
             device=self.text.device,

@@ -102,7 +102,9 @@ class InferSwap(SwappedTrunk):
                 )
             text = text + model.token_type_embeddings(torch.zeros_like(text_masks))
             image = image_embeds + model.token_type_embeddings(torch.full_like(image_masks, image_token_type_idx))
-            plan = SequencePlan.from_keep_mask(text_masks, image_masks, text_shape=text.shape[:2])
+            plan = SequencePlan.from_keep_mask(
+                text_masks, image_masks, text_shape=text.shape[:2], padding=self.options.padding
+            )
             rows = plan.pack(torch.cat([text, image], dim=1))
         masks = torch.cat([text_masks, image_masks], dim=1)
         encoded = self.encode(model.transformer.blocks, functools.partial(_block, masks=masks), rows, plan)
@@ -171,7 +173,9 @@ class InferSwap(SwappedTrunk):
             if image_masks is None or image_masks.shape != image_embeds.shape[:2]:
                 given = None if image_masks is None else list(image_masks.shape)
                 raise InputError(f"image_masks must be {list(image_embeds.shape[:2])} like image_embeds, got {given}.")
-            return SequencePlan.from_keep_mask(text_masks, image_masks, text_shape=ids.shape, device=ids.device)
+            return SequencePlan.from_keep_mask(
+                text_masks, image_masks, text_shape=ids.shape, padding=self.options.padding, device=ids.device
+            )
         transformer = self.module.transformer
         patch = transformer.patch_embed.proj.kernel_size
         grid = (pixels.shape[2] // patch[0], pixels.shape[3] // patch[1])
@@ -186,17 +190,20 @@ class InferSwap(SwappedTrunk):
             max_image_length=self.module.hparams.config["max_image_len"],
             patch_order=self.options.patch_order,
             generator=self.options.generator,
+            padding=self.options.padding,
             position_dtype=torch.float64 if pixels.dtype == torch.float64 else torch.float32,
             device=ids.device,
         )
 
 
 def _patch_index(plan):
-    """(y, x) of every padded patch position, int64 [B, P, 2]; 0 where there is none."""
+    """(y, x) of the patch at every position, int64 [B, P, 2]; 0 where there is none."""
     index = torch.zeros(plan.batch, plan.image_length - 1, 2, dtype=torch.long, device=plan.device)
     height, width = plan.patch_grid
     cell = plan.patch_source % (height * width)
-    rank = plan.patch_rows - plan.cls_rows[plan.patch_sample] - 1
+    place = torch.empty(plan.total_rows, dtype=torch.long, device=plan.device)
+    place = place.index_copy(0, plan.padded_rows, plan.padded_places)
+    rank = place[plan.patch_rows] % plan.width - plan.text_length - 1
     index[plan.patch_sample, rank] = torch.stack([cell // width, cell % width], dim=-1)
     return index
 

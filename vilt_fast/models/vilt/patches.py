@@ -57,8 +57,11 @@ def _nearest(size: int, out: int) -> np.ndarray:
     return torch.nn.functional.interpolate(line, size=(out, 1))[0, 0, :, 0].long().numpy()
 
 
-def choose_patches(grids, grid, max_image_length, patch_order, generator):
-    """Flat cells (y * gw + x) of the kept patches of each image."""
+def choose_patches(grids, grid, max_image_length, patch_order, generator, fill):
+    """Flat cells (y * gw + x) of the kept patches of each image, and of what fills it up to the longest.
+
+    The latter are cells beside the image, none without `fill`. The reference draws them at random, with replacement.
+    """
     if patch_order not in ("raster", "reference"):
         raise InputError(f"patch_order must be 'raster' or 'reference', got {patch_order!r}.")
     counts = [h * w for h, w in grids]
@@ -68,29 +71,40 @@ def choose_patches(grids, grid, max_image_length, patch_order, generator):
             raise InputError("max_image_length 0 keeps no patch: use -1 for all, or a positive number.")
         limit = min(limit, max_image_length)
     cells = [(np.arange(h)[:, None] * grid[1] + np.arange(w)).reshape(-1) for h, w in grids]
-    if patch_order == "reference":
-        return _reference_draws(cells, grid, limit)
-    for b, count in enumerate(counts):
-        if count > limit:
-            keep = torch.randperm(count, generator=generator, device=generator.device if generator else "cpu")[:limit]
-            cells[b] = cells[b][np.sort(keep.cpu().numpy())]
-    return cells
+    choose = _reference_draws if patch_order == "reference" else functools.partial(_in_raster_order, generator)
+    beside = [np.zeros(0, np.int64)] * len(grids)
+    for b, (h, w) in enumerate(grids):
+        missing = limit - counts[b]
+        places = choose(counts[b], grid[0] * grid[1] - counts[b], limit)
+        if missing <= 0:
+            cells[b] = cells[b][places]
+        elif fill:
+            image = np.zeros(grid, bool)
+            image[:h, :w] = True
+            beside[b] = np.flatnonzero(~image)[places]
+    return cells, beside
 
 
-def _reference_draws(cells, grid, limit):
-    """The reference's own random draws, call for call, from torch's default CPU generator.
+def _in_raster_order(generator, count, others, limit):
+    """Of `count` patches, `limit` at random where there are more; where there are less, of `others` as many as lack.
 
-    Images at the limit or above it are permuted (sampled); the others draw padding cells, which nobody attends to: that
-    draw only moves the generator on.
+    Those are spread over the others evenly, so that nothing is drawn for them.
     """
-    chosen = []
-    for own in cells:
-        if len(own) >= limit:
-            chosen.append(own[torch.multinomial(torch.ones(len(own)), limit).numpy()])
-        else:
-            torch.multinomial(torch.ones(grid[0] * grid[1] - len(own)), limit - len(own), replacement=True)
-            chosen.append(own)
-    return chosen
+    missing = limit - count
+    if missing >= 0:
+        return np.arange(missing) * others // missing if missing else np.arange(count)
+    keep = torch.randperm(count, generator=generator, device=generator.device if generator else "cpu")[:limit]
+    return np.sort(keep.cpu().numpy())
+
+
+def _reference_draws(count, others, limit):
+    """The same by the reference's own random draws, call for call, from torch's default CPU generator.
+
+    That of `others` is made even where it is not looked at: it moves the generator on.
+    """
+    if count >= limit:
+        return torch.multinomial(torch.ones(count), limit).numpy()
+    return torch.multinomial(torch.ones(others), limit - count, replacement=True).numpy()
 
 
 @functools.lru_cache(maxsize=1024)

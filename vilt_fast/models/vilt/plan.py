@@ -2,11 +2,12 @@
 
 A packed batch is one `[N, D]` buffer. The rows of a sample are contiguous:
 
-    [real text tokens ..., image [CLS], patches ..., (query-only row)]
+    [real text tokens ..., image [CLS], patches ..., (query-only rows)]
 
-The image has no [CLS] of its own when it is given as `image_embeds`. The query-only row exists only where text position
-0 is masked: ViLT pools from position 0 whatever the mask says, so that row is computed as a query but is no key to
-anybody (`key_lengths` is one less than `lengths`).
+The image has no [CLS] of its own when it is given as `image_embeds`. Query-only rows are computed as queries and are no
+keys to anybody (`key_lengths` is less than `lengths` by them). Where text position 0 is masked there is one for it:
+ViLT pools from position 0 whatever the mask says. Under padding="reference" there is one for every padded position,
+first those of the text, then those of the image, and all of them have a place in the output.
 
 A plan is made on the host from the two masks (one device-to-host copy) and can be kept and passed again for inputs with
 the same masks. It depends on no parameter of the model.
@@ -24,6 +25,8 @@ import torch
 from ...engine.packing import Packing
 from ...errors import InputError
 from . import patches
+
+PADDING = ("zero", "reference")  #: what a per-token output may hold at padded positions
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,6 +49,7 @@ class SequencePlan(Packing):
     pos_weight: torch.Tensor  #: float32 or float64 [p, 4] bilinear weights
     cls_rows: torch.Tensor  #: [B], or [0] for `image_embeds`
     widths: tuple[int, ...]  #: T + I of each batch that was concatenated into this plan (one unless NLVR2)
+    padding: str  #: "zero", or "reference" where every padded position has a row
 
     @property
     def layout(self) -> tuple:
@@ -57,7 +61,7 @@ class SequencePlan(Packing):
         return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
 
     def patch_positions(self, sample: int) -> torch.Tensor:
-        """(y, x) of each patch row of one sample, in packed order: int64 [patches, 2]."""
+        """(y, x) of each patch row of one sample, in packed order (padding last): int64 [patches, 2]."""
         height, width = self.patch_grid
         source = self.patch_source[self.patch_sample == sample] % (height * width)
         return torch.stack([source // width, source % width], dim=-1)
@@ -68,8 +72,11 @@ class SequencePlan(Packing):
         return [part[:, :width] for part, width in zip(parts, self.widths, strict=True)]
 
     def raster(self, rows: torch.Tensor) -> tuple[SequencePlan, torch.Tensor]:
-        """This plan and its rows [N, D] with the patches of each image put in raster order."""
-        order = torch.argsort(self.patch_source)
+        """This plan and its rows [N, D] with the patches of each image put in raster order, and so those beside it."""
+        cells = self.patch_grid[0] * self.patch_grid[1]
+        image, cell = self.patch_source // cells, self.patch_source % cells
+        ahead = self.patch_rows - self.cu_seqlens[self.patch_sample]
+        order = torch.argsort((2 * image + (ahead >= self.seqused_k[self.patch_sample])) * cells + cell)
         moved = ("patch_source", "pos_index", "pos_weight")
         plan = dataclasses.replace(self, **{name: getattr(self, name)[order] for name in moved})
         return plan, rows.index_copy(0, self.patch_rows, rows[self.patch_rows[order]])
@@ -87,7 +94,8 @@ class SequencePlan(Packing):
         max_image_length: int | None = -1,
         patch_order: str = "raster",
         generator: torch.Generator | None = None,
-        cells: Sequence[np.ndarray] | None = None,
+        padding: str = "zero",
+        cells: tuple[Sequence[np.ndarray], Sequence[np.ndarray]] | None = None,
         position_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> SequencePlan:
@@ -105,7 +113,11 @@ class SequencePlan(Packing):
                 None or a negative number keeps all.
             patch_order: "raster", or "reference" for the draws of the reference under the same torch seed.
             generator: for the draws under "raster".
-            cells: y * gw + x of the kept patches of each image, in order, where they are already drawn.
+            padding: "zero", or "reference" to give rows to padded positions too. Of an image these are patches beside
+                it, as many as it has less than the longest: under patch_order "reference" those that the reference
+                draws, under "raster" spread evenly over all that are beside it.
+            cells: y * gw + x of the kept patches of each image, in order, where they are already drawn, and of those
+                beside it.
             position_dtype: of the bilinear weights, float64 for a float64 model and float32 otherwise.
             device: of the index tensors; that of the masks by default.
 
@@ -123,7 +135,8 @@ class SequencePlan(Packing):
             )
         grids = patches.patch_grids(pixel_mask, batch, grid)
         if cells is None:
-            cells = patches.choose_patches(grids, grid, max_image_length, patch_order, generator)
+            fill = padding == "reference"
+            cells = patches.choose_patches(grids, grid, max_image_length, patch_order, generator, fill)
         if device is None:
             masks = [m for m in (attention_mask, pixel_mask) if m is not None]
             device = masks[0].device if masks else "cpu"
@@ -131,8 +144,8 @@ class SequencePlan(Packing):
         # A copy that one stream has ordered may not have arrived when another looks.
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         return _with_pixels(
-            text.tobytes(), text.shape, tuple(np.ascontiguousarray(c, np.int64).tobytes() for c in cells), grids, grid,
-            position_grid, position_dtype == torch.float64, device, stream,
+            text.tobytes(), text.shape, *map(_frozen, cells), grids, grid, position_grid,
+            position_dtype == torch.float64, padding, device, stream,
         )  # fmt: skip
 
     @staticmethod
@@ -142,22 +155,25 @@ class SequencePlan(Packing):
         keep: torch.Tensor,
         *,
         text_shape: Sequence[int],
+        padding: str = "zero",
         device: torch.device | str | None = None,
     ) -> SequencePlan:
         """Plan for text and ready image embeddings; `keep` [B, P] is non-zero where a token is real (holes allowed).
 
+        `padding` is that of `from_masks`.
+
         Raises:
             InputError: wrong shapes, or a sample without a single real token.
         """
-        text = _positions(_real_text(attention_mask, text_shape))
+        text = _real_text(attention_mask, text_shape)
         if keep.ndim != 2 or keep.shape[0] != text_shape[0]:
             raise InputError(f"the keep-mask of image_embeds must be [{text_shape[0]}, P], got {list(keep.shape)}.")
-        kept = _positions((keep != 0).cpu().numpy())
-        empty = [b for b, (t, k) in enumerate(zip(text, kept, strict=True)) if len(t) + len(k) == 0]
-        if empty:
+        real = (keep != 0).cpu().numpy()
+        if empty := np.flatnonzero(~text.any(1) & ~real.any(1)).tolist():
             raise InputError(f"samples {empty} have neither a real text token nor a real image token.")
         device = keep.device if device is None else device
-        return _assemble(text, text_shape[1], kept, (1, keep.shape[1]), keep.shape[1], (), None, False, device)
+        cells = _positions(real), _positions(~real & (padding == "reference"))
+        return _assemble(text, cells, (1, keep.shape[1]), keep.shape[1], (), None, False, padding, device)
 
     @staticmethod
     @torch.compiler.disable
@@ -207,6 +223,7 @@ class SequencePlan(Packing):
             padded_places=torch.cat(places),
             dense=all(p.dense for p in plans) and len(set(widths)) == 1,
             widths=widths,
+            padding=plans[0].padding,
         )
 
 
@@ -227,51 +244,71 @@ def _positions(mask: np.ndarray) -> list[np.ndarray]:
     return [np.flatnonzero(row) for row in mask]
 
 
+def _frozen(arrays) -> tuple[bytes, ...]:
+    return tuple(np.ascontiguousarray(a, np.int64).tobytes() for a in arrays)
+
+
 @functools.lru_cache(maxsize=32)  # a server sees the same sizes again and again, and making a plan takes a while
-def _with_pixels(text, text_shape, cells, grids, grid, position_grid, exact, device, stream) -> SequencePlan:
-    """The plan of text (the bytes of a mask) and patches (those of the cells of each image, int64)."""
-    text = _positions(np.frombuffer(text, bool).reshape(text_shape))
-    cells = [np.frombuffer(c, np.int64) for c in cells]
-    positions = [patches.bilinear(h, w, position_grid, grid[1], exact) for h, w in grids]
-    index = np.concatenate([i[p] for (i, _), p in zip(positions, cells, strict=True)])
-    weight = np.concatenate([w[p] for (_, w), p in zip(positions, cells, strict=True)])
-    return _assemble(text, text_shape[1], cells, grid, max(map(len, cells)), grids, (index, weight), True, device)
+def _with_pixels(
+    text, text_shape, cells, beside, grids, grid, position_grid, exact, padding, device, stream
+) -> SequencePlan:
+    """The plan of text (the bytes of a mask) and patches (those of the cells of each image and beside it, int64)."""
+    text = np.frombuffer(text, bool).reshape(text_shape)
+    cells, beside = ([np.frombuffer(c, np.int64) for c in of] for of in (cells, beside))
+    index, weight = [], []
+    for (h, w), own, others in zip(grids, cells, beside, strict=True):
+        at, share = patches.bilinear(h, w, position_grid, grid[1], exact)
+        index += [at[own], np.zeros((len(others), 4), np.int64)]  # beside an image a patch has no position
+        weight += [share[own], np.zeros((len(others), 4), share.dtype)]
+    positions = np.concatenate(index), np.concatenate(weight)
+    return _assemble(text, (cells, beside), grid, max(map(len, cells)), grids, positions, True, padding, device)
 
 
-def _assemble(text, text_length, image, grid, image_tokens, grids, positions, has_cls, device) -> SequencePlan:
-    """Lay the samples end to end."""
+def _assemble(text, cells, grid, image_tokens, grids, positions, has_cls, padding, device) -> SequencePlan:
+    """Lay the samples end to end: text is bool [B, T], cells are the real ones of each image and the padded ones."""
+    if padding not in PADDING:
+        raise InputError(f"padding must be 'zero' or 'reference', got {padding!r}.")
+    text_length = text.shape[1]
     head = 1 if has_cls else 0
     image_length = image_tokens + head
     width = text_length + image_length
-    cells = grid[0] * grid[1]
+    area = grid[0] * grid[1]
+    shown = padding == "reference"
     text_source, text_rows, patch_source, patch_rows, patch_sample = [], [], [], [], []
     cls_rows, pool_rows, padded_rows, places = [], [], [], []
     lengths, key_lengths = [], []
     start = 0
-    for b, (t, p) in enumerate(zip(text, image, strict=True)):
+    for b, (p, p_padded) in enumerate(zip(*cells, strict=True)):
+        t, t_padded = np.flatnonzero(text[b]), np.flatnonzero(~text[b])
+        if not shown:
+            t_padded = t_padded[t_padded == 0]
         keys = len(t) + head + len(p)
-        # ViLT pools from text position 0 even where that is masked; without text it pools from the first image token.
-        extra = int(text_length > 0 and (len(t) == 0 or t[0] != 0))
-        if text_length == 0 and not has_cls and (len(p) == 0 or p[0] != 0):
-            raise InputError(
-                f"sample {b} has no text and its first image token is masked: there is nothing to pool from."
-            )
-        lengths.append(keys + extra)
+        rows = keys + len(t_padded) + len(p_padded)
+        if text_length:
+            pooled = text[b, 0]
+        else:
+            pooled = has_cls or (len(p) > 0 and p[0] == 0)
+            if not pooled and not shown:
+                raise InputError(
+                    f"sample {b} has no text and its first image token is masked: there is nothing to pool from."
+                )
+        lengths.append(rows)
         key_lengths.append(keys)
-        text_source.append(b * text_length + t)
-        text_rows.append(start + np.arange(len(t)))
-        if extra:
-            text_source.append(np.array([b * text_length]))
-            text_rows.append(np.array([start + keys]))
+        text_source += [b * text_length + t, b * text_length + t_padded]
+        text_rows += [start + np.arange(len(t)), start + keys + np.arange(len(t_padded))]
         cls_rows.append(start + len(t))
-        patch_source.append(b * cells + p)
-        patch_rows.append(start + len(t) + head + np.arange(len(p)))
-        patch_sample.append(np.full(len(p), b))
-        pool_rows.append(start + keys if extra else start)
-        padded_rows.append(start + np.arange(keys))
-        image_places = np.arange(head + len(p)) if has_cls else p
-        places.append(b * width + np.concatenate([t, text_length + image_places]))
-        start += keys + extra
+        last = start + rows - len(p_padded)
+        patch_source += [b * area + p, b * area + p_padded]
+        patch_rows += [start + len(t) + head + np.arange(len(p)), last + np.arange(len(p_padded))]
+        patch_sample.append(np.full(len(p) + len(p_padded), b))
+        pool_rows.append(start if pooled else start + keys)
+        # Patches lie beside each other from [CLS] on, the padded ones last; ready embeddings are where they were.
+        image = np.arange(head + len(p)) if has_cls else p
+        beside = head + len(p) + np.arange(len(p_padded)) if has_cls else p_padded
+        order = [t, text_length + image, *((t_padded, text_length + beside) if shown else ())]
+        places.append(b * width + np.concatenate(order))
+        padded_rows.append(start + np.arange(len(places[-1])))
+        start += rows
 
     index, weight = positions if positions is not None else (np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32))
     host = {
@@ -297,8 +334,9 @@ def _assemble(text, text_length, image, grid, image_tokens, grids, positions, ha
         key_lengths=tuple(key_lengths),
         grids=tuple(grids),
         patch_grid=tuple(grid),
-        dense=start == len(text) * width and list(lengths) == list(key_lengths) and _in_order(places),
+        dense=start == len(text) * width and lengths == key_lengths and _in_order(places),
         widths=(width,),
+        padding=padding,
         **_on_device(host, torch.device(device)),
     )
 

@@ -107,7 +107,7 @@ def _embed_padded(model, inputs: Inputs, options):
         side = model.config.image_size
         pixel_mask = torch.ones((batch, side, side), device=inputs.text.device)
     if takes_what_is_given(model.embeddings):  # the masks' checks, before the module sees them; nothing is drawn here
-        inputs.plan(model, options, cells=[_NO_CELLS] * batch)
+        inputs.plan(model, options, cells=([_NO_CELLS] * batch,) * 2)
     with _watched_patches(model.embeddings) as seen:
         returned = model.embeddings(
             inputs.input_ids,
@@ -128,20 +128,21 @@ def _embed_padded(model, inputs: Inputs, options):
             "accelerate follows a mask [B, L] for tokens [B, L, D]. vilt_fast.restore the model to use another."
         )
     if len(seen) == 1:
-        plan = _drawn(inputs, *seen[0])
+        plan = _drawn(inputs, options.padding, *seen[0])
         if plan.width == mask.shape[1] and torch.equal(plan.key_mask(), mask != 0):
             packed = plan.pack(padded, model.embeddings)
             return (packed, plan) if options.patch_order != "raster" else plan.raster(packed)[::-1]
     text, image = mask.tensor_split([length], dim=1)
-    plan = SequencePlan.from_keep_mask(text, image, text_shape=text.shape)
+    plan = SequencePlan.from_keep_mask(text, image, text_shape=text.shape, padding=options.padding)
     return plan.pack(padded, model.embeddings), plan
 
 
-def _drawn(inputs: Inputs, pixel_mask, _, image_mask, patches) -> SequencePlan:
+def _drawn(inputs: Inputs, padding, pixel_mask, _, image_mask, patches) -> SequencePlan:
     """The plan of what `visual_embed` said of the patches that it drew."""
     index, (height, width) = patches
     cells = (index[..., 0] * width + index[..., 1]).cpu().numpy()
     kept = image_mask[:, 1:].bool().cpu().numpy()
+    beside = ~kept & (padding == "reference")
     return SequencePlan.from_masks(
         inputs.attention_mask,
         pixel_mask,
@@ -149,5 +150,6 @@ def _drawn(inputs: Inputs, pixel_mask, _, image_mask, patches) -> SequencePlan:
         pixel_shape=(len(cells), 0, height, width),
         patch_size=(1, 1),
         position_grid=1,  # positions are in the rows already
-        cells=[c[k] for c, k in zip(cells, kept, strict=True)],
+        padding=padding,
+        cells=tuple([c[k] for c, k in zip(cells, of, strict=True)] for of in (kept, beside)),
     )

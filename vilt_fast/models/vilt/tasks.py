@@ -251,10 +251,10 @@ class ImagesAndTextForward(TaskForward):
 
 
 def _text_logits(head, trunk: Trunk) -> torch.Tensor:
-    """Logits [B, T, classes] of a head on the real text rows, zero elsewhere."""
+    """Logits [B, T, classes] of a head on the text rows that are shown, zero elsewhere."""
     plan = trunk.plan
     rows, places = plan.text_rows, plan.text_source
-    if plan.lengths != plan.key_lengths:  # a query-only row stands for a masked token, whose logits mean nothing
+    if not plan.shows_every_row:  # a query-only row stands for a masked token, whose logits mean nothing
         real = torch.isin(rows, plan.padded_rows)
         rows, places = rows[real], places[real]
     logits = head(trunk.rows.index_select(0, rows))

@@ -240,5 +240,5 @@ def _call_encoder(encoder, rows, plan, want_hidden, want_attention) -> engine.En
         return_dict=True,
     )
     hidden = [plan.unpack(plan.pack(h, encoder)) for h in outputs.hidden_states or ()]
-    attentions = [engine.of_real_queries(a, plan) for a in outputs.attentions or ()]
+    attentions = [engine.of_shown_queries(a, plan) for a in outputs.attentions or ()]
     return engine.Encoded(plan.pack(outputs[0], encoder), hidden, attentions)
