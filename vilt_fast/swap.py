@@ -8,6 +8,7 @@ they are, and deleting the attributes is the exact way back.
 from __future__ import annotations
 
 import dataclasses
+import os
 
 from torch import nn
 
@@ -32,7 +33,8 @@ def accelerate(
         family_options: what only some models know. ViLT: `patch_order="raster"` gives image tokens row by row,
             "reference" reproduces the random order that the reference draws, under the same torch seed, so that outputs
             can be compared element by element; `generator` (a `torch.Generator`) is for the patches that a positive
-            `config.max_image_length` samples.
+            `config.max_image_length` samples; `padding="zero"` leaves padded positions of per-token outputs zero,
+            "reference" computes there what the reference has, for code that pools over them or labels them.
 
     Returns:
         The same model. Accelerating again replaces the options.
@@ -43,7 +45,7 @@ def accelerate(
         ValueError: an option has no such value. Nothing has been changed then.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate takes a torch.nn.Module, got {type(model).__name__}.")
+        raise TypeError(f"accelerate takes a torch.nn.Module, got {_in_its_place(model)}.")
     found = find(model)
     parts = [part for part in found if not part.refusal]
     if not parts:
@@ -63,6 +65,15 @@ def accelerate(
     for swapped in [part.kind(part.module, _options(part.kind, given)) for part in parts]:
         swapped.put()
     return model
+
+
+def _in_its_place(model) -> str:
+    if isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        return f"{name!r}: load it first, e.g. accelerate(ViltForQuestionAnswering.from_pretrained({name!r}))"
+    if isinstance(model, type):
+        return f"the class {model.__name__}: pass an instance, e.g. {model.__name__}.from_pretrained(...)"
+    return type(model).__name__
 
 
 def _whose(module) -> str:

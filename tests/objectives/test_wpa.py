@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vilt_fast import functional
 from vilt_fast.objectives.wpa import cost_matrix_cosine, ipot, optimal_transport_dist, trace, wpa_loss
 from vilt_fast.testing import assert_within_budget, padding_masks, poisoned
 
@@ -155,3 +156,14 @@ def test_bad_input():
         ipot(cost_matrix_cosine(text, image), torch.ones(3), text_pad, torch.ones(3), image_pad, text_pad, 0.5, 50, 1)
     with pytest.raises(ValueError, match="image has shape"):
         optimal_transport_dist(text, image[..., :3], text_pad, image_pad)
+    # A mask as HuggingFace has it, 1 where real: converted as it is, it would put the mass on padding.
+    cost, masks = cost_matrix_cosine(text, image), [(~pad).long() for pad in (text_pad, image_pad)]
+    for refused in (
+        lambda: optimal_transport_dist(text, image, *masks),
+        lambda: functional.ipot(cost, *masks),
+        lambda: functional.sinkhorn(cost, *masks),
+        lambda: ipot(cost, torch.ones(3), masks[0], torch.ones(3), masks[1], torch.zeros_like(cost), 0.5, 50, 1),
+    ):
+        with pytest.raises(TypeError, match="True where padded: `attention_mask == 0`") as error:
+            refused()
+        assert "to(" not in str(error.value)

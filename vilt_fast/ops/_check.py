@@ -63,6 +63,16 @@ def dtypes(op, allowed, **tensors):
             raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {expected}; convert it with .to(...).")
 
 
+def padding_masks(op, **masks):
+    """TypeError unless every mask is bool; what converts one of HuggingFace's must turn it around, too."""
+    for name, mask in masks.items():
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"{op}: {name} is {mask.dtype}, expected torch.bool, True where padded: `attention_mask == 0` of one "
+                "that is 1 where real."
+            )
+
+
 def same_dtype(op, **tensors):
     """TypeError unless all tensors that are not None share one dtype."""
     given = [(name, tensor.dtype) for name, tensor in tensors.items() if tensor is not None]

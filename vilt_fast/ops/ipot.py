@@ -25,7 +25,7 @@ def check_costs(op, cost, text_pad, image_pad):
     if sizes["B"] < 1:
         raise ValueError(f"{op}: cost has shape {list(cost.shape)}: no sample; expected B >= 1.")
     _check.dtypes(op, _check.FLOATS, cost=cost)
-    _check.dtypes(op, (torch.bool,), text_pad=text_pad, image_pad=image_pad)
+    _check.padding_masks(op, text_pad=text_pad, image_pad=image_pad)
     _check.same_device(op, cost=cost, text_pad=text_pad, image_pad=image_pad)
     return sizes
 

@@ -51,7 +51,7 @@ def _validate(text, image, text_pad, image_pad, beta, iterations, inner):
         raise ValueError(f"{_NAME}: text has shape {list(text.shape)}: no sample; expected B >= 1.")
     _check.dtypes(_NAME, _check.FLOATS, text=text)
     _check.same_dtype(_NAME, text=text, image=image)
-    _check.dtypes(_NAME, (torch.bool,), text_pad=text_pad, image_pad=image_pad)
+    _check.padding_masks(_NAME, text_pad=text_pad, image_pad=image_pad)
     _check.same_device(_NAME, text=text, image=image, text_pad=text_pad, image_pad=image_pad)
     _check.positive(_NAME, beta=beta)
     _check.counts(_NAME, iterations=iterations, inner=inner)

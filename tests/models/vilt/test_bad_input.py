@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from support.models import PATCH, TEXT, batch, build, call, leaves, pair, rectangles
@@ -85,8 +86,9 @@ CASES = {
             "input_ids": torch.ones(3, TEXT).long(),
             **without("attention_mask", "token_type_ids"),
         },
-        "channel dimension",
+        r"\[B, C, H, W\], got \[3, 48, 80\].*unsqueeze",
     ),
+    "pixels of one image": ({"pixel_values": torch.zeros(3, 48, 80)}, "unsqueeze"),
     "no whole patch": ({"pixel_values": torch.zeros(4, 3, PATCH - 1, 80), "pixel_mask": None}, "no whole patch"),
     "an image without patches": ({"pixel_mask": one_empty()}, "sample 2 is empty"),
     "mask with a hole": ({"pixel_mask": holes()}, "sample 1 is not one rectangle"),
@@ -194,6 +196,7 @@ def test_bad_text_is_refused_by_every_task(kind, name):
         ({"pixel_values": torch.zeros(4, 3, 3, 48, 80)}, "takes 2, got 3"),
         ({"pixel_values": torch.zeros(4, 3, 48, 80)}, "takes 2, got 1"),
         ({"pixel_values": None}, "takes 2, got None"),
+        ({"pixel_values": torch.zeros(3, 48, 80)}, r"pixel_values must be \[B, 2, C, H, W\], got \[3, 48, 80\]"),
         ({"pixel_mask": torch.ones(4, 48, 80)}, r"pixel_mask must be \[B, 2, height, width\]"),
         ({"pixel_mask": torch.ones(4, 1, 48, 80)}, r"pixel_mask must be \[B, 2, height, width\]"),
         ({"pixel_mask": torch.stack([rectangles([(3, 5)] * 4), one_empty()], 1)}, "sample 2 is empty"),
@@ -218,7 +221,7 @@ def test_max_image_length_0_is_refused():
 
 def test_a_plan_for_other_inputs_is_refused():
     ours = vilt_fast.accelerate(build("trunk"))
-    inputs = batch("trunk")
+    inputs = {k: v for k, v in batch("trunk").items() if not k.endswith("mask")}
 
     def plan(batch=4, text=TEXT, canvas=(3, 5)):
         size = (canvas[0] * PATCH, canvas[1] * PATCH)
@@ -233,11 +236,74 @@ def test_a_plan_for_other_inputs_is_refused():
 
     call(ours, inputs, sequence_plan=plan())
     keep = vilt_fast.SequencePlan.from_keep_mask(None, torch.ones(4, 15), text_shape=(4, TEXT))
-    for wrong in (plan(batch=3), plan(text=TEXT - 1), plan(canvas=(5, 3)), keep):
-        with pytest.raises(InputError, match="sequence_plan"):
+    for wrong, what in (
+        (plan(batch=3), "3 samples of 9 text tokens and 3x5 patches.*the inputs are 4 samples"),
+        (plan(text=TEXT - 1), "4 samples of 8 text tokens"),
+        (plan(canvas=(5, 3)), "5x3 patches of pixel_values"),
+        (keep, "15 tokens of image_embeds"),
+    ):
+        with pytest.raises(InputError, match=f"{what}.*sequence_plan.model, ..inputs."):
             call(ours, inputs, sequence_plan=wrong)
-    with pytest.raises(InputError, match="sequence_plan"):
+    with pytest.raises(InputError, match="the inputs are 4 samples of 9 text tokens and 8 tokens of image_embeds"):
         call(ours, batch("trunk", image="embeds"), sequence_plan=plan())
+    with pytest.raises(TypeError, match="sequence_plan is a dict"):
+        call(ours, inputs, sequence_plan={})
+
+
+@pytest.mark.parametrize("kind", ["trunk", "masked_lm", "nlvr2"])
+@pytest.mark.parametrize("image", ["pixels", "embeds"])
+def test_a_plan_for_other_masks_is_refused(kind, image):
+    ours, inputs = vilt_fast.accelerate(build(kind)), batch(kind, image=image)
+    plan = vilt_fast.sequence_plan(ours, **inputs)
+    good = call(ours, inputs, sequence_plan=plan)
+    text, pixels = inputs["attention_mask"].clone(), inputs["pixel_mask"].clone()
+    text[1, 5] = 1
+    last = (3, 1) if kind == "nlvr2" else (3,)  # of NLVR2 the second image
+    if image == "pixels":
+        pixels[last] = rectangles([(2, 3)])[0]
+        what = "image 3 of 2x5 and 2x3 patches" if kind == "nlvr2" else "image 3 of 1x1 and 2x3 patches"
+    else:
+        pixels[last] = 1 - pixels[last]
+        what = "pixel_mask of sample 3"
+    for wrong, message in (({"attention_mask": text}, "attention_mask of sample 1"), ({"pixel_mask": pixels}, what)):
+        with pytest.raises(InputError, match=f"made for other masks: {message}.*vilt_fast.sequence_plan"):
+            call(ours, inputs | wrong, sequence_plan=plan)
+    without_masks = {
+        k: v for k, v in inputs.items() if k != "attention_mask" and (image == "embeds" or k != "pixel_mask")
+    }
+    assert torch.equal(call(ours, without_masks, sequence_plan=plan)[0], good[0])  # then it is the plan that says
+
+
+def pil(*size):
+    from PIL import Image
+
+    return Image.new("RGB", size)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"input_ids": [[1, 2], [3, 4]]}, "input_ids must be a tensor, got list of 2 list.*processor"),
+        ({"input_ids": ["a cat", "a dog"]}, "got list of 2 str.*return_tensors='pt'"),
+        ({"input_ids": None, "inputs_embeds": np.zeros((4, 9, 32))}, r"inputs_embeds.*ndarray \[4, 9, 32\] of float64"),
+        ({"pixel_values": pil(80, 48)}, "pixel_values must be a tensor, got Image of 80x48 pixels"),
+        ({"pixel_values": [pil(80, 48)] * 4}, "got list of 4 Image"),
+        ({"pixel_values": np.zeros((4, 3, 48, 80))}, r"ndarray \[4, 3, 48, 80\].*torch.as_tensor"),
+        ({"attention_mask": [[1] * 9] * 4}, "attention_mask must be a tensor"),
+        ({"token_type_ids": np.zeros((4, 9))}, "token_type_ids must be a tensor"),
+        ({"pixel_mask": np.ones((4, 48, 80))}, "pixel_mask must be a tensor"),
+        ({"labels": [[0] * 9] * 4}, "labels must be a tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_called_by_its_name(wrong, message):
+    theirs, ours = pair("masked_lm")
+    with pytest.raises(TypeError, match=message):
+        ours(**batch("masked_lm") | wrong)
+    with pytest.raises((TypeError, AttributeError)):
+        theirs(**batch("masked_lm") | wrong)
+    if "pixel_values" in wrong:
+        with pytest.raises(TypeError, match=message):
+            pair("nlvr2")[1](**batch("nlvr2") | wrong)
 
 
 def test_empty_text_and_fully_padded_text_give_finite_outputs():
@@ -263,6 +329,12 @@ def test_models_that_are_no_vilt_are_refused():
             vilt_fast.accelerate(wrong)
         assert wrong.__dict__ == before
         assert vilt_fast.restore(wrong) is wrong and vilt_fast.refresh(wrong) is wrong
+    for wrong, message in (
+        ("some/name", r"'some/name'.*from_pretrained\('some/name'\)"),
+        (type(build("trunk")), "instance"),
+    ):
+        with pytest.raises(TypeError, match=f"takes a torch.nn.Module, got .*{message}"):
+            vilt_fast.accelerate(wrong)
     for wrong in (None, "dandelin/vilt-b32-mlm", build):
         for function in (vilt_fast.accelerate, vilt_fast.restore, vilt_fast.refresh):
             with pytest.raises(TypeError, match="torch.nn.Module"):

@@ -120,6 +120,10 @@ def test_restore_and_bad_input():
     vilt_fast.accelerate(model)
     with pytest.raises(InputError, match="as many images"):
         model.infer(batch | {"image": [batch["image"][0][:2]]})
+    with pytest.raises(InputError, match=r"image must be \[B, C, H, W\], got \[3, 48, 80\].*unsqueeze"):
+        model.infer(batch | {"image": [batch["image"][0][0]]})
+    with pytest.raises(TypeError, match="text_ids must be a tensor, got list of 4 list"):
+        model.infer(batch | {"text_ids": batch["text_ids"].tolist()})
     with pytest.raises(InputError, match="truncate"):
         model.infer(batch | {"text_ids": torch.ones(4, 13, dtype=torch.long)})
     holed = batch["image"][0].clone()

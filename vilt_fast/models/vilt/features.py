@@ -9,6 +9,7 @@ import torch
 
 from ...errors import InputError
 from ..base import SwappedTrunk
+from .given import check_tensors
 
 
 def tensors(inputs: Mapping, device: torch.device, *names: str, also: tuple[str, ...] = ()) -> dict:
@@ -19,9 +20,7 @@ def tensors(inputs: Mapping, device: torch.device, *names: str, also: tuple[str,
             f"the processed inputs lack {' and '.join(missing)}; they have {', '.join(inputs) or 'nothing'}. "
             "Words need token ids and pictures need pixels: ready embeddings do not tell which word and place they are."
         )
-    odd = [name for name in names if not isinstance(inputs[name], torch.Tensor)]
-    if odd:
-        raise TypeError(f"{odd[0]} must be a tensor, got {type(inputs[odd[0]]).__name__}: return_tensors='pt'.")
+    check_tensors(**{name: inputs.get(name) for name in (*names, *also)})
     return {name: None if inputs.get(name) is None else inputs[name].to(device) for name in (*names, *also)}
 
 

@@ -9,7 +9,9 @@ from transformers.models.vilt import modeling_vilt as hf
 
 from ...errors import InputError
 from ...ops._check import readable
+from . import patches
 from .embedding import Tables
+from .given import check_tensors
 from .known import patch_size, position_grid, tables, takes_what_is_given
 from .options import ViltOptions
 from .plan import SequencePlan
@@ -49,10 +51,21 @@ class Inputs:
 
         Raises:
             InputError: (a `ValueError`, `RuntimeError` and `IndexError`) naming what was given and what to do.
+            TypeError: an input is no tensor.
         """
         inputs = Inputs(**given, modality=1 if modality is None else modality)
+        check_tensors(input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds)
+        known = takes_what_is_given(model.embeddings)
+        if known:
+            check_tensors(**given)
+            pixels = inputs.pixel_values
+            if pixels is not None and pixels.ndim == 3:
+                raise InputError(
+                    f"pixel_values must be [B, C, H, W], got {list(pixels.shape)}: one image is a batch of one, "
+                    "pixel_values.unsqueeze(0)."
+                )
         inputs._check_both(model)
-        if takes_what_is_given(model.embeddings):
+        if known:
             inputs._check_text(tables(model.embeddings))
             inputs._check_image(model.embeddings)
         return inputs
@@ -180,3 +193,67 @@ def _check_range(ids, table, name):
 def joined(plans: list[SequencePlan]) -> SequencePlan:
     """One plan for the images that share a text."""
     return plans[0] if len(plans) == 1 else SequencePlan.concatenate(plans, len(plans))
+
+
+def check_plan(plan: SequencePlan, images: list[Inputs], model: hf.ViltModel, options: ViltOptions) -> None:
+    """Refuse a plan that was made for other inputs: by their sizes, and by their masks where those may be looked at.
+
+    Raises:
+        TypeError: it is no plan.
+        InputError: it is one for other sizes, other masks or another `padding`.
+    """
+    if not isinstance(plan, SequencePlan):
+        raise TypeError(
+            f"sequence_plan is a {type(plan).__name__}, expected what vilt_fast.sequence_plan(model, **inputs) returns."
+        )
+    layout = images[0].layout(model, len(images))
+    reason = ""
+    if plan.layout != layout:
+        reason = f"{_in_words(*plan.layout)}, and the inputs are {_in_words(*layout)}"
+    elif plan.padding != options.padding and not plan.dense:
+        reason = f"padding={plan.padding!r}, and the model is accelerated with padding={options.padding!r}"
+    else:
+        size = len(images[0].text)
+        for i, inputs in enumerate(images):
+            reason = reason or _other_masks(plan, slice(i * size, (i + 1) * size), inputs)
+    if reason:
+        raise InputError(
+            f"sequence_plan was made for {reason}: make one for these inputs with "
+            "vilt_fast.sequence_plan(model, **inputs), or pass none."
+        )
+
+
+def _in_words(batch, length, grid, has_cls):
+    image = f"{grid[0]}x{grid[1]} patches of pixel_values" if has_cls else f"{grid[1]} tokens of image_embeds"
+    return f"{batch} samples of {length} text tokens and {image}"
+
+
+def _other_masks(plan, samples, inputs) -> str:
+    """What differs between the masks that are given and may be looked at, and those of these samples of a plan."""
+    text, image = (
+        m if m is not None and m.device == plan.device and readable(m) else None
+        for m in (inputs.attention_mask, inputs.pixel_mask)
+    )
+    if text is None and image is None:
+        return ""
+    planned_text, planned_image = plan.key_mask()[samples].tensor_split([plan.text_length], dim=1)
+    if text is not None and (b := _first_other(planned_text, text != 0)) is not None:
+        return f"other masks: attention_mask of sample {b} says that other tokens are real"
+    if image is None:
+        return ""
+    if inputs.pixel_values is None:
+        b = _first_other(planned_image, image.flatten(1) != 0)
+        return "" if b is None else f"other masks: pixel_mask of sample {b} says that other tokens are real"
+    for b, (planned, given) in enumerate(
+        zip(plan.grids[samples], patches.patch_grids(image, len(inputs.text), plan.patch_grid), strict=True)
+    ):
+        if planned != given:
+            said = " and ".join("x".join(map(str, grid)) for grid in (planned, given))
+            return f"other masks: image {b} of {said} patches, in the plan and in pixel_mask"
+    return ""
+
+
+def _first_other(one, other) -> int | None:
+    """The first sample in which two masks [B, n] differ."""
+    samples = (one != other).any(1).nonzero()
+    return samples[0].item() if len(samples) else None

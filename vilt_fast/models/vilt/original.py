@@ -19,6 +19,7 @@ from ...engine.listeners import any_hooked
 from ...errors import InputError
 from ..base import Features, Part, SwappedTrunk
 from . import embedding, features
+from .given import check_tensors
 from .options import ViltOptions
 from .patches import sampled_mask
 from .plan import SequencePlan
@@ -160,6 +161,13 @@ class InferSwap(SwappedTrunk):
         return embedding.with_patches(tables, plan, text, pixels, modality), plan
 
     def _plan(self, ids, text_masks, pixels, image_embeds, image_masks) -> SequencePlan:
+        check_tensors(
+            text_ids=ids, text_masks=text_masks, image=pixels, image_embeds=image_embeds, image_masks=image_masks
+        )
+        if pixels is not None and pixels.ndim != 4:
+            raise InputError(
+                f"image must be [B, C, H, W], got {list(pixels.shape)}; one image is a batch of one, .unsqueeze(0)."
+            )
         if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
             raise InputError(f"text_ids must be int32 or int64 [B, T], got {ids.dtype} {list(ids.shape)}.")
         positions = self.module.text_embeddings.position_embeddings.num_embeddings

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from transformers.models.vilt import modeling_vilt as hf
 
-from ...errors import InputError
 from . import embedding
-from .inputs import Inputs, joined
+from .inputs import Inputs, check_plan, joined
 from .known import draws_its_patches, is_known, takes_what_is_given
 from .known import tables as tables_of
 from .options import ViltOptions
@@ -30,8 +29,8 @@ def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, 
     tables = tables_of(model.embeddings)
     if plan is None:
         plan = joined([inputs.plan(model, options) for inputs in images])
-    elif plan.layout != (layout := first.layout(model, len(images))):
-        raise InputError(f"sequence_plan is for {plan.layout}, the inputs are {layout}.")
+    else:
+        check_plan(plan, images, model, options)
     text = embedding.text_rows(
         tables, plan, ids=first.input_ids, embeds=first.inputs_embeds, token_types=first.token_type_ids
     )

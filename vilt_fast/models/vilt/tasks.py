@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -12,8 +14,10 @@ from ...engine.blocks import is_tokenwise
 from ...engine.genuine import own_methods
 from ...engine.listeners import any_hooked, has_hooks, is_plain
 from ...errors import InputError
+from ...ops._check import readable
 from ..base import Part, Swapped
 from .encoder import EncoderForward
+from .given import check_tensors
 from .inputs import Inputs, joined
 from .options import ViltOptions
 from .plan import SequencePlan
@@ -76,6 +80,9 @@ class TaskForward(Swapped):
         given = {k: v for k, v in locals().items() if k not in ("self", "kwargs")} | kwargs
         model, config = self.module, self.module.config
         trunk_forward = model.vilt.__dict__.get("forward")
+        check_tensors(labels=labels)
+        if labels is not None and isinstance(trunk_forward, TrunkForward):
+            self.look_at(labels, attention_mask, trunk_forward.options.padding)
         # The trunk is called past its hooks, so there must be none.
         past = isinstance(trunk_forward, TrunkForward) and not has_hooks(model.vilt)
         if not past or not all(own_methods(type(m)) for m in (model, model.vilt)) or not self.packable():
@@ -104,6 +111,9 @@ class TaskForward(Swapped):
 
     def check(self, given) -> None:
         """Raise for what the task does not take, before anything is computed."""
+
+    def look_at(self, labels: torch.Tensor, attention_mask: torch.Tensor | None, padding: str) -> None:
+        """Say what of the labels cannot count as it does in the reference, where looking at them waits for nothing."""
 
     def images(self, given) -> list[Inputs]:
         """The inputs of each image that a sample has."""
@@ -149,8 +159,29 @@ class RetrievalForward(TaskForward):
         return self.module.rank_output(trunk.pooled)
 
 
-class MaskedLMForward(TaskForward):
-    """`ViltForMaskedLM.forward`: the head runs on real text tokens only."""
+class TextForward(TaskForward):
+    """A task that labels text tokens; its head runs on those that the plan has rows for."""
+
+    _said = False
+
+    def look_at(self, labels, attention_mask, padding):
+        if self._said or padding != "zero" or not isinstance(attention_mask, torch.Tensor):
+            return
+        if labels.shape != attention_mask.shape or not readable(labels) or not readable(attention_mask):
+            return
+        lost = ((labels != -100) & (attention_mask == 0).to(labels.device)).sum().item()
+        if lost:
+            self._said = True
+            warnings.warn(
+                f"vilt_fast: {lost} of the labels are of padding (attention_mask 0), whose logits are zero here: the "
+                "loss is not the reference's. Label padding -100, or compute it, with vilt_fast.accelerate(model, "
+                "padding='reference'). This is said once.",
+                stacklevel=2,
+            )
+
+
+class MaskedLMForward(TextForward):
+    """`ViltForMaskedLM.forward`."""
 
     output = MaskedLMOutput
 
@@ -170,8 +201,8 @@ class MaskedLMForward(TaskForward):
         return _text_logits(self.module.mlm_score, trunk)
 
 
-class TokenClassificationForward(TaskForward):
-    """`ViltForTokenClassification.forward`: the head runs on real text tokens only."""
+class TokenClassificationForward(TextForward):
+    """`ViltForTokenClassification.forward`."""
 
     output = TokenClassifierOutput
 
@@ -197,7 +228,9 @@ class ImagesAndTextForward(TaskForward):
         return not any(map(any_hooked, vilt.children())) and is_known(vilt)
 
     def images(self, given):
-        pixel_values, pixel_mask, image_embeds = (given.get(k) for k in ("pixel_values", "pixel_mask", "image_embeds"))
+        of_images = {k: given.get(k) for k in ("pixel_values", "pixel_mask", "image_embeds")}
+        check_tensors(**of_images)
+        pixel_values, pixel_mask, image_embeds = of_images.values()
         if pixel_values is not None and pixel_values.ndim == 4:
             pixel_values = pixel_values.unsqueeze(1)
         if image_embeds is not None and image_embeds.ndim == 3:
@@ -205,6 +238,8 @@ class ImagesAndTextForward(TaskForward):
         image = pixel_values if pixel_values is not None else image_embeds
         num_images = None if image is None else image.shape[1]
         wanted = self.module.config.num_images
+        if pixel_values is not None and pixel_values.ndim != 5:
+            raise InputError(f"pixel_values must be [B, {wanted}, C, H, W], got {list(pixel_values.shape)}.")
         if num_images != wanted:
             raise InputError(
                 "Make sure to match the number of images in the model with the number of images in the input: "
