@@ -47,17 +47,17 @@ def moved(inputs, device, dtype=None):
     }
 
 
-def models(kind, device, dtype=torch.float32, **config):
+def models(kind, device, dtype=torch.float32, options=(), **config):
     """(HuggingFace's in float64, the same in `dtype`, ours in `dtype`)."""
     exact = build(kind, **SMALL | config)
     plain = copy.deepcopy(exact).to(device, dtype)
-    ours = vilt_fast.accelerate(copy.deepcopy(plain), patch_order="reference")
+    ours = vilt_fast.accelerate(copy.deepcopy(plain), patch_order="reference", **dict(options))
     return exact.to(dtype).double(), plain, ours
 
 
 def compare(mine, plain, exact, masks=None):
     for (path, a), (_, b), (_, c) in zip(leaves(mine), leaves(plain), leaves(exact), strict=True):
-        if path == "last_hidden_state":
+        if path == "last_hidden_state" and masks:
             mask = masks[0][:, :, None]
             b, c = torch.where(mask.to(b.device), b, 0), torch.where(mask, c, 0)
         assert_within_budget(a, b, c, what=path)
@@ -74,6 +74,15 @@ def test_inference_runs_on_the_fused_kernels(kind, dtype, device, launched):
         other = call(plain, inputs)
     assert {(op, "triton") for op in FUSED} <= launched
     compare(mine, other, right, real_positions(exact, batch(kind)))
+
+
+@torch.no_grad()
+def test_padding_runs_on_them_too(device, launched):
+    exact, plain, ours = models("trunk", device, options={"padding": "reference"})
+    inputs = moved(batch("trunk"), device, torch.float32)
+    right = call(exact, moved(batch("trunk"), "cpu", torch.float32) | floats64("trunk", torch.float32))
+    compare(call(ours, inputs), call(plain, inputs), right)
+    assert {(op, "triton") for op in FUSED} <= launched
 
 
 def floats64(kind, dtype):
