@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ...engine.packing import Packing
+from ...engine.packing import Packing, Selection
 from ...errors import InputError
 from . import patches
 
@@ -42,6 +42,8 @@ class SequencePlan(Packing):
     patch_grid: tuple[int, int]  #: (gh, gw) patches of the padded pixel tensor; (1, P) for `image_embeds`
     text_source: torch.Tensor  #: [n] position in the flattened [B * T] text
     text_rows: torch.Tensor  #: [n]
+    shown_text: torch.Tensor  #: [m] which of these n have a place in the padded output
+    text_starts: torch.Tensor  #: int32 [B + 1] where those of each sample begin among the m
     patch_source: torch.Tensor  #: [p] b * gh * gw + y * gw + x (position in the flattened [B * P] `image_embeds`)
     patch_rows: torch.Tensor  #: [p]
     patch_sample: torch.Tensor  #: [p]
@@ -55,6 +57,16 @@ class SequencePlan(Packing):
     def layout(self) -> tuple:
         """(B, T, patch grid, whether images have a [CLS]): what inputs must look like to be packed by this plan."""
         return self.batch, self.text_length, self.patch_grid, len(self.cls_rows) > 0
+
+    @property
+    def texts(self) -> Selection:
+        """The text rows that have a place in the padded output."""
+        return Selection(self.text_rows.index_select(0, self.shown_text), self.text_starts, self.text_length)
+
+    @property
+    def text_places(self) -> torch.Tensor:
+        """[m] position of each row of `texts` in the flattened [B * T] text."""
+        return self.text_source.index_select(0, self.shown_text)
 
     def __getstate__(self):
         # On a GPU they are views of one storage, of several dtypes, which torch does not save.
@@ -187,6 +199,8 @@ class SequencePlan(Packing):
         cells = plans[0].patch_grid[0] * plans[0].patch_grid[1]
         rows = np.cumsum([0] + [p.total_rows for p in plans]).tolist()
         samples = np.cumsum([0] + [p.batch for p in plans]).tolist()
+        texts = np.cumsum([0] + [len(p.text_rows) for p in plans]).tolist()
+        shown = np.cumsum([0] + [len(p.shown_text) for p in plans]).tolist()
 
         def joined(name, offsets=None):
             parts = [getattr(p, name) for p in plans]
@@ -200,6 +214,7 @@ class SequencePlan(Packing):
             sample, cell = plan.patch_source // cells, plan.patch_source % cells
             sources.append((sample * source_stride + i) * cells + cell)
         cu_seqlens = [p.cu_seqlens[1:] + rows[i] for i, p in enumerate(plans)]
+        text_starts = [p.text_starts[1:] + shown[i] for i, p in enumerate(plans)]
         return SequencePlan(
             width=max(widths),
             text_length=plans[0].text_length,
@@ -212,6 +227,8 @@ class SequencePlan(Packing):
             seqused_k=joined("seqused_k"),
             text_source=joined("text_source"),
             text_rows=joined("text_rows", rows),
+            shown_text=joined("shown_text", texts),
+            text_starts=torch.cat([plans[0].text_starts[:1], *text_starts]),
             patch_source=torch.cat(sources),
             patch_rows=joined("patch_rows", rows),
             patch_sample=joined("patch_sample", samples),
@@ -275,6 +292,7 @@ def _assemble(text, cells, grid, image_tokens, grids, positions, has_cls, paddin
     area = grid[0] * grid[1]
     shown = padding == "reference"
     text_source, text_rows, patch_source, patch_rows, patch_sample = [], [], [], [], []
+    shown_text, text_counts = [], []
     cls_rows, pool_rows, padded_rows, places = [], [], [], []
     lengths, key_lengths = [], []
     start = 0
@@ -294,6 +312,8 @@ def _assemble(text, cells, grid, image_tokens, grids, positions, has_cls, paddin
                 )
         lengths.append(rows)
         key_lengths.append(keys)
+        text_counts.append(len(t) + (len(t_padded) if shown else 0))
+        shown_text.append(sum(map(len, text_source)) + np.arange(text_counts[-1]))
         text_source += [b * text_length + t, b * text_length + t_padded]
         text_rows += [start + np.arange(len(t)), start + keys + np.arange(len(t_padded))]
         cls_rows.append(start + len(t))
@@ -316,6 +336,8 @@ def _assemble(text, cells, grid, image_tokens, grids, positions, has_cls, paddin
         "seqused_k": np.array(key_lengths, np.int32),
         "text_source": np.concatenate(text_source),
         "text_rows": np.concatenate(text_rows),
+        "shown_text": np.concatenate(shown_text),
+        "text_starts": np.cumsum([0, *text_counts], dtype=np.int32),
         "patch_source": np.concatenate(patch_source),
         "patch_rows": np.concatenate(patch_rows),
         "patch_sample": np.concatenate(patch_sample),

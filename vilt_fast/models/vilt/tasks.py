@@ -61,6 +61,7 @@ class TaskForward(Swapped):
 
     options_type = ViltOptions
     output = SequenceClassifierOutput
+    reads = "pooled"  #: what the head is given: "pooled" or "texts"
 
     def __call__(
         self,
@@ -96,6 +97,7 @@ class TaskForward(Swapped):
             given.get("sequence_plan"),
             chosen(output_hidden_states, config.output_hidden_states),
             chosen(output_attentions, config.output_attentions),
+            reads=self.reads,
         )
         logits = self.logits(trunk, images)
         loss = None if labels is None else self.loss(logits, labels.to(logits.device))
@@ -184,6 +186,7 @@ class MaskedLMForward(TextForward):
     """`ViltForMaskedLM.forward`."""
 
     output = MaskedLMOutput
+    reads = "texts"
 
     def packable(self):
         head = self.module.mlm_score
@@ -205,6 +208,7 @@ class TokenClassificationForward(TextForward):
     """`ViltForTokenClassification.forward`."""
 
     output = TokenClassifierOutput
+    reads = "texts"
 
     def packable(self):
         dropout, classifier = self.module.dropout, self.module.classifier
@@ -288,11 +292,7 @@ class ImagesAndTextForward(TaskForward):
 def _text_logits(head, trunk: Trunk) -> torch.Tensor:
     """Logits [B, T, classes] of a head on the text rows that are shown, zero elsewhere."""
     plan = trunk.plan
-    rows, places = plan.text_rows, plan.text_source
-    if not plan.shows_every_row:  # a query-only row stands for a masked token, whose logits mean nothing
-        real = torch.isin(rows, plan.padded_rows)
-        rows, places = rows[real], places[real]
-    logits = head(trunk.rows.index_select(0, rows))
+    logits = head(trunk.texts)
     batch, length = plan.batch, plan.text_length
     padded = logits.new_zeros(batch * length, logits.shape[-1])
-    return padded.index_copy(0, places, logits).view(batch, length, -1)
+    return padded.index_copy(0, plan.text_places, logits).view(batch, length, -1)

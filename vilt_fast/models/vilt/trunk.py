@@ -16,7 +16,7 @@ from ...engine import blocks
 from ...engine import encode as engine
 from ...engine.blocks import Attention, Block, FeedForward, is_tokenwise
 from ...engine.genuine import own_methods
-from ...engine.listeners import has_hooks, is_plain, runs_own_code
+from ...engine.listeners import any_hooked, has_hooks, is_plain, runs_own_code
 from ..base import Features, SwappedTrunk
 from . import features
 from .inputs import Inputs
@@ -29,11 +29,11 @@ from .rows import embed
 
 @dataclasses.dataclass(slots=True)
 class Trunk:
-    """What the trunk computed, packed, with the plan of each image."""
+    """What the trunk computed of what is read, with the plan of each image."""
 
-    rows: torch.Tensor  #: [N, D] after the final norm
-    sequence: torch.Tensor | None  #: the same, padded [B, L, D], if asked for
-    pooled: torch.Tensor | None  #: [B, D]
+    sequence: torch.Tensor | None  #: padded [B, L, D] after the final norm, if everything is read
+    texts: torch.Tensor | None  #: [m, D] the rows of `plan.texts` after the final norm, if these are read
+    pooled: torch.Tensor | None  #: [B, D], if it is read or the pooler may do more than that
     plan: SequencePlan
     dtype: torch.dtype  #: of the residual stream in the reference
     hidden_states: list[torch.Tensor]  #: padded [B, L, D], in whatever dtype they were computed
@@ -70,7 +70,6 @@ class TrunkForward(SwappedTrunk):
             sequence_plan,
             chosen(output_hidden_states, config.output_hidden_states),
             chosen(output_attentions, config.output_attentions),
-            want_sequence=True,
         )
         hidden, attentions = extras(trunk)
         sequence = trunk.sequence
@@ -93,7 +92,7 @@ class TrunkForward(SwappedTrunk):
         )
         computed = features.in_raster_order(self).run([checked])
         plan = computed.plan
-        text, image = plan.unpack(computed.rows).tensor_split([plan.text_length], dim=1)
+        text, image = computed.sequence.tensor_split([plan.text_length], dim=1)
         text_real, image_real = plan.key_mask().tensor_split([plan.text_length], dim=1)
         cells = [features.cells(plan.patch_positions(b), w) for b, (_, w) in enumerate(plan.grids)]
         size = patch_size(self.module.embeddings)
@@ -105,24 +104,45 @@ class TrunkForward(SwappedTrunk):
         return Features(text, image, text_real, image_real, checked.input_ids, plan.grids, cells, size)
 
     def run(
-        self, images: list[Inputs], plan=None, want_hidden=False, want_attention=False, want_sequence=False
+        self, images: list[Inputs], plan=None, want_hidden=False, want_attention=False, reads: str | None = None
     ) -> Trunk:
-        """Embed, encode, normalise and pool; several images share one text and run as one packed batch."""
+        """Embed, encode, normalise and pool; several images share one text and run as one packed batch.
+
+        `reads` says what is read of the result, so that the last block can leave out the rest: "pooled", "texts"; None
+        for everything. Who wants hidden states or attentions, or listens to a part after the blocks, gets all rows.
+        """
         model = self.module
         rows, plan = embed(model, images, plan, self.options)
+        few = reads is not None and not (want_hidden or want_attention) and _is_plain_around_blocks(model)
+        wanted = getattr(plan, reads) if few else None
         if has_hooks(model.encoder) or not is_plain(model.encoder, hf.ViltEncoder):
             encoded = _call_encoder(model.encoder, rows, plan, want_hidden, want_attention)
         else:
             encoded = self.encode(
-                model.encoder.layer, _block, rows, plan, want_hidden=want_hidden, want_attention=want_attention
-            )
+                model.encoder.layer, _block, rows, plan,
+                want_hidden=want_hidden, want_attention=want_attention, wanted=wanted,
+            )  # fmt: skip
         normed = engine.final_norm(model.layernorm, encoded.rows, plan)
-        sequence = pooled = None
-        if want_sequence:
+        sequence = texts = pooled = None
+        if reads is None:
             sequence, normed = engine.shown(normed, plan)
-        if model.pooler is not None:
+        elif reads == "texts":
+            texts = normed if few else normed.index_select(0, plan.texts.rows)
+        if few and reads == "pooled":
+            pooled = model.pooler(normed[:, None])
+        elif not few and model.pooler is not None:
             pooled = engine.pool(model.pooler, normed, plan, first_only=is_plain(model.pooler, hf.ViltPooler))
-        return Trunk(normed, sequence, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions)
+        return Trunk(sequence, texts, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions)
+
+
+def _is_plain_around_blocks(model: hf.ViltModel) -> bool:
+    """Whether what the encoder's result is given to looks at each row by itself, and nobody listens."""
+    parts = [(model.encoder, hf.ViltEncoder), (model.layernorm, nn.LayerNorm)]
+    if model.pooler is not None:
+        parts.append((model.pooler, hf.ViltPooler))
+        if any_hooked(model.pooler):
+            return False
+    return all(is_plain(part, kind) and not has_hooks(part) for part, kind in parts)
 
 
 def is_known(model: hf.ViltModel) -> bool:
