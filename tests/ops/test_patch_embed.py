@@ -8,6 +8,7 @@ from transformers import ViltConfig
 from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 from vilt_fast import functional
+from vilt_fast.reference.encoder import quantized_channels, quantized_rows
 from vilt_fast.testing import assert_within_budget, opcheck, packing_indices, random_weights, sliced, strided
 
 PATCH, WIDTH, TABLE = 4, 12, (3, 3)
@@ -180,6 +181,35 @@ def test_images_without_text_or_modality(backend, dtype):
     zeros = arguments | {"modality": torch.zeros_like(arguments["modality"])}
     bare = functional.patch_embed(**arguments | BARE, backend=backend)
     assert torch.equal(bare, functional.patch_embed(**zeros, backend=backend))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_weight_of_8_bits_rounds_patches_and_channels_to_levels(dtype):
+    arguments = _arguments(dtype, chosen=3, query_rows=1, spare=(3, 2))
+    exact = functional.patch_embed(**_cast(arguments, torch.float64), backend="reference")
+    # The same arithmetic in plain PyTorch: each patch and each channel rounded, multiplied as they are then.
+    patches = _cast(arguments, torch.float64) | {"weight": quantized_channels(arguments["weight"].double().flatten(1))}
+    cells = F.unfold(arguments["pixels"].double(), PATCH, stride=PATCH).transpose(1, 2)
+    rounded = F.fold(quantized_rows(cells).transpose(1, 2), [n // PATCH * PATCH for n in arguments["pixels"].shape[2:]],
+                     PATCH, stride=PATCH)  # fmt: skip
+    patches |= {"weight": patches["weight"].view(arguments["weight"].shape), "pixels": rounded}
+    emulated = functional.patch_embed(**patches, backend="reference")
+    blob = arguments | {"weight": functional.quantize_linear(arguments["weight"].flatten(1))}
+    got = functional.patch_embed(**blob)
+    assert got.dtype == dtype
+    assert_within_budget(got, emulated, exact)
+    assert not torch.allclose(got, functional.patch_embed(**arguments), rtol=1e-5)  # it really is 8 bits
+    with pytest.raises(RuntimeError, match="belong to the cpp backend"):
+        functional.patch_embed(**blob, backend="reference")
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="no gradient"):
+        functional.patch_embed(**blob | {"text": arguments["text"].clone().requires_grad_()}, backend="cpp")
+    for weight, message in (
+        (blob["weight"][:-1], "no blob"),
+        (functional.quantize_linear(torch.randn(12, 50)), "matrix"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            functional.patch_embed(**blob | {"weight": weight})
 
 
 def test_text_and_modality_come_in_pairs():

@@ -33,7 +33,7 @@ def _fake(
     dropout_p: float, out_dtype: torch.dtype, pixel_scale: Tensor | None, pixel_shift: Tensor | None,
     seed: Tensor | None,
 ):  # fmt: skip
-    return (weight.new_empty(total_rows, weight.shape[0], dtype=out_dtype),), ()
+    return (cls_token.new_empty(total_rows, cls_token.shape[0], dtype=out_dtype),), ()
 
 
 def _fake_backward(
@@ -51,11 +51,13 @@ def _validate(
     pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows, patch_sample,
     pos_index, pos_weight, cls_rows, modality_index, total_rows, dropout_p, pixel_scale, pixel_shift,
 ):  # fmt: skip
+    blob = isinstance(weight, Tensor) and weight.dtype == torch.uint8
     sizes = _check.shapes(
         _NAME,
-        weight=(weight, "D C ph pw"), pixels=(pixels, "B C height width"), bias=(bias, "D"),
-        cls_token=(cls_token, "D"), position=(position, "G+1 D"), modality=(modality, "M D"), text=(text, "n_text D"),
-        text_rows=(text_rows, "n_text"), patch_source=(patch_source, "n"), patch_rows=(patch_rows, "n"),
+        weight=(weight, "bytes" if blob else "D C ph pw"), pixels=(pixels, "B C height width"),
+        cls_token=(cls_token, "D"), bias=(bias, "D"), position=(position, "G+1 D"), modality=(modality, "M D"),
+        text=(text, "n_text D"), text_rows=(text_rows, "n_text"), patch_source=(patch_source, "n"),
+        patch_rows=(patch_rows, "n"),
         patch_sample=(patch_sample, "n"), pos_index=(pos_index, "n 4"), pos_weight=(pos_weight, "n 4"),
         cls_rows=(cls_rows, "B"), modality_index=(modality_index, "B"), pixel_scale=(pixel_scale, "C"),
         pixel_shift=(pixel_shift, "C"),
@@ -71,7 +73,10 @@ def _validate(
             f"patch_embed: total_rows is {total_rows}, but {n_text} text, {sizes['n']} patch and {sizes['B']} "
             "CLS rows are listed; each row is written once."
         )
-    floats = dict(weight=weight, bias=bias, cls_token=cls_token, position=position, modality=modality, text=text)
+    floats = dict(bias=bias, cls_token=cls_token, position=position, modality=modality, text=text)
+    if not blob:  # which only its backend can open
+        floats["weight"] = weight
+        _check.same_dtype(_NAME, weight=weight, bias=bias)
     normalized = pixel_scale is not None and pixel_shift is not None
     if (pixels.dtype == torch.uint8) != normalized or (pixel_scale is None) != (pixel_shift is None):
         raise ValueError(
@@ -80,7 +85,6 @@ def _validate(
         )
     _check.dtypes(_NAME, (*_check.FLOATS, torch.uint8), pixels=pixels)
     _check.dtypes(_NAME, _check.FLOATS, pixel_scale=pixel_scale, pixel_shift=pixel_shift, **floats)
-    _check.same_dtype(_NAME, weight=weight, bias=bias)
     _check.dtypes(_NAME, _check.FLOATS, pos_weight=pos_weight)
     indices = dict(
         text_rows=text_rows, patch_source=patch_source, patch_rows=patch_rows, patch_sample=patch_sample,
@@ -133,7 +137,9 @@ def patch_embed(
         pixels: [B, C, height, width] of any strides, any floating dtype (converted to that of ``weight``) or uint8;
             height and width need not be multiples of the patch. What lies outside the listed patches has no effect,
             even NaN.
-        weight: [D, C, ph, pw], the projection; its last two sizes are the patch size. bias: [D] or None.
+        weight: [D, C, ph, pw], the projection; its last two sizes are the patch size. Or a blob of
+            :func:`quantize_linear`, made from ``weight.flatten(1)`` of square patches (cpp, without a gradient): then
+            patches are rounded to 256 levels each. bias: [D] or None.
         cls_token: [D].
         position: [1 + G, D], row 0 for [CLS].
         modality: [M, D], the modality table (0 text, 1 image, 2 second image), and modality_index: [B] int64 rows of
@@ -167,11 +173,12 @@ def patch_embed(
     sizes = _validate(
         pixels, **floats, **indices, pos_weight=pos_weight, total_rows=total_rows, dropout_p=dropout_p, **normalization
     )
-    out_dtype = weight.dtype if out_dtype is None else out_dtype
+    blob = weight.dtype == torch.uint8
+    out_dtype = (cls_token if blob else weight).dtype if out_dtype is None else out_dtype
     facts = Facts(
         device=pixels.device.type, dtype=weight.dtype, pixel_dtype=pixels.dtype, out_dtype=out_dtype,
         dtypes=frozenset(t.dtype for t in (text, cls_token, position, modality) if t is not None),
-        square=sizes["ph"] == sizes["pw"], requires_grad=_check.needs_grad(pixels, *floats.values()),
+        square=blob or sizes["ph"] == sizes["pw"], requires_grad=_check.needs_grad(pixels, *floats.values()),
         dropout=dropout_p > 0,
     )  # fmt: skip
     name = _OP.resolve(backend, facts)

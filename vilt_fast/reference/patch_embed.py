@@ -21,6 +21,16 @@ import torch
 import torch.nn.functional as F
 
 
+def supports(
+    *, device=None, dtype=None, pixel_dtype=None, out_dtype=None, dtypes=(), square=True, requires_grad=False,
+    dropout=False,
+):  # fmt: skip
+    """Takes the float weight; the blobs of `quantize_linear` are opaque."""
+    return (
+        "it takes a float weight; blobs of quantize_linear belong to the cpp backend." if dtype == torch.uint8 else ""
+    )
+
+
 def patch_embed(
     pixels, weight, bias, cls_token, position, modality, text,
     text_rows, patch_source, patch_rows, patch_sample, pos_index, pos_weight, cls_rows, modality_index, total_rows, *,

@@ -1,8 +1,10 @@
 """patch_embed on the CPU: csrc/cpu/patch_embed.cpp; its gradient in closed form, in PyTorch."""
 
+import math
+
 import torch
 
-from . import _native
+from . import _native, quantize_linear
 
 
 def supports(
@@ -11,8 +13,11 @@ def supports(
 ):  # fmt: skip
     if not square:
         return "patches are not square."
+    if dtype == torch.uint8 and requires_grad:
+        return "a blob of quantize_linear has no gradient; use torch.no_grad() or the weight itself."
+    weight = None if dtype == torch.uint8 else dtype
     tables = {f"a table ({place})": table for place, table in enumerate(sorted(dtypes, key=str))}
-    return _native.problem(device, dropout=dropout, weight=dtype, pixels=pixel_dtype, out=out_dtype, **tables)
+    return _native.problem(device, dropout=dropout, weight=weight, pixels=pixel_dtype, out=out_dtype, **tables)
 
 
 def _check_indices(limits, indices):
@@ -32,8 +37,17 @@ def patch_embed_fwd(
 ):  # fmt: skip
     from vilt_fast import _C
 
-    width, channels, size, _ = weight.shape
-    images, _, height, columns = pixels.shape
+    width, (images, channels, height, columns) = len(cls_token), pixels.shape
+    if weight.dtype == torch.uint8:
+        compute, (weight, shape) = "int8", quantize_linear.opened("patch_embed: weight", weight)
+        size = math.isqrt(shape[1] // channels)
+        if shape != (width, channels * size**2):
+            raise ValueError(
+                f"patch_embed: weight is a blob of a matrix {list(shape)}, expected [{width}, {channels} * size^2], as "
+                "the pixels and cls_token are."
+            )
+    else:
+        compute, size = _native.NAMES[weight.dtype], weight.shape[-1]
     gh, gw = height // size, columns // size
     limits = dict(
         text_rows=total_rows, patch_rows=total_rows, cls_rows=total_rows, patch_source=images * gh * gw,
@@ -60,11 +74,12 @@ def patch_embed_fwd(
     address, names = _native.address, _native.NAMES
     _C.patch_embed(
         pixels.data_ptr(), names[pixels.dtype], list(pixels.stride()), size, channels, weight.data_ptr(),
-        names[weight.dtype], address(bias), names[weight.dtype], width, address(patch_source), gh, gw,
-        address(patch_rows), address(pos_index), address(pos_weight), position.data_ptr(), names[position.dtype],
+        names[weight.dtype], address(bias), "f32" if bias is None else names[bias.dtype], width,
+        address(patch_source), gh, gw, address(patch_rows), address(pos_index), address(pos_weight),
+        position.data_ptr(), names[position.dtype],
         cls_token.data_ptr(), names[cls_token.dtype], cls_rows.data_ptr(), address(modality),
         "f32" if modality is None else names[modality.dtype], address(modality_index), address(patch_sample),
-        out.data_ptr(), len(patch_rows), len(cls_rows), names[weight.dtype], torch.get_num_threads(),
+        out.data_ptr(), len(patch_rows), len(cls_rows), compute, torch.get_num_threads(),
     )  # fmt: skip
     return (out.to(out_dtype),), ()
 

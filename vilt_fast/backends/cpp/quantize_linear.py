@@ -33,7 +33,7 @@ def quantize_linear_fwd(*, weight, keep):
 
 def opened(name, blob):
     """The blob as the library wants it, aligned, and the (N, K) it was made from; ValueError if it is none."""
-    rows, columns = blob[-16:].contiguous().view(torch.int64).tolist() if blob.numel() > 16 else (0, 0)
+    rows, columns = blob[-16:].clone().view(torch.int64).tolist() if blob.numel() > 16 else (0, 0)
     if min(rows, columns) < 1 or _bytes(rows, columns) + 16 != blob.numel():
         raise ValueError(f"{name} is uint8 but no blob of quantize_linear; make one.")
     blob = blob.contiguous()
