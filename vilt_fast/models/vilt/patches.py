@@ -75,6 +75,8 @@ def choose_patches(grids, grid, max_image_length, patch_order, generator, fill):
     beside = [np.zeros(0, np.int64)] * len(grids)
     for b, (h, w) in enumerate(grids):
         missing = limit - counts[b]
+        if patch_order == "raster" and (missing == 0 or (missing > 0 and not fill)):
+            continue
         places = choose(counts[b], grid[0] * grid[1] - counts[b], limit)
         if missing <= 0:
             cells[b] = cells[b][places]
@@ -91,8 +93,8 @@ def _in_raster_order(generator, count, others, limit):
     Those are spread over the others evenly, so that nothing is drawn for them.
     """
     missing = limit - count
-    if missing >= 0:
-        return np.arange(missing) * others // missing if missing else np.arange(count)
+    if missing > 0:
+        return np.arange(missing) * others // missing
     keep = torch.randperm(count, generator=generator, device=generator.device if generator else "cpu")[:limit]
     return np.sort(keep.cpu().numpy())
 

@@ -275,8 +275,11 @@ def _with_pixels(
     index, weight = [], []
     for (h, w), own, others in zip(grids, cells, beside, strict=True):
         at, share = patches.bilinear(h, w, position_grid, grid[1], exact)
-        index += [at[own], np.zeros((len(others), 4), np.int64)]  # beside an image a patch has no position
-        weight += [share[own], np.zeros((len(others), 4), share.dtype)]
+        index.append(at[own])
+        weight.append(share[own])
+        if len(others):  # beside an image a patch has no position
+            index.append(np.zeros((len(others), 4), np.int64))
+            weight.append(np.zeros((len(others), 4), share.dtype))
     positions = np.concatenate(index), np.concatenate(weight)
     return _assemble(text, (cells, beside), grid, max(map(len, cells)), grids, positions, True, padding, device)
 
@@ -295,39 +298,41 @@ def _assemble(text, cells, grid, image_tokens, grids, positions, has_cls, paddin
     shown_text, text_counts = [], []
     cls_rows, pool_rows, padded_rows, places = [], [], [], []
     lengths, key_lengths = [], []
-    start = 0
+    start = listed = 0
     for b, (p, p_padded) in enumerate(zip(*cells, strict=True)):
-        t, t_padded = np.flatnonzero(text[b]), np.flatnonzero(~text[b])
-        if not shown:
-            t_padded = t_padded[t_padded == 0]
+        t = np.flatnonzero(text[b])
+        pooled = bool(text[b, 0]) if text_length else has_cls or (len(p) > 0 and p[0] == 0)
+        if not (pooled or text_length or shown):
+            raise InputError(
+                f"sample {b} has no text and its first image token is masked: there is nothing to pool from."
+            )
+        t_padded = np.flatnonzero(~text[b]) if shown else np.zeros(int(not pooled), np.int64)
         keys = len(t) + head + len(p)
         rows = keys + len(t_padded) + len(p_padded)
-        if text_length:
-            pooled = text[b, 0]
-        else:
-            pooled = has_cls or (len(p) > 0 and p[0] == 0)
-            if not pooled and not shown:
-                raise InputError(
-                    f"sample {b} has no text and its first image token is masked: there is nothing to pool from."
-                )
+        image = np.arange(head + len(p)) if has_cls else p
+        text_source.append(b * text_length + t)
+        text_rows.append(start + np.arange(len(t)))
+        cls_rows.append(start + len(t))
+        patch_source.append(b * area + p)
+        patch_rows.append(start + len(t) + head + np.arange(len(p)))
+        pool_rows.append(start if pooled else start + keys)
+        places += [b * width + t, b * width + text_length + image]
+        if len(t_padded):
+            text_source.append(b * text_length + t_padded)
+            text_rows.append(start + keys + np.arange(len(t_padded)))
+        if len(p_padded):
+            patch_source.append(b * area + p_padded)
+            patch_rows.append(start + rows - len(p_padded) + np.arange(len(p_padded)))
+        if shown:  # patches lie beside each other from [CLS] on, the padded ones last; ready embeddings where they were
+            beside = head + len(p) + np.arange(len(p_padded)) if has_cls else p_padded
+            places += [b * width + t_padded, b * width + text_length + beside]
+        patch_sample.append(np.full(len(p) + len(p_padded), b))
+        padded_rows.append(start + np.arange(rows if shown else keys))
         lengths.append(rows)
         key_lengths.append(keys)
         text_counts.append(len(t) + (len(t_padded) if shown else 0))
-        shown_text.append(sum(map(len, text_source)) + np.arange(text_counts[-1]))
-        text_source += [b * text_length + t, b * text_length + t_padded]
-        text_rows += [start + np.arange(len(t)), start + keys + np.arange(len(t_padded))]
-        cls_rows.append(start + len(t))
-        last = start + rows - len(p_padded)
-        patch_source += [b * area + p, b * area + p_padded]
-        patch_rows += [start + len(t) + head + np.arange(len(p)), last + np.arange(len(p_padded))]
-        patch_sample.append(np.full(len(p) + len(p_padded), b))
-        pool_rows.append(start if pooled else start + keys)
-        # Patches lie beside each other from [CLS] on, the padded ones last; ready embeddings are where they were.
-        image = np.arange(head + len(p)) if has_cls else p
-        beside = head + len(p) + np.arange(len(p_padded)) if has_cls else p_padded
-        order = [t, text_length + image, *((t_padded, text_length + beside) if shown else ())]
-        places.append(b * width + np.concatenate(order))
-        padded_rows.append(start + np.arange(len(places[-1])))
+        shown_text.append(listed + np.arange(text_counts[-1]))
+        listed += len(t) + len(t_padded)
         start += rows
 
     index, weight = positions if positions is not None else (np.zeros((0, 4), np.int64), np.zeros((0, 4), np.float32))
