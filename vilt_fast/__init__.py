@@ -14,8 +14,11 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "accelerate": "swap",
     "restore": "swap",
+    "restored": "swap",
     "refresh": "swap",
     "sequence_plan": "swap",
+    "explain": "explanation",
+    "Explanation": "explanation",
     "align": "alignment.align",
     "Alignment": "alignment.align",
     "SequencePlan": "models.vilt.plan",

@@ -7,13 +7,16 @@ they are, and deleting the attributes is the exact way back.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from collections.abc import Iterator
 
 from torch import nn
 
+from . import record
 from .engine.packing import Packing
-from .models import find
+from .models import find, why_nothing
 from .models.base import Swapped, swap_of, wrapper_of
 
 
@@ -29,7 +32,8 @@ def accelerate(
             quantised copy of these weights; training is not touched. A gradient in evaluation mode is that of the
             parameters as they are.
         cuda_graphs: on a GPU, capture the blocks once per bucket of sizes and replay them as one launch, in inference:
-            for low latency at small batches. Keeps buffers of the captured sizes. A CPU is not touched.
+            for low latency at small batches. Keeps buffers of the captured sizes. Has no effect on a CPU, which is said
+            once.
         family_options: what only some models know. ViLT: `patch_order="raster"` gives image tokens row by row,
             "reference" reproduces the random order that the reference draws, under the same torch seed, so that outputs
             can be compared element by element; `generator` (a `torch.Generator`) is for the patches that a positive
@@ -37,7 +41,8 @@ def accelerate(
             "reference" computes there what the reference has, for code that pools over them or labels them.
 
     Returns:
-        The same model. Accelerating again replaces the options.
+        The same model. Accelerating again replaces the options. With VILT_FAST_DISABLE=1 in the environment, at a call,
+        accelerated models compute as their own classes define (and take a `sequence_plan` without using it).
 
     Raises:
         TypeError: no part of `model` is a ViLT that is known here, or it has no such option. Nothing has been changed
@@ -49,11 +54,7 @@ def accelerate(
     found = find(model)
     parts = [part for part in found if not part.refusal]
     if not parts:
-        raise TypeError(
-            "; ".join(part.refusal for part in found)
-            or f"{type(model).__name__} contains no ViLT model: accelerate takes transformers' Vilt* classes and the "
-            "original ViLTransformerSS, or a module around one of them."
-        )
+        raise TypeError("; ".join(part.refusal for part in found) or why_nothing(model))
     for module, name in ((part.module, part.kind.name) for part in parts):
         present = wrapper_of(module, name)
         if present is not None:
@@ -64,6 +65,8 @@ def accelerate(
     given = dict(quantize=quantize, cuda_graphs=cuda_graphs, **family_options)
     for swapped in [part.kind(part.module, _options(part.kind, given)) for part in parts]:
         swapped.put()
+    if record.disabled():
+        record.say_disabled()
     return model
 
 
@@ -101,6 +104,23 @@ def restore(model: nn.Module) -> nn.Module:
     for module, swapped in _swaps(model, "restore"):
         swapped.take_out(module)
     return model
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module) -> Iterator[nn.Module]:
+    """`with restored(model):` the model is as `restore` leaves it, and accelerated again after, as it was before.
+
+    What was kept from call to call (8-bit copies, CUDA graphs) is kept on. Within another `restored`, or for a model
+    that was never accelerated, nothing changes.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`; or, at the end, somebody has put a method of their own in the place
+            of one that was accelerated.
+    """
+    with contextlib.ExitStack() as stack:
+        for module, swapped in _swaps(model, "restored"):
+            stack.enter_context(swapped.out_of(module))
+        yield model
 
 
 def refresh(model: nn.Module) -> nn.Module:

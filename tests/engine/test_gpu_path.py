@@ -208,7 +208,7 @@ def test_a_plan_made_ahead_is_the_plan_of_the_call(kind):
         for (path, a), (_, b) in zip(*(leaves(ours(**inputs, sequence_plan=p)) for p in (plan, None)), strict=True):
             assert torch.equal(a, b), path
     other = vilt_fast.sequence_plan(ours, **{k: v[:2] for k, v in inputs.items()})
-    with pytest.raises(vilt_fast.InputError, match="sequence_plan is for"):
+    with pytest.raises(vilt_fast.InputError, match="sequence_plan was made for"):
         ours(**inputs, sequence_plan=other)
 
 

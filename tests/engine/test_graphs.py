@@ -4,6 +4,7 @@ recording is a plain call that writes to the same memory, so that everything aro
 import copy
 import pickle
 import threading
+import warnings
 
 import pytest
 import torch
@@ -36,15 +37,15 @@ def device(monkeypatch):
     if GPU:
         return "cuda"
     monkeypatch.setattr(graphs, "Recording", Again)
-    monkeypatch.setattr(graphs, "usable", lambda rows: True)
+    monkeypatch.setattr(graphs, "why_not_usable", lambda rows: "")
     monkeypatch.setattr(native, "unavailable", lambda rows: "as on a GPU")
     attention = functional.attention
 
-    def as_on_a_gpu(q, k, v, cu_seqlens, *rest, **options):
+    def as_on_a_gpu(q, k, v, cu_seqlens_q, cu_seqlens_k, *rest, **options):
         """Rows of no sample are not computed: what their memory held before is anything."""
-        n = int(cu_seqlens[-1])
-        out = attention(q[:n], k[:n], v[:n], cu_seqlens, *rest, **options)
-        return torch.cat([out, out.new_full((len(q) - n, *out.shape[1:]), float("nan"))])
+        m, n = int(cu_seqlens_q[-1]), int(cu_seqlens_k[-1])
+        out = attention(q[:m], k[:n], v[:n], cu_seqlens_q, cu_seqlens_k, *rest, **options)
+        return torch.cat([out, out.new_full((len(q) - m, *out.shape[1:]), float("nan"))])
 
     monkeypatch.setattr(functional, "attention", as_on_a_gpu)
     return "cpu"
@@ -303,3 +304,26 @@ def test_a_replay_waits_for_nothing():
             model(**inputs, sequence_plan=plan)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# --- said -------------------------------------------------------------------------------------------------------------
+
+
+def ways(model, inputs):
+    with torch.no_grad():
+        rows = vilt_fast.explain(model, **inputs).rows
+    return [row.way for row in rows if row.part.startswith("block ")]
+
+
+def test_a_replay_is_said_and_what_takes_its_place_too(device):
+    _, model = small(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ways(model, inputs_of(device)) == ways(model, inputs_of(device)) == ["CUDA graph"] * 2
+    handle = model.encoder.layer[0].register_forward_hook(lambda *_: None)
+    lost = "cuda_graphs was asked for, but the stack of blocks does without: a forward hook"
+    with pytest.warns(UserWarning, match=lost) as said:
+        assert ways(model, inputs_of(device)) == ways(model, inputs_of(device)) == ["padded", "packed"]
+    assert len(said) == 1
+    handle.remove()
+    assert ways(model, inputs_of(device)) == ["CUDA graph"] * 2

@@ -1,5 +1,6 @@
 """Which way a block takes: native runs on both sides of a block that cannot be, and what is said of lost options."""
 
+import re
 import warnings
 
 import pytest
@@ -74,12 +75,16 @@ def test_what_was_asked_for_and_cannot_be_had_is_said_once():
 
 
 @pytest.mark.parametrize("kind, change, match", [
-    ("int8", lambda m: m.encoder.layer[2].register_forward_hook(lambda *_: None), "block 2 .*a hook or a wrapper"),
+    ("int8", lambda m: m.encoder.layer[2].register_forward_hook(lambda *_: None), "block 2 .*a forward hook .*listens"),
     ("fp8", lambda m: setattr(m.encoder.layer[0].output, "dense", LoRA(m.encoder.layer[0].output.dense)), "LoRA"),
-    ("fp8", lambda m: m.encoder.layer[0].register_forward_hook(lambda *_: None), "block 0 .*a hook or a wrapper"),
+    ("fp8", lambda m: m.encoder.layer[0].register_forward_hook(lambda *_: None), "block 0 .*a forward hook .*listens"),
     ("int8", lambda m: m.double(), "float64"),
+    ("int8", lambda m: m.half(), "float16, not float32 or bfloat16"),
+    ("int8", lambda m: setattr(m.encoder.layer[1].intermediate, "intermediate_act_fn", nn.ReLU()), "block 1 .* GELU"),
+    ("int8", lambda m: setattr(m.train().encoder.layer[0].output.dropout, "p", 0.1), "block 0 .*training .*dropout"),
 ])  # fmt: skip
-def test_the_reason_is_named(kind, change, match):
+def test_the_reason_is_named(kind, change, match, monkeypatch):
+    monkeypatch.setattr(engine, "why_emulated", lambda rows: "")  # as on a GPU, where fp8 computes
     model = vilt_fast.accelerate(build("trunk", torch.float32), quantize=kind)
     change(model)
     with torch.no_grad(), pytest.warns(UserWarning, match=match):
@@ -100,10 +105,36 @@ def test_gradients_are_named_as_the_reason(kind):
 def test_a_model_that_gets_what_it_asked_for_says_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for quantize in (None, "int8", "fp8"):
+        for quantize in (None, "int8"):
             model = vilt_fast.accelerate(build("trunk", torch.float32), quantize=quantize)
             with torch.no_grad():
                 model(**batch("trunk", torch.float32))
+
+
+@pytest.mark.parametrize("option, match", [
+    ({"quantize": "fp8"}, "fp8 was asked for, but it is emulated here, with no gain: the tensors are on cpu"),
+    ({"cuda_graphs": True}, "cuda_graphs was asked for, but .* CUDA graphs are for GPUs"),
+])  # fmt: skip
+def test_what_a_cpu_has_not_is_said_once(option, match):
+    model = vilt_fast.accelerate(build("trunk", torch.float32), **option)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            model(**batch("trunk", torch.float32))
+    (one,) = said
+    assert re.search(match, str(one.message))
+
+
+@pytest.mark.parametrize("option", [{"quantize": "int8"}, {"cuda_graphs": True}])
+def test_options_lost_with_the_whole_encoder_are_said_once(option):
+    model = vilt_fast.accelerate(build("trunk", torch.float32), **option)
+    model.encoder.register_forward_hook(lambda *_: None)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(**batch("trunk", torch.float32))
+    (one,) = said
+    assert re.search("asked for, but ViltEncoder does without: a forward hook", str(one.message))
 
 
 # --- other makes of block ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def test_every_op_checks_behind_its_door():
     parameters = encoder_parameters(1, 8, 16)
     text, image = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
     used = torch.tensor([4, 3], dtype=INT)
-    encoder = (cu, used, 4, 2, [1e-6, 1e-6], "float32", False)
+    encoder = (cu, used, 4, 2, [1e-6, 1e-6], "float32", False, None, None)
     calls = {
         "weight": lambda: OPS.linear_gelu(x, weight[:, :5], bias, backend),
         "bias": lambda: OPS.linear_gelu(x, weight, bias[:2], backend),

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..functional import LayerParameters
 from . import listeners
-from .genuine import is_function_of
+from .genuine import is_function_of, library
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ class Block:
     sublayers: tuple[Attention | FeedForward, ...] = ()  #: none: of unknown make, it can only be called as it is
     norm_first: bool = True
     checkpoint: Callable | None = None  #: `checkpoint(function, x)` where gradient checkpointing is on
+    unknown: str = ""  #: why there are no sublayers
 
     @property
     def linears(self) -> list[nn.Module]:
@@ -92,22 +93,22 @@ class Block:
     def why_not_packable(self) -> str:
         """Why the block has to be called as it is, on the padded tensor; "" where it need not be."""
         if not self.sublayers:
-            return f"{type(self.module).__name__} is not of a make that is known here"
+            return self.unknown or f"{type(self.module).__name__} is not of a make that is known here"
         for sublayer in self.sublayers:
             if not listeners.is_plain(sublayer.norm, nn.LayerNorm):
-                return _odd(sublayer.norm, nn.LayerNorm, "a norm")
+                return self._odd(sublayer.norm, nn.LayerNorm, "a norm")
             if isinstance(sublayer, Attention) and sublayer.source is not None:
                 return f"it attends to another stream ({sublayer.source})"
             if isinstance(sublayer, FeedForward) and sublayer.activation_kind is None:
-                return _odd(sublayer.activation, nn.GELU, "an activation")
+                return self._odd(sublayer.activation, nn.GELU, "an activation")
         for linear in self.linears:
             if not is_tokenwise(linear):
-                return _odd(linear, nn.Linear, "a linear layer")
+                return self._odd(linear, nn.Linear, "a linear layer")
         for dropout in self.dropouts:
             if not listeners.is_plain(dropout, nn.Dropout, nn.Identity):
-                return _odd(dropout, nn.Dropout, "a dropout")
+                return self._odd(dropout, nn.Dropout, "a dropout")
         if listeners.any_hooked(self.module):
-            return "a hook or a wrapper listens to it, or to something inside it"
+            return listeners.why_hooked(self.module)
         return ""
 
     def why_not_plain(self) -> str:
@@ -122,9 +123,8 @@ class Block:
         for norm in (attention.norm, feed_forward.norm):
             if norm.weight is None:
                 return "its norm has no weight"
-        for linear in self.linears:
-            if type(linear) is not nn.Linear:
-                return f"it has a {type(linear).__name__} in place of a linear layer"
+        if reason := self.why_not_linears():
+            return reason
         if any(map(listeners.live, self.dropouts)):
             return "it is in training mode, with dropout"
         head_dim = attention.out.weight.shape[1] // attention.num_heads
@@ -132,14 +132,23 @@ class Block:
             return "its scores are not divided by the square root of the head dimension"
         return ""
 
+    def why_not_linears(self) -> str:
+        """Why its linear layers are not all `nn.Linear`, or ""."""
+        odd = next((m for m in self.linears if type(m) is not nn.Linear), None)
+        return "" if odd is None else self._odd(odd, nn.Linear, "a linear layer")
 
-def _odd(module, usual: type, place: str) -> str:
-    """Why a part of a block cannot be computed on packed rows."""
-    kind = type(module)
-    if kind is not usual:
-        name = kind.__name__ if kind.__name__ != usual.__name__ else f"{kind.__module__}.{kind.__name__}"
-        return f"it has a {name} in place of {place}"
-    return f"its {usual.__name__} does not run the code that it was written with, or has no ordinary parameters"
+    def _odd(self, module, usual: type, place: str) -> str:
+        """Why a part of the block is not what it usually is."""
+        path = next((path for path, inner in self.module.named_modules() if inner is module), "")
+        kind = type(module) if isinstance(module, nn.Module) else module  # an activation may be a function
+        if kind is type(module) and library(kind.__module__) and (reason := listeners.why_not_own_code(module)):
+            return f"of its {path}: {reason}"
+        name = getattr(kind, "__name__", type(kind).__name__)
+        name = f"{kind.__module__}.{name}" if name == usual.__name__ else name
+        reason = f"it has a {name} in place of {place}" + (f" ({path})" if path else "")
+        if getattr(kind, "__module__", "").startswith("peft."):
+            reason += ": model.merge_and_unload() leaves a plain one"
+        return reason
 
 
 _ELEMENTWISE = (

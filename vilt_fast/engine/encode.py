@@ -19,11 +19,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .. import record
 from . import graphs, native, packed, recomputed
 from .blocks import Block
-from .listeners import any_hooked, has_hooks, is_plain, stamp
+from .listeners import any_hooked, has_hooks, is_plain, stamp, why_hooked, why_not_plain
 from .packing import Packing, Selection
-from .quantization import WeightCache
+from .quantization import WeightCache, why_emulated
 
 
 @dataclasses.dataclass(slots=True)
@@ -69,16 +70,21 @@ def encode(
     """
     asked, at_once = weights, ""  # why gradients have to be recorded at once
     if torch.is_grad_enabled():
-        captured = None
         if at_once := _why_at_once(want_hidden, want_attention):
             weights = None
     if weights is not None and weights.kind == "int8" and rows.is_cuda:
         raise RuntimeError("quantize='int8' computes on CPUs; on a GPU, accelerate with quantize='fp8' or without.")
-    if captured is not None and not (want_hidden or want_attention) and graphs.usable(rows):
-        replayed = _replayed(modules, describe, rows, packing, weights, captured, wanted)
+    no_graph = ""
+    if captured is not None:
+        no_graph = _why_no_graph(rows, want_hidden, want_attention)
+        replayed = None if no_graph else _replayed(modules, describe, rows, packing, weights, captured, wanted)
         if replayed is not None:
+            record.say("CUDA graph", "", *((f"block {i}", module) for i, module in enumerate(modules)))
             return Encoded(replayed, [], [])
     blocks = list(map(describe, modules))
+    if captured is not None:
+        no_graph = no_graph or _why_not_replayed(blocks)
+        captured.say_without("the stack of blocks", no_graph)
     result = Encoded(rows, [], [])
     if want_hidden:
         result.show(packing)
@@ -102,10 +108,14 @@ def encode(
                     result.hidden_states.extend(map(packing.unpack, stream))
                     stream = stream[-1]
                 result.rows = stream
+                way = "native" if weights is None else "native int8"
+                record.say(way, "", *((f"block {n}", blocks[n].module) for n in range(i, i + run.blocks)))
                 i += run.blocks
                 continue
         if block.packable:
             copies = None if fp8 is None or _why_not_fp8(block) else fp8
+            if copies is not None and (emulated := why_emulated(rows)):
+                copies.say(f"it is emulated here, with no gain: {emulated}")
             step = packed.step_of(block, i, spans, copies, packing if want_attention else None, here)
             if copies is not None and torch.is_grad_enabled():
                 stream = packed.as_parameters(packed.added(result.rows, branch), block)
@@ -123,7 +133,9 @@ def encode(
             probabilities = of_shown_queries(probabilities, packing)
             result.rows, branch = packed.chosen(packing.pack(padded, block.module), here), None
         if asked is not None and copies is None:
-            asked.say_without(i, block.module, _why_without(asked, block, reason))
+            asked.say_without(f"block {i} ({type(block.module).__name__})", _why_without(asked, block, reason))
+        if record.listened():
+            record.say(*_way(block, rows, copies, reason, no_graph), (f"block {i}", block.module))
         if want_hidden:
             result.rows, branch = packed.added(result.rows, branch), None
             result.show(packing)
@@ -147,9 +159,8 @@ def _why_at_once(want_hidden, want_attention):
 
 def _why_not_fp8(block):
     """Why a packable block cannot compute with 8-bit copies of its weights, or ""."""
-    odd = [type(m).__name__ for m in block.linears if type(m) is not nn.Linear]
-    if odd:
-        return f"it has a {odd[0]} in place of a linear layer"
+    if reason := block.why_not_linears():
+        return reason
     return (block.why_not_plain() or recomputed.why_not_of(block.module)) if torch.is_grad_enabled() else ""
 
 
@@ -158,6 +169,20 @@ def _why_without(weights, block, reason):
     if weights.kind == "int8":
         return reason
     return block.why_not_packable() or _why_not_fp8(block) or reason
+
+
+def _way(block, rows, copies, reason, no_graph):
+    """(the way that a block went, why not a faster one): it was not native, and no CUDA graph, for these reasons."""
+    if odd := block.why_not_packable():
+        return "padded", odd
+    if copies is not None:
+        emulated = why_emulated(rows)
+        return "packed fp8", emulated and f"it is emulated here, with no gain: {emulated}"
+    if rows.is_cuda:  # where packed is the fastest way, unless a graph was asked for
+        reason, also = no_graph, block.why_not_plain() if no_graph else ""
+    else:
+        also = native.why_not(block)
+    return "packed", reason if also in reason else f"{reason}; and {also}"
 
 
 def of_shown_queries(probabilities: torch.Tensor | None, packing: Packing) -> torch.Tensor | None:
@@ -169,7 +194,9 @@ def of_shown_queries(probabilities: torch.Tensor | None, packing: Packing) -> to
 
 def final_norm(norm: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.Tensor:
     """The trunk's last LayerNorm on packed rows; a float32 stream is normalised before it is rounded to bfloat16."""
-    if has_hooks(norm) or not is_plain(norm, nn.LayerNorm):
+    why = why_norm_padded(norm)
+    record.say("padded" if why else "packed", why, ("final norm", norm))
+    if why:
         return packing.pack(norm(packing.unpack(rows, query_rows=True)), norm)
     dtype = norm.weight.dtype
     if rows.dtype == dtype:
@@ -178,11 +205,73 @@ def final_norm(norm: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.T
     return F.layer_norm(rows, norm.normalized_shape, norm.weight.to(rows.dtype), bias, norm.eps).to(dtype)
 
 
-def pool(pooler: nn.Module, rows: torch.Tensor, packing: Packing, *, first_only: bool = True) -> torch.Tensor:
-    """The pooler's [B, D]; one that reads but the first token of a sample (`first_only`) is given just that."""
-    if any_hooked(pooler) or not first_only:
+def pool(
+    pooler: nn.Module, rows: torch.Tensor, packing: Packing, *, first_only: bool = True, selected: bool = False
+) -> torch.Tensor:
+    """The pooler's [B, D]; one that reads but the first token of a sample (`first_only`) is given just that.
+
+    With `selected`, the rows are those already, `packing.pooled`.
+    """
+    why = why_pooler_padded(pooler, first_only)
+    record.say("padded" if why else "packed", why, ("pooler", pooler))
+    if why:
         return pooler(packing.unpack(rows, query_rows=True))
-    return pooler(rows.index_select(0, packing.pool_rows)[:, None])
+    return pooler((rows if selected else rows.index_select(0, packing.pool_rows))[:, None])
+
+
+def why_norm_padded(norm: nn.Module) -> str:
+    """Why the trunk's last norm has to be called on the padded tensor, or ""."""
+    if not has_hooks(norm) and is_plain(norm, nn.LayerNorm):
+        return ""
+    return why_hooked(norm, inside=False) or why_not_plain(norm, nn.LayerNorm)
+
+
+def why_pooler_padded(pooler: nn.Module, first_only: bool) -> str:
+    """Why the pooler has to be called on the padded tensor, or ""."""
+    if not any_hooked(pooler) and first_only:
+        return ""
+    return why_hooked(pooler) or f"which tokens a {type(pooler).__name__} reads is not known"
+
+
+def foretell(
+    modules: Sequence[nn.Module],
+    describe: Callable[[nn.Module], Block],
+    *,
+    weights: WeightCache | None = None,
+    captured: graphs.EncoderGraphs | None = None,
+) -> None:
+    """Say which way each block would go, called here and now for no hidden states and attentions."""
+    blocks = list(map(describe, modules))
+    here = next((p for module in modules for p in module.parameters()), torch.empty(0))
+    no_graph = "" if captured is None else _why_no_graph(here, False, False)
+    if captured is not None:
+        no_graph = no_graph or next(filter(None, (block.why_not_plain() for block in blocks)), "")
+    at_once = _why_at_once(False, False) if torch.is_grad_enabled() else ""
+    fp8 = weights if weights is not None and weights.kind == "fp8" and not at_once else None
+    for i, block in enumerate(blocks):
+        reason = at_once or native.unavailable(here) or native.why_not_now(block)
+        if captured is not None and not no_graph:
+            way = "CUDA graph", ""
+        elif not reason and fp8 is None:
+            way = "native" if weights is None else "native int8", ""
+        else:
+            way = _way(block, here, None if fp8 is None or _why_not_fp8(block) else fp8, reason, no_graph)
+        record.say(*way, (f"block {i}", block.module))
+
+
+def _why_no_graph(rows, want_hidden, want_attention):
+    """Why a call cannot have its blocks as one CUDA graph, whatever they are, or ""."""
+    if torch.is_grad_enabled():
+        return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
+    if want_hidden or want_attention:
+        return "hidden states or attentions are wanted"
+    return graphs.why_not_usable(rows)
+
+
+def _why_not_replayed(blocks):
+    """Why blocks are not one CUDA graph where the call would allow it."""
+    odd = next(filter(None, (block.why_not_plain() for block in blocks)), "")
+    return odd or "it is in training mode, or its parameters are no ordinary tensors"
 
 
 def _replayed(modules, describe, rows, packing, weights, captured, wanted):

@@ -28,7 +28,7 @@ _CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")  # how t
 class _Code:
     """What a class was found to compute with."""
 
-    genuine: bool = True
+    replaced: str = ""  #: what of it is not as its library has written it, if anything
     methods: dict = dataclasses.field(default_factory=dict)  #: of the class, by name
     globals: dict = dataclasses.field(default_factory=dict)  #: by (where, name), where is a module or a class
     names: tuple[str, ...] = ()  #: of the methods
@@ -65,7 +65,14 @@ def own_methods(kind: type) -> tuple[str, ...]:
     These are names of methods: an attribute of that name on an instance would come before them.
     """
     code = _code(kind)
-    return code.names if code.genuine else ()
+    return () if code.replaced else code.names
+
+
+@torch.compiler.assume_constant_result
+def why_not_own(kind: type) -> str:
+    """Why a call of a module of class `kind` does not go through the code of its library alone, or ""."""
+    replaced = _code(kind).replaced
+    return replaced and f"{replaced} is not as torch, transformers or peft have written it"
 
 
 @torch.compiler.assume_constant_result
@@ -89,7 +96,7 @@ def _found(kind: type) -> _Code:
         own = _as_written(method, owner.__module__)
         aliases = (name, "_wrapped_call_impl", "_call_impl") if name == "__call__" else (name,)
         if own is None or own.__qualname__ not in [f"{owner.__qualname__}.{alias}" for alias in aliases]:
-            code.genuine = False
+            code.replaced = code.replaced or f"{kind.__module__}.{kind.__qualname__}.{name}"
         elif name not in _CALL:
             used = _used(own.__code__)
             for chain in used:
@@ -106,12 +113,13 @@ def _look_up(chain, where, code):
         value = getattr(where, name, None)
         if callable(value):
             code.globals[where, name] = value
-            code.genuine &= _is_own(value, name)
+            if not _is_own(value, name):
+                code.replaced = code.replaced or f"{where.__name__}.{name}"
         if isinstance(value, type) and issubclass(value, nn.Module):
             inner = _code(value)
-            code.genuine &= inner.genuine
+            code.replaced = code.replaced or inner.replaced
             code.globals |= {(value, n): method for n, method in inner.methods.items()} | inner.globals
-        if not isinstance(value, types.ModuleType) or not _library(value.__name__):
+        if not isinstance(value, types.ModuleType) or not library(value.__name__):
             return
         code.globals[where, name] = value
         where = value
@@ -141,14 +149,14 @@ def _is_own(value, name: str) -> bool:
 
 def _as_written(function, module: str):
     """The function that `module`, of a library, has in its file, out of the library's own decorators; else None."""
-    library = _library(module)
-    while library and isinstance(function, types.FunctionType):
+    owner = library(module)
+    while owner and isinstance(function, types.FunctionType):
         inner = getattr(function, "__wrapped__", None)
         file = function.__code__.co_filename
         if inner is None:
             return function if file == _file(function.__module__) and function.__module__ == module else None
         # torch's own decorators (`no_grad`, `autocast`) are for others to put on; its tracer takes them off again.
-        if not (file.endswith(_TRACER) if library == "torch" else file.startswith(os.path.dirname(_file(library)))):
+        if not (file.endswith(_TRACER) if owner == "torch" else file.startswith(os.path.dirname(_file(owner)))):
             return None
         function = inner
     return None
@@ -157,10 +165,10 @@ def _as_written(function, module: str):
 _TRACER = os.path.join("torch", "fx", "_symbolic_trace.py")
 
 
-def _library(module: str) -> str:
-    """The library that a module belongs to, or ""."""
-    library = module.partition(".")[0]
-    return library if library in _LIBRARIES else ""
+def library(module: str) -> str:
+    """The library that a module of Python belongs to, or ""."""
+    package = module.partition(".")[0]
+    return package if package in _LIBRARIES else ""
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,6 +16,8 @@ from collections.abc import Callable
 
 import torch
 
+from .. import record
+from .asked import Asked
 from .packing import Packing, Selection, Spans
 
 MAX_GRAPHS = 32  #: kept at a time, the least recently used goes first
@@ -51,10 +53,11 @@ def _power_of_two(n):
     return 1 << (n - 1).bit_length()
 
 
-class EncoderGraphs:
+class EncoderGraphs(Asked):
     """The graphs of one model. Calls from several threads and streams take turns."""
 
     def __init__(self):
+        super().__init__("cuda_graphs")
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._lock = threading.Lock()
         self._shared = {}  #: {device: (memory pool of all graphs, event after what was launched last)}
@@ -90,7 +93,8 @@ class EncoderGraphs:
                     del self._graphs[stale]
                 while len(self._graphs) >= MAX_GRAPHS:
                     self._graphs.popitem(last=False)
-                graph = self._graphs[key] = _Graph(encode, rows, packing, wanted, key[0], pool)
+                with record.unheard():
+                    graph = self._graphs[key] = _Graph(encode, rows, packing, wanted, key[0], pool)
             self._graphs.move_to_end(key)
             return graph(rows, packing, wanted)
 
@@ -172,6 +176,10 @@ class Recording:
         self.replay = self._graph.replay
 
 
-def usable(rows: torch.Tensor) -> bool:
-    """Whether a graph can be captured or replayed here and now."""
-    return rows.is_cuda and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+def why_not_usable(rows: torch.Tensor) -> str:
+    """Why no graph can be captured or replayed here and now, or ""."""
+    if not rows.is_cuda:
+        return f"CUDA graphs are for GPUs, and the tensors are on {rows.device}"
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return "the forward is itself being compiled, or captured as a graph"
+    return ""

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as module_internals
 
-from .genuine import own_methods
+from .genuine import own_methods, why_not_own
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -21,6 +21,25 @@ def any_hooked(module: nn.Module) -> bool:
     return bool(module_internals._has_any_global_hook()) or any(
         _has_own_hooks(inner.__dict__) or "forward" in inner.__dict__ for inner in _inside([module])
     )
+
+
+def why_hooked(module: nn.Module, *, inside: bool = True) -> str:
+    """Who listens to `module` or, with `inside`, to anything in it; "" for nobody."""
+    if not (any_hooked(module) if inside else has_hooks(module)):
+        return ""
+    if torch.compiler.is_compiling():  # nobody is told; what a hook is called would be a guard
+        return "a hook or a wrapper listens to it, or to something inside it"
+    for path, inner in module.named_modules() if inside else [("", module)]:
+        where = f" of its {path}" if path else ""
+        for registered, kind in _HOOKS.items():
+            for hook in inner.__dict__[registered].values():
+                name = getattr(hook, "__qualname__", type(hook).__qualname__)
+                return f"a {kind} ({name}) listens to calls{where}"
+        if path and "forward" in inner.__dict__:
+            return f"forward{where} is replaced, or wrapped, on the instance"
+    if inside and "forward" in module.__dict__:
+        return "its forward is replaced, or wrapped, on the instance"
+    return "a hook listens to the calls of all modules"
 
 
 def is_plain(module: nn.Module | None, *kinds: type) -> bool:
@@ -41,6 +60,29 @@ def runs_own_code(module: nn.Module) -> bool:
         if parameter is not None and type(parameter) not in _ORDINARY:
             return False
     return bool(methods)
+
+
+def why_not_own_code(module: nn.Module) -> str:
+    """Why `module` does not compute as the library that its class is from was written, or ""."""
+    if runs_own_code(module):
+        return ""
+    kind, own = type(module), module.__dict__
+    if reason := why_not_own(kind):
+        return reason
+    for name in own_methods(kind):
+        if name in own:
+            return f"{name} of a {kind.__name__} is replaced on the instance"
+    name, odd = next((n, type(p)) for n, p in own["_parameters"].items() if not (p is None or type(p) in _ORDINARY))
+    return f"the {name} of a {kind.__name__} is a {odd.__name__}, which is no ordinary parameter"
+
+
+def why_not_plain(module: nn.Module | None, *kinds: type) -> str:
+    """Why `is_plain(module, *kinds)` does not hold, or ""."""
+    kind = type(module)
+    if kind in kinds:
+        return why_not_own_code(module)
+    usual, names = kinds[0].__name__, (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
+    return f"it has a {names[kind.__name__ == usual]} in place of a {usual}"
 
 
 def live(dropout: nn.Module) -> float:
@@ -79,6 +121,12 @@ def plain_parameters(tensors: Iterable[torch.Tensor]) -> bool:
     return all(type(t) in _ORDINARY for t in tensors)
 
 
+_HOOKS = {
+    "_forward_hooks": "forward hook",
+    "_forward_pre_hooks": "forward pre-hook",
+    "_backward_hooks": "backward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+}
 _ORDINARY = (nn.Parameter, torch.Tensor)
 
 

@@ -95,14 +95,23 @@ def why_not(block: Block) -> str:
     dtypes = {t.dtype for t in parameters} - set(_COMPUTE)
     if dtypes:
         return f"its parameters are {dtypes.pop()}, not float32 or bfloat16"
-    return "" if _compute_type(parameters) else "its weights are of two dtypes"
+    if _compute_type(parameters):
+        return ""
+    if torch.is_autocast_enabled("cpu"):
+        return f"autocast computes in {torch.get_autocast_dtype('cpu')}, not in float32 or bfloat16"
+    return "its weights are of two dtypes"
+
+
+def why_not_now(block: Block) -> str:
+    """Why the native encoder cannot take a block in this call, or ""."""
+    return why_not_of(block.module) or why_not(block)
 
 
 def run_from(blocks: Sequence[Block], first: int, weights: WeightCache | None) -> tuple[Run, str]:
     """(the longest run of blocks from `first` on, maybe an empty one, and why it ends there)."""
     run, reason = Run(), ""
     for block in blocks[first:]:
-        reason = why_not(block) or why_not_of(block.module)
+        reason = why_not_now(block)
         if reason:
             break
         parameters = layer_parameters(block)

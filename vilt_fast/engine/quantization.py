@@ -7,22 +7,23 @@ compared at every call.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import functional
+from .. import functional, record
+from ..ops import registry
 from ..reference.encoder import MATRICES, LayerParameters
+from .asked import Asked
 
 #: Places of the six matrices among the tensors of a layer.
 _PLACES = [LayerParameters._fields.index(f"{name}_weight") for name in MATRICES]
 KINDS = ("int8", "fp8")
 
 
-class WeightCache:
+class WeightCache(Asked):
     """Copies of the weight matrices of a model's blocks: int8 for the native encoder, e4m3 for `linear_fp8`.
 
     An optimizer step, `load_state_dict`, a `.data` assignment and, on the CPU, a `.data` edit of whole tensors or rows
@@ -32,9 +33,9 @@ class WeightCache:
     """
 
     def __init__(self, kind: str):
+        super().__init__(kind)
         self.kind = kind
         self._copies: dict[tuple, tuple] = {}
-        self._said = False
 
     def quantized(self, parameters: list[torch.Tensor], first_block: int = 0) -> list[torch.Tensor]:
         """`parameters` of whole blocks, the first of them `first_block`, with each matrix replaced by its int8 copy."""
@@ -55,22 +56,12 @@ class WeightCache:
         """Forget all copies; the next call makes them anew."""
         self._copies.clear()
 
-    def say_without(self, number: int, module: nn.Module, reason: str) -> None:
-        """Warn, once, that block `number` computes with its parameters."""
-        if self._said or torch.compiler.is_compiling():
-            return
-        self._said = True
-        warnings.warn(
-            f"vilt_fast: {self.kind} was asked for, but block {number} ({type(module).__name__}) computes with its "
-            f"parameters as they are: {reason}. Blocks like it do the same; this is said once.",
-            stacklevel=2,
-        )
-
     def _copy(self, place, sources, make):
         fingerprint = [_fingerprint(source) for source in sources]
         kept = self._copies.get(place)
         if kept is None or kept[0] != fingerprint:
-            kept = self._copies[place] = (fingerprint, make(*sources))
+            with record.unheard():
+                kept = self._copies[place] = (fingerprint, make(*sources))
         return kept[1]
 
     def __getstate__(self):
@@ -78,6 +69,13 @@ class WeightCache:
 
     def __setstate__(self, state):
         self.__init__(state["kind"])
+
+
+def why_emulated(rows: torch.Tensor) -> str:
+    """Why no kernel computes fp8 on rows like these, or ""."""
+    if not rows.is_cuda:
+        return f"the tensors are on {rows.device}"
+    return registry.why_unavailable("linear_fp8", "triton", device="cuda", dtype=rows.dtype).rstrip(".")
 
 
 def _side_by_side(linears):

@@ -10,6 +10,14 @@ from .base import Part
 from .vilt import original
 
 
+def why_nothing(model: nn.Module) -> str:
+    """What to say of a model in which `find` finds nothing."""
+    return (
+        f"{type(model).__name__} contains no ViLT model: accelerate takes transformers' Vilt* classes and the original "
+        "ViLTransformerSS, or a module around one of them."
+    )
+
+
 def find(model: nn.Module) -> list[Part]:
     """Every part of `model` that is known here, also those that have to stay as they are; imports no model library."""
     parts = original.find(model)

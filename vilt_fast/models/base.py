@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import nn
 
+from .. import record
 from ..engine import encode as engine
 from ..engine.graphs import EncoderGraphs
 from ..engine.packing import Packing
@@ -56,11 +58,14 @@ class Swapped:
     """
 
     name: ClassVar[str] = "forward"  #: of the method
+    part: ClassVar[str] = "forward"  #: what `explain` calls what it computes
     options_type: ClassVar[type[Options]] = Options
 
     def __init__(self, module: nn.Module | None, options: Options):
         self._module = None if module is None else weakref.ref(module)
         self._covers = False  # whether the class's own method, bound, was on the instance before
+        self._tells = True  # whether `extra_repr` is nobody else's
+        self._logged = {}  # {part: what the log was told of it last}
         self.options = options
 
     @property
@@ -89,7 +94,65 @@ class Swapped:
         return _Function(self)
 
     def __call__(self, *args, **kwargs):
+        if record.disabled():
+            return self._disabled(*args, **kwargs)
+        if not record.logs():
+            return self.compute(*args, **kwargs)
+        with record.recorded() as recording:
+            result = self.compute(*args, **kwargs)
+        self._log(recording)
+        return result
+
+    def compute(self, *args, **kwargs):
+        """The method itself, with its arguments."""
         raise NotImplementedError
+
+    def _disabled(self, *args, sequence_plan=None, **kwargs):
+        if not torch.compiler.is_compiling():
+            record.say_disabled()
+        record.say("own", record.DISABLED, (self.part, self.module))
+        return self.own(*args, **kwargs)
+
+    def _log(self, recording):
+        """Tell the log what is not as it was the last time."""
+        rows = recording.rows(self.module)
+        changed = [row for row in rows if self._logged.get(row.part) != row]
+        self._logged |= {row.part: row for row in rows}
+        for row in record.in_short(changed):
+            why = f", because {row.why}" if row.why else ""
+            record.LOGGER.debug("%s: %s (%s): %s%s", type(self.module).__name__, row.part, row.module, row, why)
+
+    def foretell(self) -> None:
+        """Say which way a call would go, as far as that can be told by looking."""
+        if record.disabled():
+            record.say("own", record.DISABLED, (self.part, self.module))
+        elif why := self.why_own():
+            record.say("own", why, (self.part, self.module))
+        else:
+            self.foretell_parts()
+
+    def why_own(self) -> str:
+        """Why the module's own method has to compute every call now, or ""."""
+        return ""
+
+    def foretell_parts(self) -> None:
+        """Say which way each part would go."""
+
+    def say_own(self, why: str) -> None:
+        """Say that the module's own method computes this call."""
+        record.say("own", why, (self.part, self.module))
+
+    def _extra_repr(self):
+        chosen = ", ".join(
+            f"{field.name}={getattr(self.options, field.name)!r}"
+            for field in dataclasses.fields(self.options)
+            if getattr(self.options, field.name) != field.default
+        )
+        mine = f"accelerated by vilt_fast{'; ' * bool(chosen)}{chosen}"
+        if record.disabled():
+            mine += f", but {record.DISABLED}"
+        own = type(self.module).extra_repr(self.module)
+        return f"{own}\n{mine}" if own else mine
 
     def plan(self, **inputs) -> Packing:
         """Where the tokens of a call with these inputs would go."""
@@ -107,6 +170,7 @@ class Swapped:
         if present := swap_of(module):
             present.take_out(module)
         self._covers = self.name in module.__dict__
+        self._tells = "extra_repr" not in module.__dict__
         for name, value in ((self.name, self), *self._beside().items()):
             setattr(module, name, value)
 
@@ -120,16 +184,43 @@ class Swapped:
         if module is self.module:
             self.name, self.__class__ = self.name, _Restored
 
+    @contextlib.contextmanager
+    def out_of(self, module: nn.Module) -> Iterator[None]:
+        """As `take_out`, and put in again at the end, with what is kept from call to call.
+
+        Raises:
+            TypeError: at the end, where somebody has put something in its place meanwhile.
+        """
+        kind, before = type(self), dict(module.__dict__)
+        self.take_out(module)
+        without = dict(module.__dict__)
+        try:
+            yield
+        finally:
+            if present := swap_of(module):  # accelerated in between
+                present.take_out(module)
+            changed = [n for n, value in before.items() if n not in without or without[n] is not value]
+            for name in changed:
+                if module.__dict__.get(name) is not without.get(name):
+                    raise TypeError(
+                        f"{type(module).__name__} was given a {name} of its own while it was restored: take it off "
+                        "again before, or accelerate after, which says what it cannot stand for."
+                    )
+            self.__class__ = kind
+            for name in changed:
+                setattr(module, name, before[name])
+
     def _is_in(self, value) -> bool:
         function = getattr(value, "__func__", None)
         return value is self or (type(function) is _Function and function.swapped is self)
 
     def _beside(self) -> dict:
-        return {"__reduce_ex__": self._reduce_module, "_replicate_for_data_parallel": self._replicate_module}
+        copied = {"__reduce_ex__": self._reduce_module, "_replicate_for_data_parallel": self._replicate_module}
+        return copied | {"extra_repr": self._extra_repr} if self._tells else copied
 
     def _handed_to(self, other: Swapped, attributes: dict) -> dict:
         """The attributes of a copied module, with `other` in the place of this swap."""
-        other._covers = self._covers
+        other._covers, other._tells = self._covers, self._tells
         own = {name: other if self._is_in(value) else value for name, value in attributes.items()}
         return own | other._beside()
 
@@ -145,11 +236,12 @@ class Swapped:
         replica = type(self.module)._replicate_for_data_parallel(self.module)
         # It lives for one call, in which nothing that is captured would be replayed.
         other = type(self)(replica, dataclasses.replace(self.options, cuda_graphs=False))
+        other._logged = self._logged
         replica.__dict__.update(self._handed_to(other, replica.__dict__))
         return replica
 
     def __getstate__(self):
-        return self.__dict__ | {"_module": None}
+        return self.__dict__ | {"_module": None, "_logged": {}}
 
     def __deepcopy__(self, memo):
         other = object.__new__(type(self))
@@ -175,7 +267,7 @@ class _Function:
 class _Restored(Swapped):
     """A swap that was taken out while somebody held it."""
 
-    def __call__(self, *args, **kwargs):
+    def compute(self, *args, **kwargs):
         return self.own(*args, **kwargs)
 
 
@@ -222,6 +314,20 @@ class SwappedTrunk(Swapped):
     ) -> engine.Encoded:
         """`engine.encode` with the copies and graphs of this model."""
         return engine.encode(modules, describe, rows, packing, weights=self.weights, captured=self.graphs, **wanted)
+
+    def foretell_blocks(self, modules: Sequence[nn.Module], describe: Callable) -> None:
+        """`engine.foretell` with the copies and graphs of this model."""
+        engine.foretell(modules, describe, weights=self.weights, captured=self.graphs)
+
+    def say_own(self, why: str) -> None:
+        self.say_without("own", why, self.part, self.module)
+
+    def say_without(self, way: str, why: str, part: str, module: nn.Module) -> None:
+        """Say that `module` computes all blocks in a way of its own, and warn once of options that are lost by it."""
+        record.say(way, why, (part, module))
+        for asked in (self.weights, self.graphs):
+            if asked is not None:
+                asked.say_without(type(module).__name__, why)
 
     def features(self, inputs: Mapping, device: torch.device) -> Features:
         """Final hidden states of processed inputs, patches in raster order; the model itself stays as it is."""

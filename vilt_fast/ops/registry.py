@@ -24,6 +24,8 @@ import inspect
 
 import torch
 
+from .. import record
+
 PLAIN = ("reference", "torch")
 _ORDER = {"cuda": ("cuda", "triton", "torch", "reference"), "cpu": ("cpp", "torch", "reference")}
 # Where an op has another order: cuBLAS multiplies until a kernel of ours has been shown to be faster.
@@ -178,6 +180,7 @@ def resolve(op, backend, facts):
         reason = why_unavailable(op, backend, facts)
         if reason:
             raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {reason}")
+        record.say_op(op, backend, ())
         return backend
     reasons = []
     kind = "cuda" if facts.device == "cuda" else "cpu"
@@ -186,6 +189,7 @@ def resolve(op, backend, facts):
             continue
         reason = why_unavailable(op, name, facts)
         if not reason:
+            record.say_op(op, name, reasons)
             return name
         reasons.append(f"{name}: {reason}")
     raise RuntimeError(f"{op}: no backend can run this call. {' '.join(reasons)}")

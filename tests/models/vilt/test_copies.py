@@ -99,7 +99,8 @@ def test_a_copy_computes_with_its_own_parameters(kind, duplicate):
 
 
 def vilt_fast_attributes(module):
-    return [n for n in ("forward", "infer", "__reduce_ex__", "_replicate_for_data_parallel") if n in module.__dict__]
+    names = ("forward", "infer", "__reduce_ex__", "_replicate_for_data_parallel", "extra_repr")
+    return [name for name in names if name in module.__dict__]
 
 
 @pytest.mark.parametrize("kind", ["trunk", "masked_lm", "question_answering", "nlvr2"])

@@ -145,7 +145,7 @@ def test_captured_graphs_compute_it_too(monkeypatch):
         return torch.cat([out, out.new_full((len(q) - m, *out.shape[1:]), float("nan"))])
 
     monkeypatch.setattr(graphs, "Recording", Again)
-    monkeypatch.setattr(graphs, "usable", lambda rows: True)
+    monkeypatch.setattr(graphs, "why_not_usable", lambda rows: "")
     monkeypatch.setattr(native, "unavailable", lambda rows: "as on a GPU")
     monkeypatch.setattr(functional, "attention", as_on_a_gpu)
     for kind in TASKS:

@@ -302,6 +302,9 @@ def test_a_wrapper_that_is_known(monkeypatch, tmp_path):
             torch.manual_seed(0)
             layer.output.dense = lora(layer.output.dense)
     assert all(_block(layer).packable for layer in models[1].encoder.layer)
+    for layer in models[1].encoder.layer:
+        reason = _block(layer).why_not_plain()
+        assert "lora.layer.Linear in place of a linear layer (output.dense): model.merge_and_unload()" in reason
     assert_follows("trunk", models, batch("trunk"))
     for attribute, value in (
         ("lora_variant", {"default": 1}),

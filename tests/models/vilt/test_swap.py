@@ -31,7 +31,8 @@ from torch import nn
 import vilt_fast
 from vilt_fast.testing import assert_within_budget
 
-SWAP = ("forward", "__reduce_ex__", "_replicate_for_data_parallel")  # what is called, and what copies of it are made by
+# What is called, what copies of it are made by, and what `repr` asks.
+SWAP = ("forward", "__reduce_ex__", "_replicate_for_data_parallel", "extra_repr")
 
 
 def is_accelerated(model):

@@ -22,8 +22,9 @@ class EncoderForward(SwappedTrunk):
     """`ViltEncoder.forward`, padded in and padded out."""
 
     options_type = ViltOptions
+    part = "blocks"
 
-    def __call__(
+    def compute(
         self,
         hidden_states,
         attention_mask=None,
@@ -33,6 +34,7 @@ class EncoderForward(SwappedTrunk):
     ):
         keys = _keys(hidden_states, attention_mask)
         if output_attentions or keys is None or not keys.any(1).all():
+            self.say_own("attentions are wanted" if output_attentions else "its mask says more than who is looked at")
             return self.own(hidden_states, attention_mask, output_attentions, output_hidden_states, return_dict)
         packing = _packing(keys).to(hidden_states.device)
         encoded = self.encode(
@@ -48,6 +50,9 @@ class EncoderForward(SwappedTrunk):
         if not return_dict:
             return (result,) if hidden is None else (result, hidden)
         return BaseModelOutput(last_hidden_state=result, hidden_states=hidden)
+
+    def foretell_parts(self):
+        self.foretell_blocks(self.module.layer, _block)
 
     def features(self, inputs, device):
         raise TypeError(

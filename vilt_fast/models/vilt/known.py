@@ -5,13 +5,25 @@ from __future__ import annotations
 from transformers.models.vilt import modeling_vilt as hf
 
 from ...engine.genuine import own_methods
-from ...engine.listeners import any_hooked, is_plain
+from ...engine.listeners import any_hooked, is_plain, why_hooked, why_not_plain
 from . import embedding
 
 
 def is_known(embeddings) -> bool:
     """Whether the tables tell all that the embedding module computes."""
     return not any_hooked(embeddings) and _is_of_known_parts(embeddings)
+
+
+def why_not_known(embeddings) -> str:
+    """Why `is_known` does not hold, or ""."""
+    if is_known(embeddings):
+        return ""
+    if reason := why_hooked(embeddings) or why_not_plain(embeddings, hf.ViltEmbeddings):
+        return reason
+    for part, kind in (("text_embeddings", hf.TextEmbeddings), ("patch_embeddings", hf.ViltPatchEmbeddings)):
+        if reason := why_not_plain(getattr(embeddings, part), kind):
+            return reason
+    return "its tables, or what makes its patches, are of another make or size than ViLT's"
 
 
 def takes_what_is_given(embeddings) -> bool:

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
+from ... import record
 from ...engine import encode as engine
 from ...engine.blocks import Attention, Block, FeedForward, activation_kind
-from ...engine.listeners import any_hooked
+from ...engine.listeners import any_hooked, why_hooked
 from ...errors import InputError
 from ..base import Features, Part, SwappedTrunk
 from . import embedding, features
@@ -71,8 +72,9 @@ class InferSwap(SwappedTrunk):
 
     name = "infer"
     options_type = ViltOptions
+    part = "infer"
 
-    def __call__(
+    def compute(
         self,
         batch,
         mask_text=False,
@@ -82,7 +84,8 @@ class InferSwap(SwappedTrunk):
         image_masks=None,
     ):
         model = self.module
-        if any(_unknown(model)):  # replaced, or patched on its class, since it was accelerated
+        if why := self.why_own():  # replaced, or patched on its class, since it was accelerated
+            self.say_own(why)
             return self.own(batch, mask_text, mask_image, image_token_type_idx, image_embeds, image_masks)
         suffix = "_mlm" if mask_text else ""
         ids, text_masks = batch[f"text_ids{suffix}"], batch["text_masks"]
@@ -90,7 +93,8 @@ class InferSwap(SwappedTrunk):
         if image_embeds is None and image_masks is None:
             key = f"image_{image_token_type_idx - 1}"
             pixels = batch[key if key in batch else "image"][0]
-        if not mask_image and _is_known_embedding(model):
+        why = "image patches are masked" if mask_image else _why_not_known(model)
+        if not why:
             rows, plan = self._embed(ids, text_masks, pixels, image_embeds, image_masks, image_token_type_idx)
             if pixels is not None:
                 image_masks = plan.key_mask()[:, plan.text_length :].long()
@@ -107,6 +111,7 @@ class InferSwap(SwappedTrunk):
                 text_masks, image_masks, text_shape=text.shape[:2], padding=self.options.padding
             )
             rows = plan.pack(torch.cat([text, image], dim=1))
+            record.say("padded", why, ("text embedding", model.text_embeddings), ("image embedding", model.transformer))
         masks = torch.cat([text_masks, image_masks], dim=1)
         encoded = self.encode(model.transformer.blocks, functools.partial(_block, masks=masks), rows, plan)
         rows = engine.final_norm(model.transformer.norm, encoded.rows, plan)
@@ -124,6 +129,20 @@ class InferSwap(SwappedTrunk):
             "patch_index": patch_index,
         }
 
+    def why_own(self):
+        return _refusal(self.module)
+
+    def foretell_parts(self):
+        model = self.module
+        why = _why_not_known(model)
+        parts = ("text embedding", model.text_embeddings), ("image embedding", model.transformer)
+        record.say("padded" if why else "packed", why, *parts)
+        self.foretell_blocks(model.transformer.blocks, functools.partial(_block, masks=None))
+        why = engine.why_norm_padded(model.transformer.norm)
+        record.say("padded" if why else "packed", why, ("final norm", model.transformer.norm))
+        why = engine.why_pooler_padded(model.pooler, True)
+        record.say("padded" if why else "packed", why, ("pooler", model.pooler))
+
     def features(self, inputs: Mapping, device: torch.device) -> Features:
         if "input_ids" in inputs:  # as a processor names them
             names = {"text_ids": "input_ids", "text_masks": "attention_mask", "image": "pixel_values"}
@@ -133,7 +152,7 @@ class InferSwap(SwappedTrunk):
             inputs = {**inputs, key: inputs[key][0]}
         given = features.tensors(inputs, device, "text_ids", "text_masks", key)
         pixels, ids = given[key], given["text_ids"]
-        out = features.in_raster_order(self)(
+        out = features.in_raster_order(self).compute(
             {"text_ids": ids, "text_masks": given["text_masks"], "text_labels": ids, "image": [pixels]}
         )
         index, canvas = out["patch_index"]
@@ -156,9 +175,13 @@ class InferSwap(SwappedTrunk):
         plan = self._plan(ids, text_masks, pixels, image_embeds, image_masks)
         modality = torch.full((plan.batch,), modality, device=ids.device)
         text = embedding.text_rows(tables, plan, ids=ids)
+        record.say("packed", "", ("text embedding", self.module.text_embeddings))
         if pixels is None:
-            return embedding.with_image_embeds(tables, plan, text, image_embeds, modality), plan
-        return embedding.with_patches(tables, plan, text, pixels, modality), plan
+            rows = embedding.with_image_embeds(tables, plan, text, image_embeds, modality)
+        else:
+            rows = embedding.with_patches(tables, plan, text, pixels, modality)
+        record.say("packed", "", ("image embedding", self.module.transformer.patch_embed))
+        return rows, plan
 
     def _plan(self, ids, text_masks, pixels, image_embeds, image_masks) -> SequencePlan:
         check_tensors(
@@ -235,17 +258,22 @@ def _tables(model) -> embedding.Tables:
     )
 
 
-def _is_known_embedding(model) -> bool:
-    """Whether the tables tell all that the model does before its blocks."""
+def _why_not_known(model) -> str:
+    """Why the tables do not tell all that the model does before its blocks, or ""."""
     vision = model.transformer
-    if vision.add_norm_before_transformer or not is_published(vision, "VisionTransformer.visual_embed"):
-        return False
-    if not is_published(vision.patch_embed, "PatchEmbed.forward") or not is_text_embedding(model.text_embeddings):
-        return False
-    modules = model.text_embeddings, model.token_type_embeddings, vision.patch_embed, vision.pos_drop
-    if any(map(any_hooked, modules)) or vision.pos_embed.shape[1] != 1 + vision.patch_dim**2:
-        return False
-    return _tables(model).plain
+    if vision.add_norm_before_transformer:
+        return "a norm comes before its blocks"
+    for module, name in ((vision, "VisionTransformer.visual_embed"), (vision.patch_embed, "PatchEmbed.forward")):
+        if not is_published(module, name):
+            return f"{name.partition('.')[2]} of {type(module).__name__} is not the published {name}"
+    if not is_text_embedding(model.text_embeddings):
+        return f"{type(model.text_embeddings).__name__} does not embed text as BertEmbeddings does"
+    for module in (model.text_embeddings, model.token_type_embeddings, vision.patch_embed, vision.pos_drop):
+        if any_hooked(module):
+            return f"of {type(module).__name__}: {why_hooked(module)}"
+    if vision.pos_embed.shape[1] != 1 + vision.patch_dim**2 or not _tables(model).plain:
+        return "its tables, or what makes its patches, are of another make or size than ViLT's"
+    return ""
 
 
 def _block(block: nn.Module, masks: torch.Tensor) -> Block:

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from transformers.models.vilt import modeling_vilt as hf
 
+from ... import record
 from . import embedding
 from .inputs import Inputs, check_plan, joined
-from .known import draws_its_patches, is_known, takes_what_is_given
+from .known import draws_its_patches, is_known, takes_what_is_given, why_not_known
 from .known import tables as tables_of
 from .options import ViltOptions
 from .plan import SequencePlan
@@ -25,7 +26,10 @@ def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, 
     """
     first = images[0]
     if not is_known(model.embeddings):
-        return _embed_padded(model, first, options)
+        rows, plan = _embed_padded(model, first, options)
+        if record.listened():
+            record.say("padded", why_not_known(model.embeddings), ("embedding", model.embeddings))
+        return rows, plan
     tables = tables_of(model.embeddings)
     if plan is None:
         plan = joined([inputs.plan(model, options) for inputs in images])
@@ -34,16 +38,19 @@ def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, 
     text = embedding.text_rows(
         tables, plan, ids=first.input_ids, embeds=first.inputs_embeds, token_types=first.token_type_ids
     )
-    batch = first.text_shape[
-        :1
-    ]  # filled on the device: a tensor made from a list would be copied there, and waited for
+    record.say("packed", "", ("text embedding", model.embeddings.text_embeddings))
+    # Filled on the device: a tensor made from a list would be copied there, and waited for.
+    batch = first.text_shape[:1]
     modality = torch.cat([torch.full(batch, i.modality, device=text.device) for i in images])
     # In the flattened images of NLVR2, image i of sample b is number b * images + i; the plan looks them up there.
     if first.pixel_values is None:
-        return embedding.with_image_embeds(
-            tables, plan, text, _stacked([i.image_embeds for i in images]), modality
-        ), plan
-    return embedding.with_patches(tables, plan, text, _stacked([i.pixel_values for i in images]), modality), plan
+        image = _stacked([i.image_embeds for i in images])
+        rows = embedding.with_image_embeds(tables, plan, text, image, modality)
+    else:
+        image = _stacked([i.pixel_values for i in images])
+        rows = embedding.with_patches(tables, plan, text, image, modality)
+    record.say("packed", "", ("image embedding", model.embeddings.patch_embeddings))
+    return rows, plan
 
 
 def _stacked(tensors):

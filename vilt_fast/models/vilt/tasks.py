@@ -10,9 +10,10 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.models.vilt import modeling_vilt as hf
 
+from ... import record
 from ...engine.blocks import is_tokenwise
-from ...engine.genuine import own_methods
-from ...engine.listeners import any_hooked, has_hooks, is_plain
+from ...engine.genuine import own_methods, why_not_own
+from ...engine.listeners import any_hooked, has_hooks, is_plain, why_hooked, why_not_own_code, why_not_plain
 from ...errors import InputError
 from ...ops._check import readable
 from ..base import Part, Swapped
@@ -21,7 +22,7 @@ from .given import check_tensors
 from .inputs import Inputs, joined
 from .options import ViltOptions
 from .plan import SequencePlan
-from .trunk import Trunk, TrunkForward, activation_kind, chosen, extras, is_known, traced
+from .trunk import TRACED, Trunk, TrunkForward, activation_kind, chosen, extras, is_known, traced
 
 
 def find(model: nn.Module) -> list[Part]:
@@ -60,10 +61,12 @@ class TaskForward(Swapped):
     """The forward of a task class. A derived class says what its head makes of the trunk's packed result."""
 
     options_type = ViltOptions
+    part = "head"
+    head = "classifier"  #: its name in the model
     output = SequenceClassifierOutput
     reads = "pooled"  #: what the head is given: "pooled" or "texts"
 
-    def __call__(
+    def compute(
         self,
         input_ids=None,
         attention_mask=None,
@@ -80,19 +83,19 @@ class TaskForward(Swapped):
     ):
         given = {k: v for k, v in locals().items() if k not in ("self", "kwargs")} | kwargs
         model, config = self.module, self.module.config
-        trunk_forward = model.vilt.__dict__.get("forward")
         check_tensors(labels=labels)
-        if labels is not None and isinstance(trunk_forward, TrunkForward):
-            self.look_at(labels, attention_mask, trunk_forward.options.padding)
-        # The trunk is called past its hooks, so there must be none.
-        past = isinstance(trunk_forward, TrunkForward) and not has_hooks(model.vilt)
-        if not past or not all(own_methods(type(m)) for m in (model, model.vilt)) or not self.packable():
-            return self.own(**given)
-        if given.get("sequence_plan") is None and traced(model.vilt):
-            return self.own(**given)
+        if labels is not None and isinstance(model.vilt.__dict__.get("forward"), TrunkForward):
+            self.look_at(labels, attention_mask, model.vilt.forward.options.padding)
+        why = self.why_own()
+        if not why and given.get("sequence_plan") is None and traced(model.vilt):
+            why = TRACED
+        if why:
+            result = self.own(**given)
+            self.say_own(why)
+            return result
         self.check(given)
         images = self.images(given)
-        trunk = trunk_forward.run(
+        trunk = model.vilt.forward.run(
             images,
             given.get("sequence_plan"),
             chosen(output_hidden_states, config.output_hidden_states),
@@ -100,6 +103,7 @@ class TaskForward(Swapped):
             reads=self.reads,
         )
         logits = self.logits(trunk, images)
+        record.say("packed", "", ("head", getattr(model, self.head)))
         loss = None if labels is None else self.loss(logits, labels.to(logits.device))
         hidden_states, attentions = self.extras(trunk)
         if chosen(return_dict, config.return_dict):
@@ -107,9 +111,25 @@ class TaskForward(Swapped):
         output = self.as_tuple(logits, hidden_states, attentions)
         return output if loss is None else (loss, *output)
 
-    def packable(self) -> bool:
-        """Whether the head, as it is now, may be given packed rows."""
-        return True
+    def foretell_parts(self):
+        record.say("packed", "", ("head", getattr(self.module, self.head)))
+
+    def why_own(self) -> str:
+        """Why the model's own forward is to be called, around its trunk, or ""."""
+        model = self.module
+        trunk = model.vilt
+        if not isinstance(trunk.__dict__.get("forward"), TrunkForward):
+            return "the trunk inside is not accelerated, or something is wrapped around its forward"
+        if has_hooks(trunk):  # it is called past its hooks, so there must be none
+            return f"of {type(trunk).__name__}: {why_hooked(trunk, inside=False)}"
+        for module in (model, trunk):
+            if not own_methods(type(module)):
+                return why_not_own(type(module))
+        return self.why_not_packable()
+
+    def why_not_packable(self) -> str:
+        """Why the head, as it is now, may not be given packed rows, or ""."""
+        return ""
 
     def check(self, given) -> None:
         """Raise for what the task does not take, before anything is computed."""
@@ -153,6 +173,8 @@ class QuestionAnsweringForward(TaskForward):
 class RetrievalForward(TaskForward):
     """`ViltForImageAndTextRetrieval.forward`."""
 
+    head = "rank_output"
+
     def check(self, given):
         if given["labels"] is not None:
             raise NotImplementedError("Training is not yet supported.")
@@ -187,18 +209,20 @@ class MaskedLMForward(TextForward):
 
     output = MaskedLMOutput
     reads = "texts"
+    head = "mlm_score"
 
-    def packable(self):
+    def why_not_packable(self):
         head = self.module.mlm_score
         if any_hooked(head) or not is_plain(head, hf.ViltMLMHead):
-            return False
+            return why_hooked(head) or why_not_plain(head, hf.ViltMLMHead)
         transform = head.transform
-        return (
-            is_plain(transform, hf.ViltPredictionHeadTransform)
-            and is_plain(transform.LayerNorm, nn.LayerNorm)
-            and activation_kind(transform.transform_act_fn) is not None
-            and all(map(is_tokenwise, (transform.dense, head.decoder)))
-        )
+        if not is_plain(transform, hf.ViltPredictionHeadTransform):
+            return why_not_plain(transform, hf.ViltPredictionHeadTransform)
+        if not is_plain(transform.LayerNorm, nn.LayerNorm):
+            return why_not_plain(transform.LayerNorm, nn.LayerNorm)
+        if activation_kind(transform.transform_act_fn) is None:
+            return "which tokens its activation looks at is not known"
+        return next(filter(None, map(_why_not_tokenwise, (transform.dense, head.decoder))), "")
 
     def logits(self, trunk, images):
         return _text_logits(self.module.mlm_score, trunk)
@@ -210,11 +234,13 @@ class TokenClassificationForward(TextForward):
     output = TokenClassifierOutput
     reads = "texts"
 
-    def packable(self):
+    def why_not_packable(self):
         dropout, classifier = self.module.dropout, self.module.classifier
         if any_hooked(dropout) or any_hooked(classifier):
-            return False
-        return is_plain(dropout, nn.Dropout, nn.Identity) and is_tokenwise(classifier)
+            return why_hooked(dropout) or why_hooked(classifier)
+        if not is_plain(dropout, nn.Dropout, nn.Identity):
+            return why_not_plain(dropout, nn.Dropout)
+        return _why_not_tokenwise(classifier)
 
     def logits(self, trunk, images):
         model = self.module
@@ -226,10 +252,13 @@ class ImagesAndTextForward(TaskForward):
 
     output = hf.ViltForImagesAndTextClassificationOutput
 
-    def packable(self):
+    def why_not_packable(self):
         # What is not known, or has hooks, is to see the images one after the other, as in the reference.
         vilt = self.module.vilt
-        return not any(map(any_hooked, vilt.children())) and is_known(vilt)
+        for child in vilt.children():
+            if any_hooked(child):
+                return f"of {type(child).__name__}: {why_hooked(child)}"
+        return "" if is_known(vilt) else "which tokens a part of the trunk looks at is not known"
 
     def images(self, given):
         of_images = {k: given.get(k) for k in ("pixel_values", "pixel_mask", "image_embeds")}
@@ -287,6 +316,12 @@ class ImagesAndTextForward(TaskForward):
     @staticmethod
     def as_tuple(logits, hidden_states, attentions):
         return logits, hidden_states, attentions
+
+
+def _why_not_tokenwise(linear) -> str:
+    if is_tokenwise(linear):
+        return ""
+    return why_not_own_code(linear) or f"which tokens its {type(linear).__name__} looks at is not known"
 
 
 def _text_logits(head, trunk: Trunk) -> torch.Tensor:

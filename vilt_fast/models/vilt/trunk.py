@@ -12,15 +12,16 @@ from transformers import activations
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vilt import modeling_vilt as hf
 
+from ... import record
 from ...engine import blocks
 from ...engine import encode as engine
 from ...engine.blocks import Attention, Block, FeedForward, is_tokenwise
-from ...engine.genuine import own_methods
-from ...engine.listeners import any_hooked, has_hooks, is_plain, runs_own_code
+from ...engine.genuine import own_methods, why_not_own
+from ...engine.listeners import any_hooked, has_hooks, is_plain, runs_own_code, why_hooked, why_not_plain
 from ..base import Features, SwappedTrunk
 from . import features
 from .inputs import Inputs
-from .known import draws_its_patches, patch_size
+from .known import draws_its_patches, patch_size, why_not_known
 from .known import is_known as embedding_is_known
 from .options import ViltOptions
 from .plan import SequencePlan
@@ -44,8 +45,9 @@ class TrunkForward(SwappedTrunk):
     """`ViltModel.forward`, packed."""
 
     options_type = ViltOptions
+    part = "whole trunk"
 
-    def __call__(
+    def compute(
         self,
         input_ids=None,
         attention_mask=None,
@@ -62,7 +64,8 @@ class TrunkForward(SwappedTrunk):
         **kwargs,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "sequence_plan")}
-        if not own_methods(type(self.module)) or (sequence_plan is None and traced(self.module)):
+        if why := self.why_own() or (TRACED if sequence_plan is None and traced(self.module) else ""):
+            self.say_own(why)
             return self.own(**given, **kwargs)
         config = self.module.config
         trunk = self.run(
@@ -78,6 +81,24 @@ class TrunkForward(SwappedTrunk):
         return BaseModelOutputWithPooling(
             last_hidden_state=sequence, pooler_output=trunk.pooled, hidden_states=hidden, attentions=attentions
         )
+
+    def why_own(self):
+        kind = type(self.module)
+        return "" if own_methods(kind) else why_not_own(kind)
+
+    def foretell_parts(self):
+        model = self.module
+        why = why_not_known(model.embeddings)
+        record.say("padded" if why else "packed", why, ("embedding", model.embeddings))
+        if why := _why_encoder_padded(model.encoder):
+            record.say("padded", why, ("blocks", model.encoder))
+        else:
+            self.foretell_blocks(model.encoder.layer, _block)
+        why = engine.why_norm_padded(model.layernorm)
+        record.say("padded" if why else "packed", why, ("final norm", model.layernorm))
+        if model.pooler is not None:
+            why = engine.why_pooler_padded(model.pooler, is_plain(model.pooler, hf.ViltPooler))
+            record.say("padded" if why else "packed", why, ("pooler", model.pooler))
 
     def plan(self, **inputs) -> SequencePlan:
         """The plan that a call with these inputs would make."""
@@ -115,8 +136,9 @@ class TrunkForward(SwappedTrunk):
         rows, plan = embed(model, images, plan, self.options)
         few = reads is not None and not (want_hidden or want_attention) and _is_plain_around_blocks(model)
         wanted = getattr(plan, reads) if few else None
-        if has_hooks(model.encoder) or not is_plain(model.encoder, hf.ViltEncoder):
+        if why := _why_encoder_padded(model.encoder):
             encoded = _call_encoder(model.encoder, rows, plan, want_hidden, want_attention)
+            self.say_without("padded", why, "blocks", model.encoder)
         else:
             encoded = self.encode(
                 model.encoder.layer, _block, rows, plan,
@@ -128,10 +150,9 @@ class TrunkForward(SwappedTrunk):
             sequence, normed = engine.shown(normed, plan)
         elif reads == "texts":
             texts = normed if few else normed.index_select(0, plan.texts.rows)
-        if few and reads == "pooled":
-            pooled = model.pooler(normed[:, None])
-        elif not few and model.pooler is not None:
-            pooled = engine.pool(model.pooler, normed, plan, first_only=is_plain(model.pooler, hf.ViltPooler))
+        if model.pooler is not None and not (few and reads == "texts"):
+            first_only = is_plain(model.pooler, hf.ViltPooler)
+            pooled = engine.pool(model.pooler, normed, plan, first_only=first_only, selected=few)
         return Trunk(sequence, texts, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions)
 
 
@@ -143,6 +164,12 @@ def _is_plain_around_blocks(model: hf.ViltModel) -> bool:
         if any_hooked(model.pooler):
             return False
     return all(is_plain(part, kind) and not has_hooks(part) for part, kind in parts)
+
+
+def _why_encoder_padded(encoder) -> str:
+    if not has_hooks(encoder) and is_plain(encoder, hf.ViltEncoder):
+        return ""
+    return why_hooked(encoder, inside=False) or why_not_plain(encoder, hf.ViltEncoder)
 
 
 def is_known(model: hf.ViltModel) -> bool:
@@ -166,6 +193,9 @@ def traced(model: hf.ViltModel) -> bool:
             "sequence_plan=vilt_fast.sequence_plan(model, **inputs), for inputs of these masks and sizes."
         )
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+TRACED = "the calls of modules are being recorded: pass sequence_plan=vilt_fast.sequence_plan(model, **inputs)"
 
 
 def chosen(given, default):
@@ -193,8 +223,9 @@ _PARTS = {
 def _block(layer: nn.Module) -> Block:
     """A `ViltLayer` as the engine sees it."""
     call_padded = functools.partial(_call_layer, layer)
-    if not all(is_plain(layer.get_submodule(path), kind) for path, kind in _PARTS.items()):
-        return Block(layer, call_padded)
+    for path, kind in _PARTS.items():
+        if not is_plain(layer.get_submodule(path), kind):
+            return Block(layer, call_padded, unknown=why_not_plain(layer.get_submodule(path), kind))
     attention, self_attention = layer.attention, layer.attention.attention
     heads, head_size = self_attention.num_attention_heads, self_attention.attention_head_size
     if heads * head_size != self_attention.all_head_size:  # releases differ in which of them they read

@@ -1,0 +1,29 @@
+"""What a user has asked for and may not get: that is said once, with the reason."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+
+class Asked:
+    """An option of `accelerate`, and what it keeps from call to call."""
+
+    def __init__(self, option: str):
+        self._option = option
+        self._said = False
+
+    def say(self, but: str) -> None:
+        """Warn, once, that it was asked for, `but` something is not as a user would expect."""
+        if self._said or torch.compiler.is_compiling():
+            return
+        self._said = True
+        warnings.warn(
+            f"vilt_fast: {self._option} was asked for, but {but}. This is said once; vilt_fast.explain says all.",
+            stacklevel=2,
+        )
+
+    def say_without(self, who: str, reason: str) -> None:
+        """Warn, once, that `who` ("block 3 (ViltLayer)") does without it."""
+        self.say(f"{who} does without: {reason}")
