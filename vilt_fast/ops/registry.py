@@ -72,6 +72,7 @@ _ROWS = {
     ("word_patch_distance", "cuda"): "vilt_fast.backends.cuda.word_patch_distance:word_patch_distance_fwd",
     ("word_patch_distance_bwd", "cpp"): "vilt_fast.backends.cpp.word_patch_distance:word_patch_distance_bwd",
     ("word_patch_distance_bwd", "triton"): "vilt_fast.kernels.word_patch_distance:word_patch_distance_bwd",
+    ("linear_int8", "cpp"): "vilt_fast.backends.cpp.linear_int8:linear_int8_fwd",
     ("linear_fp8", "reference"): "vilt_fast.reference.linear_fp8:linear_fp8",
     ("linear_fp8", "triton"): "vilt_fast.kernels.linear_fp8:linear_fp8_fwd",
     ("quantize_fp8", "reference"): "vilt_fast.reference.linear_fp8:quantize_fp8",
