@@ -16,6 +16,10 @@ The arguments of a backward are known by name: ``needs`` (which gradients are wa
 ``differentiable``), ``grad_<output>`` (None where there is none), an argument, output or kept tensor of the forward, or
 ``<argument>_dtype``. It returns one gradient a differentiable argument.
 
+A gradient of such a gradient (``create_graph=True``) is that of the op's reference, run anew on what the backward was
+given. Where that is another function (a mask of dropout was drawn in a kernel, a plan counts as a constant), it is an
+error that names the op.
+
 A call without a gradient, in plain eager mode, goes straight to the launcher: torch.library takes several times as long
 as a small kernel. Everything else (autograd, torch.compile, export, transforms) goes through ``torch.ops.vilt_fast``.
 """
@@ -48,11 +52,13 @@ class Op:
             public function calls it before it chooses a backend; for calls of ``torch.ops`` it is called here.
         equal: {argument: other}: a gradient that a backward gives as None although it is needed is that of the other
             argument, or the incoming ``grad_<output>``.
+        again: for a gradient of a gradient, what the reference takes besides what the backward was given: a function of
+            that, by keyword. None: there is no such gradient.
     """
 
     def __init__(
         self, name, fake, fake_backward=None, *, outputs, kept=(), differentiable=(), differentiable_outputs=None,
-        equal=None, backward=None, validate=None,
+        equal=None, backward=None, validate=None, again=lambda **_: {},
     ):  # fmt: skip
         OPS[name] = self
         self.name, self.outputs, self.kept = name, outputs, kept
@@ -61,7 +67,7 @@ class Op:
         self._equal = equal or {}
         self._validate, self._checks = validate, tuple(inspect.signature(validate).parameters) if validate else ()
         self._fake = fake
-        self._fake_backward, self._backward = fake_backward, backward
+        self._fake_backward, self._backward, self._again = fake_backward, backward, again
         self._told = "backend" in inspect.signature(fake).parameters
         self._seen = set()  # backends whose launcher has been looked at
         self._op = _register(name, self._schema(fake, len(outputs) + len(kept), keep=True), self._run, self._run_fake)
@@ -70,9 +76,13 @@ class Op:
             self._silent = [i for i, n in enumerate((*outputs, *kept)) if n in silent or n in kept]
             self._wanted = tuple(inspect.signature(fake_backward or backward).parameters)
             if fake_backward:
-                schema = self._schema(fake_backward, None)
+                plain = [p for p in inspect.signature(fake).parameters.values() if p.annotation not in _TENSORS]
+                self._also = tuple(p.name for p in plain if p.name not in (*self._wanted, "backend"))
+                schema = self._schema(fake_backward, None, also=[p for p in plain if p.name in self._also])
                 self._op_bwd = _register(f"{name}_bwd", schema, self._run_backward, self._run_fake_backward)
-                self._once(f"{name}_bwd")
+                torch.library.register_autograd(
+                    f"vilt_fast::{name}_bwd", self._differentiate_again, setup_context=self._setup_again
+                )
             torch.library.register_autograd(f"vilt_fast::{name}", self._differentiate, setup_context=self._setup)
 
     # --- calls --------------------------------------------------------------------------------------------------------
@@ -107,10 +117,10 @@ class Op:
 
     # --- behind torch.ops ---------------------------------------------------------------------------------------------
 
-    def _schema(self, fake, returned, keep=False):
+    def _schema(self, fake, returned, keep=False, also=()):
         parameters = [
             p.replace(kind=p.POSITIONAL_OR_KEYWORD, default=p.empty)
-            for p in inspect.signature(fake).parameters.values()
+            for p in (*inspect.signature(fake).parameters.values(), *also)
             if p.name != "backend"
         ]
         parameters.append(inspect.Parameter("backend", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=str))
@@ -189,6 +199,8 @@ class Op:
                 place[name] = known[name]
             elif name.endswith("_dtype"):
                 ctx.others[name] = known[name.removesuffix("_dtype")].dtype
+        if self._fake_backward:
+            ctx.others |= {name: known[name] for name in self._also}
         ctx.names = tuple(tensors)
         ctx.shapes = [None if known[name] is None else known[name].shape for name in self.differentiable]
         ctx.save_for_backward(*tensors.values())
@@ -209,7 +221,7 @@ class Op:
             gradients = self._backward(**arguments)
             gradients = _differentiable_once(self.name, arguments.values(), gradients)
         else:
-            made = iter(self._op_bwd(*arguments.values(), ctx.backend))
+            made = iter(self._op_bwd(*arguments.values(), *(known[name] for name in self._also), ctx.backend))
             gradients = [next(made) if need else None for need in needs]
             # An empty gradient of something that is not empty stands for None, which the schema has no word for.
             gradients = [
@@ -224,13 +236,18 @@ class Op:
             for name, need in zip((*self.arguments, None, None), ctx.needs_input_grad, strict=False)
         )
 
-    def _run_backward(self, *values):
+    def _named_backward(self, values):
+        """(arguments, those for another derivative only, backend) of a call of the backward."""
         *values, backend = values
-        arguments = dict(zip(self._wanted, values, strict=True))
+        arguments = dict(zip((*self._wanted, *self._also), values, strict=True))
+        return arguments, {name: arguments.pop(name) for name in self._also}, backend
+
+    def _run_backward(self, *values):
+        arguments, _, backend = self._named_backward(values)
         return self._listed(registry.launcher(f"{self.name}_bwd", backend)(**arguments), arguments)
 
     def _run_fake_backward(self, *values):
-        arguments = dict(zip(self._wanted, values[:-1], strict=True))
+        arguments, _, _ = self._named_backward(values)
         return self._listed(self._fake_backward(**arguments), arguments)
 
     def _listed(self, result, arguments):
@@ -239,19 +256,73 @@ class Op:
         needed = (g for g, need in zip(gradients, arguments["needs"], strict=True) if need)
         return [like.new_empty(0) if g is None else g for g in needed]
 
-    def _once(self, name):
-        """The backward has no gradient: it says so, where torch would silently leave one out."""
+    # --- gradients of gradients ---------------------------------------------------------------------------------------
 
-        def setup(ctx, inputs, output):
-            pass
+    def _setup_again(self, ctx, inputs, output):
+        arguments, also, _ = self._named_backward(inputs)
+        ctx.set_materialize_grads(False)
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
+        ctx.names = tuple(tensors)
+        ctx.others = also | {name: value for name, value in arguments.items() if name not in tensors}
+        ctx.save_for_backward(*tensors.values())
 
-        def refuse(ctx, *grads):
+    def _differentiate_again(self, ctx, grads):
+        """Of the gradients that autograd finds for the reference, on what the backward was given."""
+        if self._again is None or ctx.others.get("dropout_p", 0) > 0:
             raise RuntimeError(_TWICE.format(self.name))
+        reference = registry.launcher(self.name, "reference")
+        needed = dict(zip((*self._wanted, *self._also), ctx.needs_input_grad, strict=False))
+        with torch.enable_grad():  # views, so that the gradient of one argument does not pass through another
+            known = {name: t.view_as(t) for name, t in zip(ctx.names, ctx.saved_tensors, strict=True)}
+            given = ctx.others | known
+            given |= self._again(**given)
+            sources = [given[n] for n, need in zip(self.differentiable, given["needs"], strict=True) if need]
+            for source in sources:
+                source.requires_grad_()
+            outputs = reference(**{n: given[n] for n in inspect.signature(reference).parameters if n in given})
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            first = _gradients(outputs, [given.get(f"grad_{n}") for n in self.outputs], sources)
+        names = [name for name in known if needed[name]]
+        # What the kernel left out is the gradient of another argument, and nobody asks for it here.
+        found = dict(zip(names, _gradients(first, grads, [known[name] for name in names]), strict=True))
+        return tuple(map(found.get, (*self._wanted, *self._also, "backend")))
 
-        torch.library.register_autograd(f"vilt_fast::{name}", refuse, setup_context=setup)
+
+_TWICE = (
+    "{0}: its gradient cannot be differentiated again where a kernel has drawn dropout or a transport plan counts as a "
+    "constant; backend='reference' can."
+)
+_TENSORS = (Tensor, Tensor | None, list[Tensor])  #: annotations
 
 
-_TWICE = "{0}: its gradient cannot be differentiated again; backend='reference' can."
+def _gradients(outputs, given, sources):
+    """Of `sources`, as differentiable as the grad mode says; None where there is none."""
+    pairs = [(o, g) for o, g in zip(outputs, given, strict=False) if g is not None and o is not None]
+    pairs = [(o, g) for o, g in pairs if o.requires_grad]
+    if not pairs or not sources:
+        return [None] * len(sources)
+    outputs, given = zip(*pairs, strict=True)
+    return torch.autograd.grad(outputs, sources, given, create_graph=torch.is_grad_enabled(), allow_unused=True)
+
+
+class _Once(torch.autograd.Function):
+    """The identity; what it is the gradient of cannot be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, op, gradient, *sources):
+        ctx.op = op
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_TWICE.format(ctx.op))
+
+
+def _differentiable_once(op, sources, gradients):
+    sources = [s for s in sources if isinstance(s, Tensor)]
+    if not _check.needs_grad(*sources):
+        return gradients
+    return tuple(None if g is None else _Once.apply(op, g.detach(), *sources) for g in gradients)
 
 
 def _register(name, schema, run, fake):

@@ -54,10 +54,17 @@ def _validate(x, residual, weight, bias, dropout_p):
     return sizes
 
 
+def _again(s, x_dtype, residual_dtype, **_):
+    """x and residual are not kept, but their sum is: it and nothing have the same gradients."""
+    if s.dtype == x_dtype:
+        return {"x": s, "residual": torch.zeros_like(s, dtype=residual_dtype)}
+    return {"x": torch.zeros_like(s, dtype=x_dtype), "residual": s}
+
+
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("s", "y"), kept=("mean", "rstd"), differentiable=("x", "residual", "weight", "bias"),
-    equal={"x": "residual"}, validate=_validate,
+    equal={"x": "residual"}, validate=_validate, again=_again,
 )  # fmt: skip
 
 

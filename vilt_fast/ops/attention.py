@@ -69,6 +69,7 @@ def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, drop
 _OP = Op(
     "attention", _fake, _fake_backward,
     outputs=("out", "lse"), kept=("stats",), differentiable=("q", "k", "v"), validate=_validate,
+    again=lambda **_: {"return_lse": True},
 )  # fmt: skip
 
 

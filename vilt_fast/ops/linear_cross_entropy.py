@@ -48,7 +48,7 @@ def _validate(x, weight, bias, labels, ignore_index):
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("losses", "count"), kept=("lse", "rows"), differentiable=("x", "weight", "bias"),
-    differentiable_outputs=("losses",), validate=_validate,
+    differentiable_outputs=("losses",), validate=_validate, again=lambda **_: {"reduction": "none"},
 )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def _validate(text, image, text_pad, image_pad, beta, iterations, inner):
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("distance", "plan"), kept=("state",), differentiable=("text", "image"),
-    differentiable_outputs=("distance",), validate=_validate,
+    differentiable_outputs=("distance",), validate=_validate, again=None,
 )  # fmt: skip
 
 
