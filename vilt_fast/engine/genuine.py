@@ -81,6 +81,12 @@ def is_function_of(function, library: types.ModuleType, *names: str) -> bool:
     return any(getattr(library, name, None) is function and _is_own(function, name) for name in names)
 
 
+def is_own(function, qualified_name: str) -> bool:
+    """Whether `function` is what a library has written under this name, be it within another function."""
+    own = getattr(function, "__qualname__", None) == qualified_name
+    return own and _as_written(function, function.__module__) is not None
+
+
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -16,10 +16,14 @@ def has_hooks(module: nn.Module) -> bool:
     return _has_own_hooks(module.__dict__) or bool(module_internals._has_any_global_hook())
 
 
-def any_hooked(module: nn.Module) -> bool:
-    """Whether calling `module`, or anything inside it, does more (or other) than the `forward` of its class."""
+def any_hooked(module: nn.Module, known: Callable[[nn.Module], bool] = lambda _: False) -> bool:
+    """Whether calling `module`, or anything inside it, does more (or other) than the `forward` of its class.
+
+    Where hooks are `known`, somebody does for them what they do.
+    """
     return bool(module_internals._has_any_global_hook()) or any(
-        _has_own_hooks(inner.__dict__) or "forward" in inner.__dict__ for inner in _inside([module])
+        (_has_own_hooks(inner.__dict__) and not known(inner)) or "forward" in inner.__dict__
+        for inner in _inside([module])
     )
 
 

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers.models.vilt import modeling_vilt as hf
 
-from ...engine.genuine import own_methods
+from ...engine.genuine import is_own, own_methods
 from ...engine.listeners import any_hooked, is_plain, why_hooked, why_not_plain
 from . import embedding
 
 
 def is_known(embeddings) -> bool:
-    """Whether the tables tell all that the embedding module computes."""
-    return not any_hooked(embeddings) and _is_of_known_parts(embeddings)
+    """Whether the tables tell all that the embedding module computes, but for what `only_records` says."""
+    return not any_hooked(embeddings, only_records) and _is_of_known_parts(embeddings)
+
+
+def only_records(table) -> bool:
+    """Whether all that listens to a table of words is what transformers puts there for gradient checkpointing.
+
+    That is `enable_input_require_grads`: what the table gives requires a gradient from then on, be it frozen or not.
+    """
+    own = table.__dict__
+    if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    hooks = own["_forward_hooks"].values()
+    return is_plain(table, nn.Embedding) and bool(hooks) and all(is_own(hook, _RECORDS) for hook in hooks)
+
+
+_RECORDS = "PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads"
 
 
 def why_not_known(embeddings) -> str:

@@ -12,7 +12,7 @@ from transformers.models.vilt import modeling_vilt as hf
 from ... import record
 from . import embedding
 from .inputs import Inputs, check_plan, joined
-from .known import draws_its_patches, is_known, takes_what_is_given, why_not_known
+from .known import draws_its_patches, is_known, only_records, takes_what_is_given, why_not_known
 from .known import tables as tables_of
 from .options import ViltOptions
 from .plan import SequencePlan
@@ -38,6 +38,8 @@ def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, 
     text = embedding.text_rows(
         tables, plan, ids=first.input_ids, embeds=first.inputs_embeds, token_types=first.token_type_ids
     )
+    if first.input_ids is not None and torch.is_grad_enabled() and only_records(tables.word):
+        text.requires_grad_()
     record.say("packed", "", ("text embedding", model.embeddings.text_embeddings))
     # Filled on the device: a tensor made from a list would be copied there, and waited for.
     batch = first.text_shape[:1]

@@ -256,7 +256,7 @@ class ImagesAndTextForward(TaskForward):
         # What is not known, or has hooks, is to see the images one after the other, as in the reference.
         vilt = self.module.vilt
         for child in vilt.children():
-            if any_hooked(child):
+            if child is not vilt.embeddings and any_hooked(child):
                 return f"of {type(child).__name__}: {why_hooked(child)}"
         return "" if is_known(vilt) else "which tokens a part of the trunk looks at is not known"
 
