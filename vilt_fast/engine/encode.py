@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import record
+from ..ops._check import transforming
 from . import graphs, native, packed, recomputed
 from .blocks import Block
 from .listeners import any_hooked, has_hooks, is_plain, stamp, why_hooked, why_not_plain
@@ -68,8 +69,8 @@ def encode(
         wanted: the rows that anybody reads, of which alone the last block computes more than keys and values; None:
             all, as hidden states and attentions want them.
     """
-    asked, at_once = weights, ""  # why gradients have to be recorded at once
-    if torch.is_grad_enabled():
+    asked, at_once = weights, ""  # why every operation has to be seen as it is
+    if torch.is_grad_enabled() or transforming():
         if at_once := _why_at_once(want_hidden, want_attention):
             weights = None
     if weights is not None and weights.kind == "int8" and rows.is_cuda:
@@ -148,13 +149,14 @@ def encode(
 
 def _why_at_once(want_hidden, want_attention):
     """Why gradients, which are recorded, cannot be left to a second forward; "" where they can (`recomputed.py`)."""
+    if reason := recomputed.why_not():
+        return reason
     if want_hidden or want_attention:
         return (
             "gradients are recorded, and hidden states or attentions are to have them: call the model under "
             "torch.no_grad() or torch.inference_mode()"
         )
-    reason = recomputed.why_not()
-    return reason and f"gradients are recorded, and {reason}"
+    return ""
 
 
 def _why_not_fp8(block):
@@ -246,7 +248,7 @@ def foretell(
     no_graph = "" if captured is None else _why_no_graph(here, False, False)
     if captured is not None:
         no_graph = no_graph or next(filter(None, (block.why_not_plain() for block in blocks)), "")
-    at_once = _why_at_once(False, False) if torch.is_grad_enabled() else ""
+    at_once = _why_at_once(False, False) if torch.is_grad_enabled() or transforming() else ""
     fp8 = weights if weights is not None and weights.kind == "fp8" and not at_once else None
     for i, block in enumerate(blocks):
         reason = at_once or native.unavailable(here) or native.why_not_now(block)
@@ -265,6 +267,8 @@ def _why_no_graph(rows, want_hidden, want_attention):
         return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
     if want_hidden or want_attention:
         return "hidden states or attentions are wanted"
+    if transforming():
+        return recomputed.why_not()
     return graphs.why_not_usable(rows)
 
 

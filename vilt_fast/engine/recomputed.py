@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from ..ops import transforms
+from ..ops._check import transforming
 
 
 def why_not() -> str:
     """Why nothing can be computed again later, here and now, or ""."""
-    return "a transform or a tracer sees every operation" if transforms.active() else ""
+    seen = transforming() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return "a transform or a tracer sees every operation" if seen else ""
 
 
 def why_not_of(module: nn.Module) -> str:

@@ -13,12 +13,14 @@ from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .. import record
 from ..engine import encode as engine
 from ..engine.graphs import EncoderGraphs
 from ..engine.packing import Packing
 from ..engine.quantization import KINDS, WeightCache
+from ..ops._check import transformed, transforming
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,24 @@ class Swapped:
             mine += f", but {record.DISABLED}"
         own = type(self.module).extra_repr(self.module)
         return f"{own}\n{mine}" if own else mine
+
+    def why_transformed(self, inputs: Mapping) -> str:
+        """What transforms a call with these inputs, which is for the module's own method, or "".
+
+        Raises:
+            RuntimeError: a plan was passed, which that method knows nothing of.
+        """
+        if not transforming():
+            return ""
+        tensors = [t for t in tree_leaves(dict(inputs)) if isinstance(t, torch.Tensor)]
+        if not transformed([*tensors, *self.module.parameters(), *self.module.buffers()]):
+            return ""
+        if inputs.get("sequence_plan") is not None:
+            raise RuntimeError(
+                "torch.func and forward-mode AD take the model's own way, which finds its tokens itself: call it "
+                "without sequence_plan."
+            )
+        return "torch.func or forward-mode AD transforms it"
 
     def plan(self, **inputs) -> Packing:
         """Where the tokens of a call with these inputs would go."""

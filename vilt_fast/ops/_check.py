@@ -150,6 +150,26 @@ def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+def transforming():
+    """Whether a transform of torch.func, or forward-mode AD, is under way in this thread. Takes 0.2 us."""
+    if torch.compiler.is_compiling():  # which takes transforms apart itself
+        return False
+    return _functorch() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
+
+
+def transformed(tensors):
+    """Whether what is computed with these is for torch.func, which wraps all that is computed, or has a tangent."""
+    return transforming() and (_functorch() or any(map(has_tangent, tensors)))
+
+
+def has_tangent(tensor):
+    """Whether forward-mode AD is to find a derivative of what is computed with this tensor."""
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def autocast(*tensors):
     """What autocast would do to the inputs of a matrix product: cast float32 to its dtype; no-op when it is off."""
     kind = getattr(tensors[0], "device", torch.device("cpu")).type  # what is no tensor is found by `shapes`

@@ -31,7 +31,7 @@ import threading
 import torch
 from torch import Tensor
 
-from . import _check, registry, transforms
+from . import _check, registry
 
 _inside = threading.local()  #: `validated`: this thread is within a call whose arguments have been looked at
 OPS = {}  #: {name: Op} of all that have been imported
@@ -88,7 +88,12 @@ class Op:
     # --- calls --------------------------------------------------------------------------------------------------------
 
     def resolve(self, backend, facts):
-        """Name of the backend that computes a call; see :func:`registry.resolve`."""
+        """Name of the backend that computes a call; see :func:`registry.resolve`.
+
+        Within torch.func and forward-mode AD that is the reference, which is differentiable in every way.
+        """
+        if backend is None and _check.transforming() and "reference" in registry.backends(self.name):
+            backend = "reference"
         return registry.resolve(self.name, backend, facts)
 
     def plain(self, backend, **arguments):
@@ -158,13 +163,26 @@ class Op:
             raise ValueError(f"{self.name}: {backend!r} is ordinary PyTorch; call vilt_fast.functional.{self.name}.")
         if self._validate and not getattr(_inside, "validated", False):
             self._validate(**{name: arguments[name] for name in self._checks})
+        self._refuse_tangents(backend, arguments.values())
         result = registry.launcher(self.name, backend)(**arguments, keep=keep)
         if (backend, keep) not in self._seen or os.environ.get("VILT_FAST_CHECK") == "1":
             self._check(backend, result, arguments, keep)
         return self._flat(*result)
 
     def _run_fake(self, *values):
-        return self._flat(*self._faked(*self._named(values)))
+        arguments, backend, keep = self._named(values)
+        self._refuse_tangents(backend, arguments.values())
+        return self._flat(*self._faked(arguments, backend, keep))
+
+    def _refuse_tangents(self, backend, values):
+        """RuntimeError for a tangent of forward-mode AD, which would end here unnoticed."""
+        if not _check.transforming():
+            return
+        tensors = (t for value in values for t in (value if isinstance(value, list) else [value]))
+        if any(isinstance(t, Tensor) and _check.has_tangent(t) for t in tensors):
+            raise RuntimeError(
+                f"{self.name}: backend {backend!r} has no derivative in forward mode; backend='reference' has one."
+            )
 
     def _check(self, backend, result, arguments, keep):
         """TypeError unless a launcher keeps to the contract: what it is called the first time, it is looked at."""
@@ -360,19 +378,23 @@ def _shape_of(value):
     return f"a {type(value).__name__}"
 
 
-# What else stands between a call in Python and a kernel, as far as this torch lets it be asked: modes (fake
-# tensors, FLOP counters), profilers that want to see the op.
+# What stands between a call in Python and a kernel, as far as this torch lets it be asked: modes (fake tensors, FLOP
+# counters), functorch transforms, tangents of forward-mode AD, tracers, profilers that want to see the op.
 _INTERNALS = (
     getattr(torch._C, "_len_torch_dispatch_stack", None),
+    getattr(torch._C, "_are_functorch_transforms_active", None),
+    getattr(torch._C, "_get_tracing_state", None),
     getattr(torch.autograd, "_profiler_enabled", None),
 )
-_KNOWN = None not in _INTERNALS
+_KNOWN = None not in _INTERNALS and hasattr(torch.autograd.forward_ad, "_current_level")
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _plain_eager(values):
     """Whether nothing but a launcher is to see this call: plain tensors, no mode, no transform, no tracer."""
-    if not _KNOWN or transforms.active() or any(ask() for ask in _INTERNALS):
+    if not _KNOWN or torch.compiler.is_compiling() or any(ask() for ask in _INTERNALS):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0:
         return False
     for value in values:
         if isinstance(value, Tensor):

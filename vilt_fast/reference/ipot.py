@@ -23,7 +23,7 @@ import torch
 
 @torch.no_grad()
 def ipot(cost, text_pad, image_pad, *, beta=0.5, iterations=50, inner=1):
-    cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
+    cost = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))  # forward-mode AD looks past no_grad
     if cost.numel() == 0:
         return torch.zeros_like(cost)
     text_pad = text_pad | image_pad.all(1, keepdim=True)  # nothing to move to: nothing moves

@@ -47,6 +47,11 @@ def sinkhorn(
     image_marginal=None, gradient="envelope",
 ):  # fmt: skip
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
+    solved = cost
+    if gradient == "envelope":  # forward-mode AD looks past the grad mode
+        solved, text_marginal, image_marginal = (
+            None if t is None else t.detach() for t in (cost, text_marginal, image_marginal)
+        )
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "unrolled"):
         log_mu, text_pad = _log_weights(text_marginal, text_pad, cost.dtype)
         log_nu, image_pad = _log_weights(image_marginal, image_pad, cost.dtype)
@@ -54,7 +59,7 @@ def sinkhorn(
         image_pad = image_pad | text_pad.all(1, keepdim=True)
         pad = text_pad.unsqueeze(2) | image_pad.unsqueeze(1)
         low = torch.finfo(torch.float32).min / 4  # finite, so that gradients of padded entries are 0 and not NaN
-        scores = cost.masked_fill(pad, 0) / -epsilon
+        scores = solved.masked_fill(pad, 0) / -epsilon
 
         def text_sums(log_v):  # log sum_j exp((v_j - C_ij) / epsilon)
             return (scores + log_v.unsqueeze(1)).masked_fill(pad, low).logsumexp(2)

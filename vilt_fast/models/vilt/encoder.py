@@ -32,6 +32,9 @@ class EncoderForward(SwappedTrunk):
         output_hidden_states=False,
         return_dict=True,
     ):
+        if why := self.why_transformed({"hidden_states": hidden_states, "attention_mask": attention_mask}):
+            self.say_own(why)
+            return self.own(hidden_states, attention_mask, output_attentions, output_hidden_states, return_dict)
         keys = _keys(hidden_states, attention_mask)
         if output_attentions or keys is None or not keys.any(1).all():
             self.say_own("attentions are wanted" if output_attentions else "its mask says more than who is looked at")

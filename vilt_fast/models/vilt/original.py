@@ -84,7 +84,8 @@ class InferSwap(SwappedTrunk):
         image_masks=None,
     ):
         model = self.module
-        if why := self.why_own():  # replaced, or patched on its class, since it was accelerated
+        # Replaced, or patched on its class, since it was accelerated.
+        if why := self.why_own() or self.why_transformed({"batch": batch, "image_embeds": image_embeds}):
             self.say_own(why)
             return self.own(batch, mask_text, mask_image, image_token_type_idx, image_embeds, image_masks)
         suffix = "_mlm" if mask_text else ""

@@ -86,7 +86,7 @@ class TaskForward(Swapped):
         check_tensors(labels=labels)
         if labels is not None and isinstance(model.vilt.__dict__.get("forward"), TrunkForward):
             self.look_at(labels, attention_mask, model.vilt.forward.options.padding)
-        why = self.why_own()
+        why = self.why_own() or self.why_transformed(given)
         if not why and given.get("sequence_plan") is None and traced(model.vilt):
             why = TRACED
         if why:

@@ -64,7 +64,10 @@ class TrunkForward(SwappedTrunk):
         **kwargs,
     ):
         given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "sequence_plan")}
-        if why := self.why_own() or (TRACED if sequence_plan is None and traced(self.module) else ""):
+        why = self.why_own() or self.why_transformed(given | {"sequence_plan": sequence_plan})
+        if not why and sequence_plan is None and traced(self.module):
+            why = TRACED
+        if why:
             self.say_own(why)
             return self.own(**given, **kwargs)
         config = self.module.config
