@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.nn.modules import module as module_internals
 
 from .genuine import own_methods, why_not_own
@@ -131,7 +132,7 @@ _HOOKS = {
     "_backward_hooks": "backward hook",
     "_backward_pre_hooks": "backward pre-hook",
 }
-_ORDINARY = (nn.Parameter, torch.Tensor)
+_ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)  # the last stands for one where torch.export looks on
 
 
 def _has_own_hooks(own: dict) -> bool:

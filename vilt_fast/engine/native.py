@@ -27,11 +27,12 @@ class Run:
     """Consecutive blocks that one native call computes."""
 
     parameters: list[torch.Tensor] = dataclasses.field(default_factory=list)
-    copies: list[torch.Tensor] | None = None  #: what is computed with in place of the parameters
     eps: list[float] = dataclasses.field(default_factory=list)
     compute: str = ""
     num_heads: int = 0
     blocks: int = 0
+    weights: WeightCache | None = None  #: of the 8-bit copies to compute with
+    first: int = 0  #: number of the first block
 
     def encode(
         self, rows: torch.Tensor, packing: Packing, return_hidden: bool, wanted: Selection | None
@@ -56,12 +57,14 @@ class Run:
         return recomputed(lambda rows: self._fast(rows, packing, wanted), exact, rows, self.parameters)
 
     def _fast(self, rows, packing, wanted, return_hidden=False):
-        return functional.encoder(
-            rows, self.parameters if self.copies is None else self.copies, packing.cu_seqlens, packing.seqused_k,
-            packing.max_seqlen, num_heads=self.num_heads, eps=self.eps, compute=self.compute,
-            return_hidden=return_hidden, wanted=None if wanted is None else wanted.rows,
-            cu_wanted=None if wanted is None else wanted.cu_seqlens,
-        )  # fmt: skip
+        given = (rows, self.parameters, packing.cu_seqlens, packing.seqused_k, packing.max_seqlen)
+        options = dict(num_heads=self.num_heads, eps=self.eps, return_hidden=return_hidden)
+        options |= dict(wanted=None, cu_wanted=None)
+        if wanted is not None:
+            options |= dict(wanted=wanted.rows, cu_wanted=wanted.cu_seqlens)
+        if self.weights is not None:
+            return self.weights.encoder(self.first, *given, **options)
+        return functional.encoder(*given, **options, compute=self.compute)
 
     def _part(self, start, end):
         """Some of the blocks."""
@@ -69,7 +72,7 @@ class Run:
         tensors = slice(start * layer, end * layer)
         return dataclasses.replace(
             self, parameters=self.parameters[tensors], eps=self.eps[2 * start : 2 * end], blocks=end - start,
-            copies=None if self.copies is None else self.copies[tensors],
+            first=self.first + start,
         )  # fmt: skip
 
 
@@ -109,7 +112,7 @@ def why_not_now(block: Block) -> str:
 
 def run_from(blocks: Sequence[Block], first: int, weights: WeightCache | None) -> tuple[Run, str]:
     """(the longest run of blocks from `first` on, maybe an empty one, and why it ends there)."""
-    run, reason = Run(), ""
+    run, reason = Run(weights=weights, first=first), ""
     for block in blocks[first:]:
         reason = why_not_now(block)
         if reason:
@@ -123,8 +126,6 @@ def run_from(blocks: Sequence[Block], first: int, weights: WeightCache | None) -
         run.parameters += parameters
         run.eps += [attention.norm.eps, feed_forward.norm.eps]
         run.blocks += 1
-    if run.blocks and weights is not None:
-        run.copies, run.compute = weights.quantized(run.parameters, first), "int8"
     return run, reason
 
 

@@ -67,7 +67,7 @@ def step_of(
 
     def multiply(name, x, *modules, gelu=False):
         if weights is not None:
-            return functional.linear_fp8(x, *weights.fp8((number, name), modules), gelu=gelu)
+            return weights.linear_fp8((number, name), x, modules, gelu)
         if gelu:
             return functional.linear_gelu(x, modules[0].weight, modules[0].bias)
         return modules[0](x)

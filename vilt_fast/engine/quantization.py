@@ -2,11 +2,14 @@
 
 The only derived weights in the project: all other kernels read the parameters as they are. A copy is kept with a
 fingerprint of its source (storage, version counter, dtype, shape and, on the CPU, a sample of the bits), which is
-compared at every call.
+compared at every call. What torch.compile traces cannot compare: there the comparison, and what is computed with the
+copies, are one op that knows its cache by number.
 """
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -36,6 +39,8 @@ class WeightCache(Asked):
         super().__init__(kind)
         self.kind = kind
         self._copies: dict[tuple, tuple] = {}
+        self._number = next(_numbers)
+        _caches[self._number] = self
 
     def quantized(self, parameters: list[torch.Tensor], first_block: int = 0) -> list[torch.Tensor]:
         """`parameters` of whole blocks, the first of them `first_block`, with each matrix replaced by its int8 copy."""
@@ -47,10 +52,28 @@ class WeightCache(Asked):
                 result[at] = self._copy(first_block * size + at, (parameters[at],), functional.quantize_linear)
         return result
 
+    def encoder(self, first_block: int, x, parameters, *spans, **options) -> torch.Tensor:
+        """`functional.encoder` in int8, with the copies of these parameters."""
+        if not torch.compiler.is_compiling():
+            return functional.encoder(x, self.quantized(parameters, first_block), *spans, **options, compute="int8")
+        _refuse_export()
+        return _encoder(x, parameters, *spans, *options.values(), self._number, first_block)
+
+    def linear_fp8(self, place: tuple, x: torch.Tensor, linears: Sequence[nn.Linear], gelu: bool) -> torch.Tensor:
+        """`functional.linear_fp8` with the copies of linears side by side; `place` names them in the model."""
+        if not torch.compiler.is_compiling():
+            return functional.linear_fp8(x, *self.fp8(place, linears), gelu=gelu)
+        _refuse_export()
+        weights, biases = [m.weight for m in linears], [_NO_BIAS if m.bias is None else m.bias for m in linears]
+        return _linear_fp8(x, weights, biases, gelu, self._number, *place)
+
     def fp8(self, place: tuple, linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(weight, weight_scale, bias) of `linear_fp8` for linears side by side; `place` names them in the model."""
-        sources = [t for linear in linears for t in (linear.weight, linear.bias) if t is not None]
-        return self._copy(place, sources, lambda *_: _side_by_side(linears))
+        return self._fp8(place, [linear.weight for linear in linears], [linear.bias for linear in linears])
+
+    def _fp8(self, place, weights, biases):
+        sources = [*weights, *(bias for bias in biases if bias is not None)]
+        return self._copy(place, sources, lambda *_: _side_by_side(weights, biases))
 
     def clear(self) -> None:
         """Forget all copies; the next call makes them anew."""
@@ -78,12 +101,63 @@ def why_emulated(rows: torch.Tensor) -> str:
     return registry.why_unavailable("linear_fp8", "triton", device="cuda", dtype=rows.dtype).rstrip(".")
 
 
-def _side_by_side(linears):
-    weight, scale = functional.quantize_fp8(torch.cat([linear.weight.detach() for linear in linears]))
-    if all(linear.bias is None for linear in linears):
+def _side_by_side(weights, biases):
+    weight, scale = functional.quantize_fp8(torch.cat([w.detach() for w in weights]))
+    if all(bias is None for bias in biases):
         return weight, scale, None
-    biases = [linear.weight.new_zeros(len(linear.weight)) if linear.bias is None else linear.bias for linear in linears]
+    biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
     return weight, scale, torch.cat([bias.detach() for bias in biases])
+
+
+# --- in a compiled graph ----------------------------------------------------------------------------------------------
+
+_NO_BIAS = torch.empty(0)
+_numbers = itertools.count()
+_caches: weakref.WeakValueDictionary[int, WeightCache] = weakref.WeakValueDictionary()
+
+
+def _refuse_export():
+    if torch.compiler.is_exporting():
+        raise RuntimeError("8-bit copies are not exported: accelerate the model without quantize first.")
+
+
+@torch.library.custom_op(
+    "vilt_fast::encoder_of_copies",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] parameters, Tensor cu_seqlens, Tensor seqused_k, SymInt max_seqlen, int num_heads, "
+    "float[] eps, bool return_hidden, Tensor? wanted, Tensor? cu_wanted, int cache, int first_block) -> Tensor",
+)
+def _encoder(
+    x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads, eps, return_hidden, wanted, cu_wanted, cache,
+    first_block,
+):  # fmt: skip
+    options = dict(num_heads=num_heads, eps=eps, return_hidden=return_hidden, wanted=wanted, cu_wanted=cu_wanted)
+    return _caches[cache].encoder(first_block, x, parameters, cu_seqlens, seqused_k, max_seqlen, **options)
+
+
+@_encoder.register_fake
+def _(
+    x, parameters, cu_seqlens, seqused_k, max_seqlen, num_heads, eps, return_hidden, wanted, cu_wanted, cache,
+    first_block,
+):  # fmt: skip
+    if return_hidden:
+        return x.new_empty(len(parameters) // len(LayerParameters._fields), *x.shape)
+    return x.new_empty(x.shape[0] if wanted is None else wanted.shape[0], x.shape[1])
+
+
+@torch.library.custom_op(
+    "vilt_fast::linear_fp8_of_copies",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor[] biases, bool gelu, int cache, int block, str name) -> Tensor",
+)
+def _linear_fp8(x, weights, biases, gelu, cache, block, name):
+    biases = [bias if bias.numel() else None for bias in biases]
+    return functional.linear_fp8(x, *_caches[cache]._fp8((block, name), weights, biases), gelu=gelu)
+
+
+@_linear_fp8.register_fake
+def _(x, weights, biases, gelu, cache, block, name):
+    return x.new_empty(*x.shape[:-1], sum(len(w) for w in weights))
 
 
 def _fingerprint(tensor: torch.Tensor) -> tuple:
