@@ -107,6 +107,11 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
     team.barrier();
   };
 
+  // An operand of odd width ends in half a unit that is nobody's. Its weight is 0, but what lay there before may be NaN.
+  auto close = [&](char* rows, int64_t ldr, int64_t K, int64_t r) {
+    if (kUnit == 2 && K % 2) ((bf16*)(rows + r * ldr * size))[K] = 0;
+  };
+
   for (int layer = 0; layer < a.layers; ++layer) {
     const Layer &p = a.layer[layer], &following = layer + 1 < a.layers ? a.layer[layer + 1] : p;
     float* copy = a.hidden ? a.hidden + ((int64_t)layer * a.N + base) * D : nullptr;
@@ -119,6 +124,7 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
       if (r < n) {
         if (layer == 0) memcpy(all_rows + r * D, a.x + (base + r) * D, (size_t)D * 4);
         norm(all_rows + r * D, p.norm1, a.eps[2 * layer], normed, r);
+        close(ctx, ld, D, r);
         return;
       }
       const int64_t i = r - n, row = a.wanted[first + i];  // a copy of its own: who makes that row's may not be done
@@ -153,7 +159,10 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
     gemm<T>(team, operand(ctx, ld, c.normed, units), m, &o, &add, 1, &fc1, ws);
     team.barrier();
 
-    each_row(team, m, [&](int64_t r) { norm(stream + r * D, p.norm2, a.eps[2 * layer + 1], normed, r); });
+    each_row(team, m, [&](int64_t r) {
+      norm(stream + r * D, p.norm2, a.eps[2 * layer + 1], normed, r);
+      close(c.wide, ld_inner, a.inner, r);
+    });
     team.barrier();
 
     const Store<Finish::kGelu> to_hidden{c.wide, dtype, ld_inner, nullptr};
@@ -223,7 +232,6 @@ static void run(const EncoderArgs& a) {
   const size_t total = shared + own_bytes * a.threads + chunk_bytes * (solo ? a.threads : 1);
   char* buffer = (char*)scratch_acquire(total);
   memset(buffer, 0, shared);
-  if (a.D % 4 || a.inner % 4) memset(buffer, 0, total);  // padding columns must hold finite values
 
 #pragma omp parallel num_threads(a.threads)
   {
