@@ -32,6 +32,7 @@ struct Transport {
   float* least;              // [width]: smallest cost of the column, 0 where there is none
   float* partial;            // [m, kLanes]
   double *phi, *psi, *alpha, *gamma, *last_phi, *last_psi, *lift;
+  double *log_mu, *log_nu;  // log2 of the weights of real rows and columns, also of those that no float holds
   int64_t *rows, *columns;  // which positions of the sample are real
 };
 
@@ -49,7 +50,8 @@ static size_t lay_out(Transport& t, Arena arena, int64_t m, int64_t n, bool kern
   t.partial = arena.take<float>(m * kLanes);
   float **of_rows[] = {&t.u[0], &t.u[1], &t.u[2], &t.x, &t.r, &t.mu},
         **of_columns[] = {&t.v[0], &t.v[1], &t.v[2], &t.nu, &t.hole, &t.least};
-  double **row_logs[] = {&t.phi, &t.alpha, &t.last_phi}, **column_logs[] = {&t.psi, &t.gamma, &t.last_psi, &t.lift};
+  double **row_logs[] = {&t.phi, &t.alpha, &t.last_phi, &t.log_mu},
+         **column_logs[] = {&t.psi, &t.gamma, &t.last_psi, &t.lift, &t.log_nu};
   for (float** p : of_rows) *p = arena.take<float>(mr);
   for (float** p : of_columns) *p = arena.take<float>(width);
   for (double** p : row_logs) *p = arena.take<double>(mr);

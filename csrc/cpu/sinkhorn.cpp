@@ -10,16 +10,21 @@
 
 namespace vf::VF_ISA {
 
-constexpr double kLeastShare = 0x1p-100;  // nothing to a float32 plan, but it has a logarithm
+constexpr double kLeastShare = 0x1p-100;  // nothing to a converged plan; less is lost in floats
 
-// Weights normalised to sum to `total`.
-static void marginal(const float* weight, const int64_t* places, int64_t n, double total, float* out) {
+// Weights normalised to sum to `total`, and their log2. False if floats cannot hold them: where G spans as many bits, a row of
+// less than kLeastShare has a part in the first plans.
+static bool marginal(const float* weight, const int64_t* places, int64_t n, double total, float* out, double* logs) {
+  bool held = true;
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += weight_of(weight, places[i]);
   for (int64_t i = 0; i < n; ++i) {
     const double share = weight_of(weight, places[i]) / sum * total;
     out[i] = (float)(share > kLeastShare ? share : kLeastShare);
+    logs[i] = log2(weight_of(weight, places[i])) - log2(sum) + log2(total);
+    held = held && share > kLeastShare;
   }
+  return held;
 }
 
 static double text_error(const Transport& t, const float* u) {
@@ -34,8 +39,8 @@ struct Outcome {
   double error;
 };
 
-// Leaves G, u, v with T' = u G v and r = G v.
-static Outcome solve(Transport& t, const SinkhornArgs& a) {
+// Leaves G, u, v with T' = u G v and r = G v. Every step is taken in logarithms unless `held`.
+static Outcome solve(Transport& t, const SinkhornArgs& a, bool held) {
   float least = t.least[0];
   for (int64_t j = 1; j < t.n; ++j) least = t.least[j] < least ? t.least[j] : least;
   for (int64_t i = 0; i < t.m; ++i) t.phi[i] = (double)least * t.unit;
@@ -49,7 +54,7 @@ static Outcome solve(Transport& t, const SinkhornArgs& a) {
     sweep<false, false>(t, false, nullptr, t.v[0]);
     error = text_error(t, t.u[0]);
     int64_t s = 0;
-    while (!finished()) {
+    while (held && !finished()) {
       float *u = t.u[(s + 1) % 2], *v = t.v[(s + 1) % 2];
       const Range rows = scale_rows(t, u);
       if (!(rows.least() > 0 && rows.most() < kLimit)) break;
@@ -73,10 +78,10 @@ static double value_of(const Transport& t, const Outcome& o, double epsilon) {
   double bits = 0, mass = 0;
   for (int64_t i = 0; i < t.m; ++i) {
     const double share = (double)o.u[i] * t.r[i];
-    bits += share * (t.phi[i] + log2((double)o.u[i]) - log2((double)t.mu[i]));
+    bits += share * (t.phi[i] + log2((double)o.u[i]) - t.log_mu[i]);
     mass += share;
   }
-  for (int64_t j = 0; j < t.n; ++j) bits += t.nu[j] * (t.psi[j] + log2((double)o.v[j]) - log2((double)t.nu[j]));
+  for (int64_t j = 0; j < t.n; ++j) bits += t.nu[j] * (t.psi[j] + log2((double)o.v[j]) - t.log_nu[j]);
   const double cells = (double)t.m * (double)t.n;
   return epsilon * kLn2 * (bits + mass * log2(cells)) / cells;
 }
@@ -97,9 +102,10 @@ void sinkhorn(const SinkhornArgs& a) {
         }
         start(t, kLog2E / a.epsilon);
         const double cells = (double)t.m * (double)t.n;
-        if (a.text_marginal) marginal(a.text_marginal + b * M, t.rows, t.m, cells, t.mu);
-        if (a.image_marginal) marginal(a.image_marginal + b * N, t.columns, t.n, cells, t.nu);
-        const Outcome o = solve(t, a);
+        bool held = true;
+        if (a.text_marginal) held = marginal(a.text_marginal + b * M, t.rows, t.m, cells, t.mu, t.log_mu);
+        if (a.image_marginal) held = marginal(a.image_marginal + b * N, t.columns, t.n, cells, t.nu, t.log_nu) && held;
+        const Outcome o = solve(t, a, held);
         scatter_plan(t, o.u, o.v, plan, M, N);
         a.value[b] = (float)value_of(t, o, a.epsilon);
         a.error[b] = (float)o.error;

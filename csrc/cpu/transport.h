@@ -117,7 +117,7 @@ static void columns_lse(const Transport& t, double k) {
     exponents(t.c + i * t.ld, t.width, t.phi[i], t.lift, k, t.g);
     for (int64_t j = 0; j < t.width; j += kLanes) store(sum + j, load(sum + j) + exp2_or_zero(load(t.g + j)));
   }
-  for (int64_t j = 0; j < t.n; ++j) t.psi[j] = log2((double)t.nu[j]) + t.lift[j] - log2((double)sum[j]);
+  for (int64_t j = 0; j < t.n; ++j) t.psi[j] = t.log_nu[j] + t.lift[j] - log2((double)sum[j]);
 }
 
 // phi_i = log2 mu_i - log2 sum_j 2^(psi_j - k c_ij), in logarithms; G is overwritten.
@@ -133,7 +133,7 @@ static void rows_lse(const Transport& t, double k) {
     exponents(c, t.width, -top, t.psi, k, t.g);
     F sum = set1(0);
     for (int64_t j = 0; j < t.width; j += kLanes) sum = sum + exp2_or_zero(load(t.g + j));
-    t.phi[i] = log2((double)t.mu[i]) - top - log2((double)reduce_add(sum));
+    t.phi[i] = t.log_mu[i] - top - log2((double)reduce_add(sum));
   }
 }
 
@@ -242,7 +242,9 @@ static void start(Transport& t, double unit) {
   fill(t.mu, mr, (float)t.n), fill(t.nu, t.width, (float)t.m), fill(t.r, mr, 1.f), fill(t.hole, t.width, 0.f);
   for (int64_t i = t.m; i < mr; ++i) t.mu[i] = 1;
   for (int64_t j = t.n; j < t.width; ++j) t.hole[j] = t.nu[j] = 1;
-  for (int64_t i = 0; i < t.m; ++i) t.phi[i] = t.alpha[i] = 0;
+  const double log_m = log2((double)t.m), log_n = log2((double)t.n);
+  for (int64_t i = 0; i < t.m; ++i) t.phi[i] = t.alpha[i] = 0, t.log_mu[i] = log_n;
+  for (int64_t j = 0; j < t.n; ++j) t.log_nu[j] = log_m;
   for (int64_t j = 0; j < t.width; ++j) t.psi[j] = t.gamma[j] = j < t.n ? 0 : kNever;
 }
 

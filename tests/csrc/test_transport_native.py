@@ -297,6 +297,18 @@ def test_sinkhorn_with_weights_of_any_size(isa, kind, flushed):
     assert_the_scale_of_weights_is_free("cpp", TEXTS, IMAGES)
 
 
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_the_first_plans_give_tiny_weights_their_part(isa, kind):
+    """Before it has converged, a row that weighs nothing may hold the mass of columns that are dear for all others."""
+    cost, *pads = _costs(texts=(5, 9, 30), images=(9, 40, 70))
+    cost = 1.5 + cost / 4
+    cost[:, :, 0] = cost[:, ::3] = 0
+    rows, columns = any_weights(kind, *pads)
+    for weights in ((rows, columns), (rows, None), (None, columns)):
+        for iterations in (1, 2, 5):
+            assert_sinkhorn("cpp", (cost, *pads), weights=weights, epsilon=0.02, iterations=iterations)
+
+
 def test_sinkhorn_agrees_with_pot(isa):
     arguments = cost, _, _ = _costs(4, (8, 5), (12, 20))
     result = functional.sinkhorn(*arguments, epsilon=0.1, iterations=1000, **CPP)
