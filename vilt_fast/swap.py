@@ -29,8 +29,9 @@ def accelerate(
         model: any of HuggingFace's `Vilt*` models, the original `ViLTransformerSS`, or a module that contains one.
         quantize: "int8" (on a CPU) or "fp8" (on a GPU from sm_89 on; elsewhere emulated, with no gain) computes the
             linear layers of inference with 8-bit weights (a scale a channel) and activations (a scale a token). Keeps a
-            quantised copy of these weights; training is not touched. A gradient in evaluation mode is that of the
-            parameters as they are.
+            quantised copy of these weights, made again when one has changed; edits of single elements that bump no
+            version counter (through `.data`, `numpy()`) need :func:`refresh`. Training is not touched. A gradient in
+            evaluation mode is that of the parameters as they are.
         cuda_graphs: on a GPU, capture the blocks once per bucket of sizes and replay them as one launch, in inference:
             for low latency at small batches. Keeps buffers of the captured sizes. Has no effect on a CPU, which is said
             once.
@@ -124,8 +125,12 @@ def restored(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def refresh(model: nn.Module) -> nn.Module:
-    """Quantise again at the next call. Needed only after single elements of a weight, or any on a GPU, were edited
-    through `.data`.
+    """Quantise again at the next call.
+
+    Needed only after an edit that bumps no version counter (through `.data`, `numpy()` or another alias) of single
+    elements of a weight, or of any on a GPU; whole tensors and rows are seen on a CPU. Not needed under
+    VILT_FAST_CHECK=1, which looks at every bit at every call, nor for parameters born under `torch.inference_mode()`,
+    of which that is always done.
 
     Raises:
         TypeError: `model` is no `torch.nn.Module`.

@@ -222,6 +222,49 @@ def test_single_elements_are_seen_after_refresh():
     assert same(inference(model), inference(copy.deepcopy(model)))
 
 
+EDITS = {"data": lambda w: w.data, "numpy": lambda w: w.detach().numpy(), "dlpack": lambda w: torch.from_dlpack(w.data)}
+
+
+@pytest.mark.parametrize("through", EDITS)
+@pytest.mark.parametrize("born", ["in inference mode", "and VILT_FAST_CHECK=1"])
+def test_single_elements_are_seen(born, through, monkeypatch, quantized):
+    if born == "in inference mode":  # parameters without a version counter
+        with torch.inference_mode():
+            model = copy.deepcopy(build("trunk", torch.float32))
+        assert next(model.parameters()).is_inference()
+        vilt_fast.accelerate(model, quantize="int8")
+    else:
+        monkeypatch.setenv("VILT_FAST_CHECK", "1")
+        model = accelerated()
+    before = inference(model)
+    assert same(inference(model), before) and len(quantized) == 18
+    with torch.inference_mode():
+        EDITS[through](trunk_of(model).encoder.layer[1].intermediate.dense.weight)[17, 13] = 3.0
+    assert not same(inference(model), before) and len(quantized) == 19
+    assert same(inference(model), inference(vilt_fast.refresh(model)))
+
+
+def test_bits_that_cannot_be_looked_at_are_taken_anew(monkeypatch):
+    """fp8 of parameters without a version counter on a GPU, which a look at them would wait for."""
+    monkeypatch.setattr(quantization, "_bits", lambda tensors: [quantization._Unknown() for _ in tensors])
+    with torch.inference_mode():
+        model = copy.deepcopy(build("trunk", torch.float32))
+    vilt_fast.accelerate(model, quantize="fp8")
+    before, cache = inference(model), []
+    copies = quantization.WeightCache.fp8
+    monkeypatch.setattr(WeightCache, "fp8", lambda *args: cache.append(copies(*args)) or cache[-1])
+    weight = trunk_of(model).encoder.layer[1].output.dense.weight
+    inference(model)
+    places = [t.data_ptr() for found in cache for t in found if t is not None]
+    with torch.inference_mode():
+        weight[1, 1] = 3.0
+    cache.clear()
+    after = inference(model)
+    assert not same(after, before)
+    assert [t.data_ptr() for found in cache for t in found if t is not None] == places  # where a graph reads them
+    assert same(after, inference(vilt_fast.refresh(model)))
+
+
 def test_blocks_in_another_order_are_other_blocks():
     model = accelerated()
     before = inference(model).pooler_output
@@ -289,7 +332,7 @@ def test_fp8_is_the_model_with_its_linears_rounded_to_e4m3(kind):
 @pytest.mark.parametrize("sampled", [True, False])
 def test_fp8_copies_are_made_once_and_follow_their_weights(sampled, monkeypatch):
     if not sampled:  # as on a GPU
-        monkeypatch.setattr(quantization, "_sample", lambda tensor: None)
+        monkeypatch.setattr(quantization, "_bits", lambda tensors: [None] * len(tensors))
     made = []
     quantize_fp8 = functional.quantize_fp8
     monkeypatch.setattr(functional, "quantize_fp8", lambda w, **k: made.append(tuple(w.shape)) or quantize_fp8(w, **k))

@@ -1,14 +1,18 @@
 """Quantised copies of weights, made again whenever a weight has changed.
 
-The only derived weights in the project: all other kernels read the parameters as they are. A copy is kept with a
-fingerprint of its source (storage, version counter, dtype, shape and, on the CPU, a sample of the bits), which is
-compared at every call. What torch.compile traces cannot compare: there the comparison, and what is computed with the
-copies, are one op that knows its cache by number.
+The only derived weights in the project: all other kernels read the parameters as they are. A copy is kept with the
+marks of its sources (storage, version counter, dtype, shape and, on the CPU, a fingerprint of the bits), which are
+compared at every call. A sample of the bits is looked at, and all of them where there is no version counter (parameters
+born under `torch.inference_mode()`) or VILT_FAST_CHECK=1 asks for it. Where bits should be looked at and cannot be (on
+a GPU, which that would wait for), the copy is made again at every call. What torch.compile traces cannot compare: there
+the comparison, and what is computed with the copies, are one op that knows its cache by number.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import weakref
 from collections.abc import Sequence
 
@@ -17,7 +21,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import functional, record
-from ..ops import registry
+from ..ops import fingerprint, registry
 from ..reference.encoder import MATRICES, LayerParameters
 from .asked import Asked
 
@@ -30,9 +34,10 @@ class WeightCache(Asked):
     """Copies of the weight matrices of a model's blocks: int8 for the native encoder, e4m3 for `linear_fp8`.
 
     An optimizer step, `load_state_dict`, a `.data` assignment and, on the CPU, a `.data` edit of whole tensors or rows
-    are seen at the next call. An edit through `.data` bumps no version counter, so that one is found by sampling
-    elements, one or more of every row; sampling would wait for a GPU, so there it is not found at all. After editing a
-    few single elements through `.data`, or any on a GPU, call `vilt_fast.refresh(model)`.
+    are seen at the next call. An edit through `.data` or `numpy()` bumps no version counter, so that one is found by
+    sampling elements, one or more of every row; sampling would wait for a GPU, so there it is not found at all. After
+    editing a few single elements that way, or any on a GPU, call `vilt_fast.refresh(model)`; under VILT_FAST_CHECK=1,
+    and for parameters without a version counter, every edit is seen.
     """
 
     def __init__(self, kind: str):
@@ -44,12 +49,11 @@ class WeightCache(Asked):
 
     def quantized(self, parameters: list[torch.Tensor], first_block: int = 0) -> list[torch.Tensor]:
         """`parameters` of whole blocks, the first of them `first_block`, with each matrix replaced by its int8 copy."""
-        result = list(parameters)
-        size = len(LayerParameters._fields)
-        for start in range(0, len(parameters), size):
-            for place in _PLACES:
-                at = start + place
-                result[at] = self._copy(first_block * size + at, (parameters[at],), functional.quantize_linear)
+        result, size = list(parameters), len(LayerParameters._fields)
+        matrices = [start + place for start in range(0, len(parameters), size) for place in _PLACES]
+        for at, mark in zip(matrices, _marks([parameters[at] for at in matrices]), strict=True):
+            make = functools.partial(functional.quantize_linear, parameters[at])
+            result[at] = self._copy(first_block * size + at, [mark], make)
         return result
 
     def encoder(self, first_block: int, x, parameters, *spans, **options) -> torch.Tensor:
@@ -73,18 +77,21 @@ class WeightCache(Asked):
 
     def _fp8(self, place, weights, biases):
         sources = [*weights, *(bias for bias in biases if bias is not None)]
-        return self._copy(place, sources, lambda *_: _side_by_side(weights, biases))
+        return self._copy(place, _marks(sources), functools.partial(_side_by_side, weights, biases))
 
     def clear(self) -> None:
         """Forget all copies; the next call makes them anew."""
         self._copies.clear()
 
-    def _copy(self, place, sources, make):
-        fingerprint = [_fingerprint(source) for source in sources]
+    def _copy(self, place, marks, make):
         kept = self._copies.get(place)
-        if kept is None or kept[0] != fingerprint:
-            with record.unheard():
-                kept = self._copies[place] = (fingerprint, make(*sources))
+        if kept is None or kept[0] != marks:
+            # Copies that a call in either mode may write to.
+            with record.unheard(), torch.inference_mode(False), torch.no_grad():
+                made = make()
+                if kept is not None and any(isinstance(mark[-1], _Unknown) for mark in marks):
+                    made = _renewed(kept[1], made)
+            kept = self._copies[place] = (marks, made)
         return kept[1]
 
     def __getstate__(self):
@@ -107,6 +114,46 @@ def _side_by_side(weights, biases):
         return weight, scale, None
     biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
     return weight, scale, torch.cat([bias.detach() for bias in biases])
+
+
+def _renewed(old, new):
+    """`new`, in the memory of `old` where they are alike, for a CUDA graph that reads it there."""
+    if isinstance(new, tuple):
+        return tuple(map(_renewed, old, new))
+    if old is None or new is None or (old.shape, old.dtype, old.device) != (new.shape, new.dtype, new.device):
+        return new
+    return old.copy_(new)
+
+
+class _Unknown:
+    """Bits that should be looked at and cannot be. One is not equal to another."""
+
+
+def _marks(tensors: Sequence[torch.Tensor]) -> list[tuple]:
+    """What tells each tensor from another one, and from itself with other values."""
+    return [_mark(*pair) for pair in zip(tensors, _bits(tensors), strict=True)]
+
+
+def _mark(tensor, bits):
+    # A weak reference knows a storage from a later one at the same address, and keeps no memory alive.
+    storage = StorageWeakRef(tensor.untyped_storage())
+    version = None if tensor.is_inference() else tensor._version
+    return storage, tensor.storage_offset(), version, tensor.dtype, tensor.shape, tensor.stride(), bits
+
+
+def _bits(tensors):
+    """The fingerprint of each tensor; None where no bits are looked at."""
+    check = os.environ.get("VILT_FAST_CHECK") == "1"
+    whole = [check or tensor.is_inference() for tensor in tensors]
+    bits = [_Unknown() if all_of_it else None for all_of_it in whole]
+    here = [i for i, tensor in enumerate(tensors) if tensor.device.type == "cpu"]
+    if here and fingerprint.why_unavailable("cpu"):
+        hashes = [_Unknown() for _ in here]
+    else:
+        hashes = fingerprint.fingerprint([tensors[i] for i in here], [whole[i] for i in here]) if here else []
+    for i, known in zip(here, hashes, strict=True):
+        bits[i] = known
+    return bits
 
 
 # --- in a compiled graph ----------------------------------------------------------------------------------------------
@@ -158,21 +205,3 @@ def _linear_fp8(x, weights, biases, gelu, cache, block, name):
 @_linear_fp8.register_fake
 def _(x, weights, biases, gelu, cache, block, name):
     return x.new_empty(*x.shape[:-1], sum(len(w) for w in weights))
-
-
-def _fingerprint(tensor: torch.Tensor) -> tuple:
-    # A weak reference knows a storage from a later one at the same address, and keeps no memory alive.
-    storage = StorageWeakRef(tensor.untyped_storage())
-    version = None if tensor.is_inference() else tensor._version
-    return storage, tensor.storage_offset(), version, tensor.dtype, tuple(tensor.shape), _sample(tensor)
-
-
-def _sample(tensor):
-    """A hash of some of the bits."""
-    if tensor.device.type != "cpu":
-        return None
-    # No further apart than a row is long, so that no row goes unseen, and not by its length: the columns take turns.
-    step = max(1, min(1021, tensor.shape[-1] - 1))
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    sample = tensor.detach().reshape(-1)[::step].contiguous().view(bits)
-    return hash(sample.numpy().tobytes())

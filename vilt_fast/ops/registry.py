@@ -58,6 +58,7 @@ _ROWS = {
     ("encoder", "reference"): "vilt_fast.reference.encoder:encoder",
     ("encoder", "cpp"): "vilt_fast.backends.cpp.encoder:encoder_fwd",
     ("quantize_linear", "cpp"): "vilt_fast.backends.cpp.quantize_linear:quantize_linear_fwd",
+    ("fingerprint", "cpp"): "vilt_fast.backends.cpp.fingerprint:fingerprint_fwd",
     ("ipot", "reference"): "vilt_fast.reference.ipot:ipot",
     ("ipot", "cpp"): "vilt_fast.backends.cpp.ipot:ipot_fwd",
     ("ipot", "triton"): "vilt_fast.kernels.ipot:ipot_fwd",

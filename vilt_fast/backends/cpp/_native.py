@@ -17,7 +17,7 @@ def missing():
     except ImportError as error:
         return f"the native library vilt_fast._C is not built; pip install . with a C++ compiler ({error})."
     # An editable install can pull newer Python over an older library.
-    return "" if hasattr(_C, "ipot") else "the native library vilt_fast._C is older than this; build it again."
+    return "" if hasattr(_C, "fingerprint") else "the native library vilt_fast._C is older than this; build it again."
 
 
 def problem(device, *, requires_grad=False, dropout=False, **dtypes):
