@@ -5,7 +5,8 @@ import torch
 
 from vilt_fast import functional
 from vilt_fast.functional import LayerParameters
-from vilt_fast.testing import encoder_parameters, offsets
+from vilt_fast.ops import _define
+from vilt_fast.testing import encoder_parameters, offsets, packing_indices
 
 OPS = torch.ops.vilt_fast
 INT = torch.int32
@@ -50,6 +51,62 @@ def test_every_op_checks_behind_its_door():
     for message, call in calls.items():
         with pytest.raises((ValueError, RuntimeError), match=message):
             call()
+
+
+@torch.no_grad()
+def test_what_a_backend_has_not_is_refused_behind_the_door():
+    q, cu, start = torch.randn(7, 2, 4), offsets([4, 3]), torch.tensor([1, 1], dtype=INT)
+    index = packing_indices([1], [(1, 1)], canvas=(1, 1), table=(2, 2))
+    index |= {"modality_index": None, "text_rows": None}
+
+    def attention(q=q, causal_start=None, dropout_p=0.0):
+        return OPS.attention(q, q, q, cu, cu, 4, 4, None, causal_start, dropout_p, 0.5, None, "cpp")
+
+    def patch_embed(weight, dropout_p=0.0):
+        given = dict(
+            pixels=torch.randn(1, 1, 4, 4), weight=weight, bias=None, cls_token=torch.randn(6),
+            position=torch.randn(5, 6), modality=None, text=None, **index, dropout_p=dropout_p,
+            out_dtype=torch.float32, pixel_scale=None, pixel_shift=None, seed=None,
+        )  # fmt: skip
+        return OPS.patch_embed(*(given[name] for name in _define.OPS["patch_embed"].arguments), "cpp")
+
+    encoder = (cu, torch.tensor([4, 3], dtype=INT), 4, 2, [1e-6, 1e-6], "float32", False)
+    calls = {
+        "it has no causal attention": lambda: attention(causal_start=start),
+        "it has no dropout": lambda: attention(dropout_p=0.1),
+        "it has no dropout ": lambda: patch_embed(torch.randn(6, 1, 4, 4), dropout_p=0.1),
+        "patches are not square": lambda: patch_embed(torch.randn(6, 1, 4, 2)),
+        "dtype is torch.float64": lambda: attention(q.double()),
+        "x is torch.float64": lambda: OPS.encoder(
+            torch.randn(7, 8).double(), encoder_parameters(1, 8, 16, dtype=torch.float64), *encoder, "cpp"
+        ),
+    }  # fmt: skip
+    assert attention()[0].shape == q.shape
+    assert patch_embed(torch.randn(6, 1, 4, 4)).shape == (index["total_rows"], 6)
+    for message, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"backend 'cpp' cannot run this call: .*{message.strip()}"):
+            call()
+
+
+def test_a_backward_checks_behind_its_door():
+    text, image = torch.randn(2, 3, 8), torch.randn(2, 4, 8)
+    pads = torch.zeros(2, 3).bool(), torch.zeros(2, 4).bool()
+    grad, plan, nothing = torch.ones(2), torch.rand(2, 3, 4), torch.empty(0)
+
+    def gradient(text=text, image=image, grad=grad, plan=plan, state=nothing):
+        return OPS.word_patch_distance_bwd([True, True], grad, text, image, *pads, plan, state, 0.5, 5, "cpp")
+
+    want = gradient()
+    for given in (dict(plan=plan.mT.contiguous().mT), dict(plan=nothing, state=plan)):
+        assert all(map(torch.equal, gradient(**given), want))
+    for message, given in {
+        "plan has shape": dict(plan=plan[:, :, :2]),
+        "state has shape": dict(plan=nothing, state=torch.rand(2, 7, 2)),
+        "grad_distance has shape": dict(grad=grad[:1]),
+        "image has shape": dict(image=image[..., :5]),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            gradient(**given)
 
 
 def test_ordinary_pytorch_is_not_behind_the_door():

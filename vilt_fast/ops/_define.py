@@ -24,6 +24,7 @@ A call without a gradient, in plain eager mode, goes straight to the launcher: t
 as a small kernel. Everything else (autograd, torch.compile, export, transforms) goes through ``torch.ops.vilt_fast``.
 """
 
+import contextlib
 import inspect
 import os
 import threading
@@ -50,6 +51,11 @@ class Op:
         differentiable_outputs: names of the outputs that have one; by default all.
         validate: takes the arguments of the fake that it names and raises for what no launcher could be given. The
             public function calls it before it chooses a backend; for calls of ``torch.ops`` it is called here.
+        facts: takes the arguments of the fake that it names, and `requires_grad` if it does, and makes the op's
+            `registry.Facts`. The public function asks with them which backend it is to be; for calls of ``torch.ops``,
+            which name one, it is asked here whether it can.
+        validate_backward: as `validate`, of the arguments of the backward's fake and ``backend``, for calls of
+            ``torch.ops.vilt_fast.<name>_bwd``.
         equal: {argument: other}: a gradient that a backward gives as None although it is needed is that of the other
             argument, or the incoming ``grad_<output>``.
         again: for a gradient of a gradient, what the reference takes besides what the backward was given: a function of
@@ -58,14 +64,17 @@ class Op:
 
     def __init__(
         self, name, fake, fake_backward=None, *, outputs, kept=(), differentiable=(), differentiable_outputs=None,
-        equal=None, backward=None, validate=None, again=lambda **_: {},
+        equal=None, backward=None, validate=None, facts=None, validate_backward=None, again=lambda **_: {},
     ):  # fmt: skip
         OPS[name] = self
         self.name, self.outputs, self.kept = name, outputs, kept
         self.differentiable = differentiable
         self.arguments = tuple(n for n in inspect.signature(fake).parameters if n != "backend")
         self._equal = equal or {}
-        self._validate, self._checks = validate, tuple(inspect.signature(validate).parameters) if validate else ()
+        self._validate, self._facts = validate, facts
+        self._validate_backward = validate_backward
+        asked = filter(None, (validate, facts, validate_backward))
+        self._named_by = {function: tuple(inspect.signature(function).parameters) for function in asked}
         self._fake = fake
         self._fake_backward, self._backward, self._again = fake_backward, backward, again
         self._told = "backend" in inspect.signature(fake).parameters
@@ -113,11 +122,8 @@ class Op:
         if torch.compiler.is_compiling():
             results = self._op(*values, backend, keep)
         else:
-            _inside.validated = True
-            try:
+            with _validated():
                 results = self._op(*values, backend, keep)
-            finally:
-                _inside.validated = False
         return (results,) if isinstance(results, Tensor) else results[: len(self.outputs)]
 
     # --- behind torch.ops ---------------------------------------------------------------------------------------------
@@ -161,13 +167,20 @@ class Op:
         arguments, backend, keep = self._named(values)
         if backend in registry.PLAIN:
             raise ValueError(f"{self.name}: {backend!r} is ordinary PyTorch; call vilt_fast.functional.{self.name}.")
-        if self._validate and not getattr(_inside, "validated", False):
-            self._validate(**{name: arguments[name] for name in self._checks})
+        if not getattr(_inside, "validated", False):
+            known = arguments | {"requires_grad": keep}
+            if self._validate:
+                self._ask(self._validate, known)
+            if self._facts:
+                self.resolve(backend, self._ask(self._facts, known))
         self._refuse_tangents(backend, arguments.values())
         result = registry.launcher(self.name, backend)(**arguments, keep=keep)
         if (backend, keep) not in self._seen or os.environ.get("VILT_FAST_CHECK") == "1":
             self._check(backend, result, arguments, keep)
         return self._flat(*result)
+
+    def _ask(self, function, known):
+        return function(**{name: known[name] for name in self._named_by[function] if name in known})
 
     def _run_fake(self, *values):
         arguments, backend, keep = self._named(values)
@@ -239,7 +252,8 @@ class Op:
             gradients = self._backward(**arguments)
             gradients = _differentiable_once(self.name, arguments.values(), gradients)
         else:
-            made = iter(self._op_bwd(*arguments.values(), *(known[name] for name in self._also), ctx.backend))
+            with _validated():
+                made = iter(self._op_bwd(*arguments.values(), *(known[name] for name in self._also), ctx.backend))
             gradients = [next(made) if need else None for need in needs]
             # An empty gradient of something that is not empty stands for None, which the schema has no word for.
             gradients = [
@@ -262,6 +276,8 @@ class Op:
 
     def _run_backward(self, *values):
         arguments, _, backend = self._named_backward(values)
+        if self._validate_backward and not getattr(_inside, "validated", False):
+            self._ask(self._validate_backward, arguments | {"backend": backend})
         return self._listed(registry.launcher(f"{self.name}_bwd", backend)(**arguments), arguments)
 
     def _run_fake_backward(self, *values):
@@ -304,6 +320,17 @@ class Op:
         # What the kernel left out is the gradient of another argument, and nobody asks for it here.
         found = dict(zip(names, _gradients(first, grads, [known[name] for name in names]), strict=True))
         return tuple(map(found.get, (*self._wanted, *self._also, "backend")))
+
+
+@contextlib.contextmanager
+def _validated():
+    """What is called within has been looked at."""
+    before = getattr(_inside, "validated", False)
+    _inside.validated = True
+    try:
+        yield
+    finally:
+        _inside.validated = before
 
 
 _TWICE = (

@@ -54,6 +54,13 @@ def _validate(x, residual, weight, bias, dropout_p):
     return sizes
 
 
+def _facts(x, residual, dropout_p, requires_grad):
+    return Facts(
+        device=x.device.type, dtype=x.dtype, residual_dtype=residual.dtype, width=x.shape[-1],
+        requires_grad=requires_grad, dropout=dropout_p > 0,
+    )  # fmt: skip
+
+
 def _again(s, x_dtype, residual_dtype, **_):
     """x and residual are not kept, but their sum is: it and nothing have the same gradients."""
     if s.dtype == x_dtype:
@@ -64,7 +71,7 @@ def _again(s, x_dtype, residual_dtype, **_):
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("s", "y"), kept=("mean", "rstd"), differentiable=("x", "residual", "weight", "bias"),
-    equal={"x": "residual"}, validate=_validate, again=_again,
+    equal={"x": "residual"}, validate=_validate, facts=_facts, again=_again,
 )  # fmt: skip
 
 
@@ -92,14 +99,8 @@ def add_layer_norm(
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """
     tensors = dict(x=x, residual=residual, weight=weight, bias=bias)
-    sizes = _validate(**tensors, dropout_p=dropout_p)
-    name = _OP.resolve(
-        backend,
-        Facts(
-            device=x.device.type, dtype=x.dtype, residual_dtype=residual.dtype, width=sizes["D"],
-            requires_grad=_check.needs_grad(*tensors.values()), dropout=dropout_p > 0,
-        ),
-    )  # fmt: skip
+    _validate(**tensors, dropout_p=dropout_p)
+    name = _OP.resolve(backend, _facts(x, residual, dropout_p, _check.needs_grad(*tensors.values())))
     if name in registry.PLAIN:
         return _OP.plain(name, **tensors, eps=eps, dropout_p=dropout_p)
     return _OP(name, **tensors, eps=eps, dropout_p=dropout_p, seed=_check.seed(x.device, dropout_p))

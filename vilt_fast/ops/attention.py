@@ -63,12 +63,22 @@ def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, drop
     if cu_seqlens_k is not cu_seqlens_q or sizes["Nk"] != sizes["Nq"]:
         _check.offsets("attention", "cu_seqlens_k", cu_seqlens_k, sizes["Nk"])
     _check.used("attention", seqused_k, cu_seqlens_k)
-    return sizes
+
+
+def _facts(
+    q, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p, requires_grad, return_lse=False, generator=None
+):  # fmt: skip
+    bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
+    return Facts(
+        device=q.device.type, dtype=q.dtype, head_dim=q.shape[2], requires_grad=requires_grad, dropout=dropout_p > 0,
+        causal=causal_start is not None, return_lse=return_lse, generator=generator is not None,
+        apart=any(t is not None and t.device != q.device for t in bounds),
+    )  # fmt: skip
 
 
 _OP = Op(
     "attention", _fake, _fake_backward,
-    outputs=("out", "lse"), kept=("stats",), differentiable=("q", "k", "v"), validate=_validate,
+    outputs=("out", "lse"), kept=("stats",), differentiable=("q", "k", "v"), validate=_validate, facts=_facts,
     again=lambda **_: {"return_lse": True},
 )  # fmt: skip
 
@@ -118,16 +128,12 @@ def attention(
     Source: Vaswani et al. 2017, eq. 1; argument names as in flash-attn.
     """
     q, k, v = _check.autocast(q, k, v)
-    sizes = _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p)
-    bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
-    name = _OP.resolve(
-        backend,
-        Facts(
-            device=q.device.type, dtype=q.dtype, head_dim=sizes["d"], requires_grad=_check.needs_grad(q, k, v),
-            dropout=dropout_p > 0, causal=causal_start is not None, return_lse=return_lse,
-            generator=generator is not None, apart=any(t is not None and t.device != q.device for t in bounds),
-        ),
+    _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p)
+    facts = _facts(
+        q, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p, _check.needs_grad(q, k, v), return_lse,
+        generator,
     )  # fmt: skip
+    name = _OP.resolve(backend, facts)
     arguments = dict(
         q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k, seqused_k=seqused_k, causal_start=causal_start, dropout_p=dropout_p,

@@ -102,7 +102,16 @@ def _check_parameters(parameters, width, blobs):
                 refuse(f"{name}_bias", f"[{rows}], or [0] for none")
 
 
-_OP = Op("encoder", _fake, outputs=("stream",), validate=_validate)
+def _facts(x, parameters, num_heads, compute, requires_grad):
+    dtypes = frozenset(p.dtype for p in parameters if p.numel())
+    return Facts(
+        device=x.device.type, dtype=x.dtype, compute=compute, head_dim=x.shape[1] // num_heads,
+        blobs=any(p.dtype == torch.uint8 for p in parameters), parameter_dtypes=dtypes - {torch.uint8},
+        requires_grad=requires_grad,
+    )  # fmt: skip
+
+
+_OP = Op("encoder", _fake, outputs=("stream",), validate=_validate, facts=_facts)
 
 
 def encoder(
@@ -147,13 +156,7 @@ def encoder(
     """
     parameters, eps = list(parameters), [float(e) for e in eps]
     _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute, return_hidden, wanted, cu_wanted)
-    blobs = any(p.dtype == torch.uint8 for p in parameters)
-    facts = Facts(
-        device=x.device.type, dtype=x.dtype, compute=compute, head_dim=x.shape[1] // num_heads, blobs=blobs,
-        parameter_dtypes=frozenset(p.dtype for p in parameters if p.numel()) - {torch.uint8},
-        requires_grad=_check.needs_grad(x, *parameters),
-    )  # fmt: skip
-    name = _OP.resolve(backend, facts)
+    name = _OP.resolve(backend, _facts(x, parameters, num_heads, compute, _check.needs_grad(x, *parameters)))
     arguments = dict(
         x=x, parameters=parameters, cu_seqlens=cu_seqlens, seqused_k=seqused_k, max_seqlen=max_seqlen,
         num_heads=num_heads, eps=eps, compute=compute, return_hidden=return_hidden, wanted=wanted, cu_wanted=cu_wanted,

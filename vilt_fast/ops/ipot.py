@@ -20,14 +20,13 @@ def _fake(cost: Tensor, text_pad: Tensor, image_pad: Tensor, beta: float, iterat
 
 
 def check_costs(op, cost, text_pad, image_pad):
-    """Shapes, dtypes and devices of a masked transport problem. Returns sizes."""
+    """Shapes, dtypes and devices of a masked transport problem."""
     sizes = _check.shapes(op, cost=(cost, "B M N"), text_pad=(text_pad, "B M"), image_pad=(image_pad, "B N"))
     if sizes["B"] < 1:
         raise ValueError(f"{op}: cost has shape {list(cost.shape)}: no sample; expected B >= 1.")
     _check.dtypes(op, _check.FLOATS, cost=cost)
     _check.padding_masks(op, text_pad=text_pad, image_pad=image_pad)
     _check.same_device(op, cost=cost, text_pad=text_pad, image_pad=image_pad)
-    return sizes
 
 
 def check_finite(op, backend, cost, text_pad, image_pad):
@@ -40,13 +39,17 @@ def check_finite(op, backend, cost, text_pad, image_pad):
 
 
 def _validate(cost, text_pad, image_pad, beta, iterations, inner):
-    sizes = check_costs("ipot", cost, text_pad, image_pad)
+    check_costs("ipot", cost, text_pad, image_pad)
     _check.positive("ipot", beta=beta)
     _check.counts("ipot", iterations=iterations, inner=inner)
-    return sizes
 
 
-_OP = Op("ipot", _fake, outputs=("plan",), validate=_validate)
+def _facts(cost):
+    _, rows, columns = cost.shape
+    return Facts(device=cost.device.type, dtype=cost.dtype, rows=rows, columns=columns)
+
+
+_OP = Op("ipot", _fake, outputs=("plan",), validate=_validate, facts=_facts)
 
 
 def ipot(
@@ -73,9 +76,8 @@ def ipot(
 
     Source: Xie et al. 2020, algorithm 1; the original ``vilt/modules/objectives.py``.
     """
-    sizes = _validate(cost, text_pad, image_pad, beta, iterations, inner)
-    facts = Facts(device=cost.device.type, dtype=cost.dtype, rows=sizes["M"], columns=sizes["N"])
-    name = _OP.resolve(backend, facts)
+    _validate(cost, text_pad, image_pad, beta, iterations, inner)
+    name = _OP.resolve(backend, _facts(cost))
     check_finite("ipot", name, cost, text_pad, image_pad)
     arguments = dict(cost=cost, text_pad=text_pad, image_pad=image_pad, beta=beta, iterations=iterations, inner=inner)
     if name in registry.PLAIN:

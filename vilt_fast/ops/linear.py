@@ -38,10 +38,15 @@ def _validate(x, weight, bias, residual):
     _check.same_device("linear", x=x, weight=weight, bias=bias, residual=residual)
 
 
+def _facts(x, residual, requires_grad):
+    residual_dtype = None if residual is None else residual.dtype
+    return Facts(device=x.device.type, dtype=x.dtype, residual_dtype=residual_dtype, requires_grad=requires_grad)
+
+
 _OP = Op(
     "linear", _fake, _fake_backward,
     outputs=("out",), differentiable=("x", "weight", "bias", "residual"), equal={"residual": "grad_out"},
-    validate=_validate,
+    validate=_validate, facts=_facts,
 )  # fmt: skip
 
 
@@ -61,11 +66,7 @@ def linear(
     """
     x, weight, bias = _check.autocast(x, weight, bias)
     _validate(x, weight, bias, residual)
-    facts = Facts(
-        device=x.device.type, dtype=x.dtype, residual_dtype=None if residual is None else residual.dtype,
-        requires_grad=_check.needs_grad(x, weight, bias, residual),
-    )  # fmt: skip
-    name = _OP.resolve(backend, facts)
+    name = _OP.resolve(backend, _facts(x, residual, _check.needs_grad(x, weight, bias, residual)))
     if name in registry.PLAIN:
         return _OP.plain(name, x=x, weight=weight, bias=bias, residual=residual)
     return _OP(name, x=x, weight=weight, bias=bias, residual=residual)[0]

@@ -45,10 +45,14 @@ def _validate(x, weight, bias, labels, ignore_index):
             )
 
 
+def _facts(x, requires_grad):
+    return Facts(device=x.device.type, dtype=x.dtype, requires_grad=requires_grad)
+
+
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("losses", "count"), kept=("lse", "rows"), differentiable=("x", "weight", "bias"),
-    differentiable_outputs=("losses",), validate=_validate, again=lambda **_: {"reduction": "none"},
+    differentiable_outputs=("losses",), validate=_validate, facts=_facts, again=lambda **_: {"reduction": "none"},
 )  # fmt: skip
 
 
@@ -79,8 +83,7 @@ def linear_cross_entropy(
     _validate(x, weight, bias, labels, ignore_index)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{_NAME}: reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
-    facts = Facts(device=x.device.type, dtype=x.dtype, requires_grad=_check.needs_grad(x, weight, bias))
-    name = _OP.resolve(backend, facts)
+    name = _OP.resolve(backend, _facts(x, _check.needs_grad(x, weight, bias)))
     arguments = dict(x=x, weight=weight, bias=bias, labels=labels, ignore_index=ignore_index)
     if name in registry.PLAIN:
         return _OP.plain(name, **arguments, reduction=reduction)

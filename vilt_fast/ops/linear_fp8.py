@@ -32,8 +32,12 @@ def _validate_quantize(x):
     _check.dtypes("quantize_fp8", _check.FLOATS, x=x)
 
 
-_OP = Op("linear_fp8", _fake, outputs=("out",), validate=_validate)
-_QUANTIZE = Op("quantize_fp8", _fake_quantize, outputs=("q", "scale"), validate=_validate_quantize)
+def _facts(x):
+    return Facts(device=x.device.type, dtype=x.dtype)
+
+
+_OP = Op("linear_fp8", _fake, outputs=("out",), validate=_validate, facts=_facts)
+_QUANTIZE = Op("quantize_fp8", _fake_quantize, outputs=("q", "scale"), validate=_validate_quantize, facts=_facts)
 
 
 def linear_fp8(
@@ -61,7 +65,7 @@ def linear_fp8(
     _validate(x, weight, weight_scale, bias)
     if _check.needs_grad(x, bias):
         raise RuntimeError("linear_fp8: has no gradient; call it under torch.no_grad(), or use functional.linear.")
-    name = _OP.resolve(backend, Facts(device=x.device.type, dtype=x.dtype))
+    name = _OP.resolve(backend, _facts(x))
     arguments = dict(x=x, weight=weight, weight_scale=weight_scale, bias=bias, gelu=gelu)
     return _OP.plain(name, **arguments) if name in registry.PLAIN else _OP(name, **arguments)[0]
 
@@ -69,5 +73,5 @@ def linear_fp8(
 def quantize_fp8(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Rows [..., K] as e4m3: (q [..., K] float8_e4m3fn, scale [...] float32), x = q * scale; scale 1 for zero rows."""
     _validate_quantize(x)
-    name = _QUANTIZE.resolve(backend, Facts(device=x.device.type, dtype=x.dtype))
+    name = _QUANTIZE.resolve(backend, _facts(x))
     return _QUANTIZE.plain(name, x=x.detach()) if name in registry.PLAIN else _QUANTIZE(name, x=x.detach())

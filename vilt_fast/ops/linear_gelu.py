@@ -32,9 +32,14 @@ def _validate(x, weight, bias):
     _check.same_device("linear_gelu", x=x, weight=weight, bias=bias)
 
 
+def _facts(x, requires_grad):
+    return Facts(device=x.device.type, dtype=x.dtype, requires_grad=requires_grad)
+
+
 _OP = Op(
     "linear_gelu", _fake, _fake_backward,
-    outputs=("out",), kept=("pre",), differentiable=("x", "weight", "bias"), validate=_validate,
+    outputs=("out",), kept=("pre",), differentiable=("x", "weight", "bias"),
+    validate=_validate, facts=_facts,
 )  # fmt: skip
 
 
@@ -51,8 +56,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     """
     x, weight, bias = _check.autocast(x, weight, bias)
     _validate(x, weight, bias)
-    facts = Facts(device=x.device.type, dtype=x.dtype, requires_grad=_check.needs_grad(x, weight, bias))
-    name = _OP.resolve(backend, facts)
+    name = _OP.resolve(backend, _facts(x, _check.needs_grad(x, weight, bias)))
     if name in registry.PLAIN:
         return _OP.plain(name, x=x, weight=weight, bias=bias)
     return _OP(name, x=x, weight=weight, bias=bias)[0]

@@ -94,12 +94,19 @@ def _validate(
     normalization = dict(pixel_scale=pixel_scale, pixel_shift=pixel_shift)
     _check.same_device(_NAME, pixels=pixels, **floats, **indices, pos_weight=pos_weight, **normalization)
     _check.probability(_NAME, dropout_p)
-    return sizes
+
+
+def _facts(pixels, weight, cls_token, position, modality, text, dropout_p, out_dtype, requires_grad):
+    return Facts(
+        device=pixels.device.type, dtype=weight.dtype, pixel_dtype=pixels.dtype, out_dtype=out_dtype,
+        dtypes=frozenset(t.dtype for t in (text, cls_token, position, modality) if t is not None),
+        square=weight.dtype == torch.uint8 or weight.shape[2] == weight.shape[3], requires_grad=requires_grad, dropout=dropout_p > 0,
+    )  # fmt: skip
 
 
 _OP = Op(
     _NAME, _fake, _fake_backward,
-    outputs=("rows",), validate=_validate,
+    outputs=("rows",), validate=_validate, facts=_facts,
     differentiable=("pixels", "weight", "bias", "cls_token", "position", "modality", "text"),
 )  # fmt: skip
 
@@ -170,17 +177,12 @@ def patch_embed(
         pos_index=pos_index, cls_rows=cls_rows, modality_index=modality_index,
     )  # fmt: skip
     normalization = dict(pixel_scale=pixel_scale, pixel_shift=pixel_shift)
-    sizes = _validate(
+    _validate(
         pixels, **floats, **indices, pos_weight=pos_weight, total_rows=total_rows, dropout_p=dropout_p, **normalization
     )
-    blob = weight.dtype == torch.uint8
-    out_dtype = (cls_token if blob else weight).dtype if out_dtype is None else out_dtype
-    facts = Facts(
-        device=pixels.device.type, dtype=weight.dtype, pixel_dtype=pixels.dtype, out_dtype=out_dtype,
-        dtypes=frozenset(t.dtype for t in (text, cls_token, position, modality) if t is not None),
-        square=blob or sizes["ph"] == sizes["pw"], requires_grad=_check.needs_grad(pixels, *floats.values()),
-        dropout=dropout_p > 0,
-    )  # fmt: skip
+    out_dtype = (cls_token if weight.dtype == torch.uint8 else weight).dtype if out_dtype is None else out_dtype
+    needs_grad = _check.needs_grad(pixels, *floats.values())
+    facts = _facts(pixels, weight, cls_token, position, modality, text, dropout_p, out_dtype, needs_grad)
     name = _OP.resolve(backend, facts)
     arguments = dict(
         pixels=pixels, **floats, **indices, pos_weight=pos_weight, total_rows=total_rows, dropout_p=dropout_p,

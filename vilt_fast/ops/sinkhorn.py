@@ -33,7 +33,7 @@ def _envelope(needs, grad_value, plan, cost):
 
 
 def _validate(cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal):
-    sizes = check_costs("sinkhorn", cost, text_pad, image_pad)
+    check_costs("sinkhorn", cost, text_pad, image_pad)
     _check.shapes(
         "sinkhorn", cost=(cost, "B M N"), text_marginal=(text_marginal, "B M"), image_marginal=(image_marginal, "B N")
     )
@@ -48,13 +48,17 @@ def _validate(cost, text_pad, image_pad, epsilon, iterations, tolerance, text_ma
             real = marginal.detach().masked_fill(pad, 0)
             if not bool((real.isfinite() & (real >= 0)).all()):
                 raise ValueError(f"sinkhorn: {name}_marginal is negative, NaN or infinite on real entries.")
-    return sizes
+
+
+def _facts(cost, unrolled=False):
+    _, rows, columns = cost.shape
+    return Facts(device=cost.device.type, dtype=cost.dtype, rows=rows, columns=columns, unrolled=unrolled)
 
 
 _OP = Op(
     "sinkhorn", _fake,
     outputs=("plan", "value", "iterations", "marginal_error"), differentiable=("cost",),
-    differentiable_outputs=("value",), backward=_envelope, validate=_validate,
+    differentiable_outputs=("value",), backward=_envelope, validate=_validate, facts=_facts,
 )  # fmt: skip
 
 
@@ -88,14 +92,11 @@ def sinkhorn(
 
     Source: Cuturi 2013; Peyre and Cuturi 2019.
     """
-    sizes = _validate(cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal)
+    _validate(cost, text_pad, image_pad, epsilon, iterations, tolerance, text_marginal, image_marginal)
     if gradient not in ("envelope", "unrolled"):
         raise ValueError(f"sinkhorn: gradient is {gradient!r}, expected 'envelope' or 'unrolled'.")
     unrolled = gradient == "unrolled" and _check.needs_grad(cost, text_marginal, image_marginal)
-    facts = Facts(
-        device=cost.device.type, dtype=cost.dtype, rows=sizes["M"], columns=sizes["N"], unrolled=unrolled
-    )  # fmt: skip
-    backend = _OP.resolve(backend, facts)
+    backend = _OP.resolve(backend, _facts(cost, unrolled))
     weightless = [
         pad if marginal is None else pad | (marginal == 0)  # an entry of weight 0 counts as padded
         for pad, marginal in ((text_pad, text_marginal), (image_pad, image_marginal))

@@ -78,9 +78,19 @@ def _validate(
         _check_range(name, indices[name], table)
 
 
+def _facts(
+    inputs_embeds, word, position, token_type, ln_weight, ln_bias, modality, dropout_p, requires_grad
+):  # fmt: skip
+    floats = (inputs_embeds, word, position, token_type, ln_weight, ln_bias, modality)
+    return Facts(
+        device=position.device.type, dtype=position.dtype, dtypes=frozenset(t.dtype for t in floats if t is not None),
+        width=position.shape[1], requires_grad=requires_grad, dropout=dropout_p > 0,
+    )  # fmt: skip
+
+
 _OP = Op(
     _NAME, _fake, _fake_backward,
-    outputs=("rows",), validate=_validate,
+    outputs=("rows",), validate=_validate, facts=_facts,
     differentiable=("inputs_embeds", "word", "position", "token_type", "ln_weight", "ln_bias", "modality"),
 )  # fmt: skip
 
@@ -126,12 +136,8 @@ def text_embed(
     )  # fmt: skip
     indices = dict(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
     _validate(**indices, **floats, dropout_p=dropout_p)
-    facts = Facts(
-        device=position.device.type, dtype=position.dtype,
-        dtypes=frozenset(t.dtype for t in floats.values() if t is not None), width=position.shape[1],
-        requires_grad=_check.needs_grad(*floats.values()), dropout=dropout_p > 0,
-    )  # fmt: skip
-    name = _OP.resolve(backend, facts)
+    needs_grad = _check.needs_grad(*floats.values())
+    name = _OP.resolve(backend, _facts(**floats, dropout_p=dropout_p, requires_grad=needs_grad))
     arguments = dict(**indices, **floats, eps=eps, padding_idx=padding_idx, dropout_p=dropout_p)
     if name in registry.PLAIN:
         return _OP.plain(name, **arguments)

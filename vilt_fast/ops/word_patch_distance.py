@@ -44,10 +44,10 @@ def _fake_backward(
 
 
 def _validate(text, image, text_pad, image_pad, beta, iterations, inner):
-    sizes = _check.shapes(
+    _check.shapes(
         _NAME, text=(text, "B M D"), image=(image, "B N D"), text_pad=(text_pad, "B M"), image_pad=(image_pad, "B N")
     )
-    if sizes["B"] < 1:
+    if len(text) < 1:
         raise ValueError(f"{_NAME}: text has shape {list(text.shape)}: no sample; expected B >= 1.")
     _check.dtypes(_NAME, _check.FLOATS, text=text)
     _check.same_dtype(_NAME, text=text, image=image)
@@ -55,13 +55,30 @@ def _validate(text, image, text_pad, image_pad, beta, iterations, inner):
     _check.same_device(_NAME, text=text, image=image, text_pad=text_pad, image_pad=image_pad)
     _check.positive(_NAME, beta=beta)
     _check.counts(_NAME, iterations=iterations, inner=inner)
-    return sizes
+
+
+def _validate_backward(grad_distance, text, image, text_pad, image_pad, plan, state, backend):
+    _validate(text, image, text_pad, image_pad, 1.0, 1, 1)
+    _check.shapes(_NAME, text=(text, "B M D"), grad_distance=(grad_distance, "B"))
+    plan_shape, sums = (*text.shape[:2], image.shape[1]), (len(text), text.shape[1] + image.shape[1], 2)
+    name, given = ("state", state) if backend == "triton" or state.dim() > 1 else ("plan", plan)
+    wanted = sums if backend == "triton" else plan_shape
+    if given.shape != wanted:
+        raise ValueError(f"{_NAME}: {name} has shape {list(given.shape)}, expected {list(wanted)}.")
+
+
+def _facts(text, image, requires_grad):
+    return Facts(
+        device=text.device.type, dtype=text.dtype, rows=text.shape[1], columns=image.shape[1], hidden=text.shape[2],
+        requires_grad=requires_grad,
+    )  # fmt: skip
 
 
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("distance", "plan"), kept=("state",), differentiable=("text", "image"),
-    differentiable_outputs=("distance",), validate=_validate, again=None,
+    differentiable_outputs=("distance",), validate=_validate, facts=_facts, again=None,
+    validate_backward=_validate_backward,
 )  # fmt: skip
 
 
@@ -90,12 +107,8 @@ def word_patch_distance(
 
     Source: ViLT (Kim et al. 2021) sec. 3.2, the original ``optimal_transport_dist``.
     """
-    sizes = _validate(text, image, text_pad, image_pad, beta, iterations, inner)
-    facts = Facts(
-        device=text.device.type, dtype=text.dtype, rows=sizes["M"], columns=sizes["N"], hidden=sizes["D"],
-        requires_grad=_check.needs_grad(text, image),
-    )  # fmt: skip
-    name = _OP.resolve(backend, facts)
+    _validate(text, image, text_pad, image_pad, beta, iterations, inner)
+    name = _OP.resolve(backend, _facts(text, image, _check.needs_grad(text, image)))
     arguments = dict(
         text=text, image=image, text_pad=text_pad, image_pad=image_pad, beta=beta, iterations=iterations, inner=inner,
         return_plan=return_plan,

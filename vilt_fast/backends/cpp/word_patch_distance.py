@@ -52,7 +52,7 @@ def word_patch_distance_bwd(
     dtype = text.dtype
     text, image = _hidden(text), _hidden(image)
     text_pad, image_pad = text_pad.contiguous(), image_pad.contiguous()
-    plan = plan if state.dim() == 1 else state
+    plan = _native.as_float32(plan if state.dim() == 1 else state)
     grad = _native.as_float32(grad_distance)
     gradients = [
         torch.empty(x.shape, dtype=x.dtype) if need else None for x, need in zip((text, image), needs, strict=True)
