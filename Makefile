@@ -8,15 +8,38 @@ MODEL ?=
 WORKERS ?= auto
 BIN := $(VENV)/bin
 NATIVE := $(wildcard setup.py pyproject.toml CMakeLists.txt csrc/*.* csrc/*/*.*)
+# The copy of the package that `make sanitize` tests, and the sources of its harness for races: every native op, one level.
+SANITIZED := build/sanitize
+RACES = $(patsubst %,csrc/cpu/%.cpp,$(shell sed -n 's/^VF_OP.\([a-z_]*\).*/\1/p' csrc/cpu/ops.def) dispatch table)
+# What goes through the native library, but for what only ordinary PyTorch or Triton computes.
+NATIVE_TESTS := tests/fuzz $(wildcard tests/csrc/test_*native.py) tests/ops tests/engine
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo test lint format bench plot info clean
+.PHONY: demo test sanitize races lint format bench plot info clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vilt-fast demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# AddressSanitizer and UndefinedBehaviorSanitizer over the native tests and a long fuzz (GCC). The instrumented library lies
+# in a copy of the package, found first; memory that nobody has written yet is filled with NaN.
+sanitize: $(VENV)/.installed races
+	rm -rf $(SANITIZED)/lib $(SANITIZED)/report.*
+	VILT_FAST_SANITIZE=1 VILT_FAST_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/objects
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:max_malloc_fill_size=1000000000:malloc_fill_byte=255:log_path=$(CURDIR)/$(SANITIZED)/report \
+	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZED)/report \
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -o pythonpath="tests $(SANITIZED)/lib" -k "not triton and not graphs" \
+		--hypothesis-profile=large $(NATIVE_TESTS) $(ARGS) || { cat $(SANITIZED)/report.* 2>/dev/null; exit 1; }
+
+# ThreadSanitizer over every native op, with OpenMP on std::thread: it takes all that libgomp does for races.
+races:
+	@mkdir -p $(SANITIZED)
+	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -fopenmp -DVF_ISA=generic -DVF_LEVEL=0 -DVF_LEVELS=1 -Icsrc/cpu \
+		$(RACES) $(wildcard tests/csrc/races/*.cpp) -o $(SANITIZED)/races
+	$(SANITIZED)/races
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -51,5 +74,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build dist *.egg-info demo vilt_fast/_C*.so .pytest_cache .ruff_cache $(VENV)/.installed
+	rm -rf build dist *.egg-info demo vilt_fast/_C*.so .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 Environment:
     VILT_FAST_CUDA=auto|0|1     CUDA kernels: auto builds them when nvcc is there and works, 1 insists, 0 omits them
     VILT_FAST_CUDA_ARCHS="90"   only for these GPUs (compute capability 9.0); default: 8.x, 9.0, 10.0 and newer
+    VILT_FAST_SANITIZE=0|1      1: under AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`)
     MAX_JOBS=<n>                parallel compile jobs
 """
 
@@ -66,6 +67,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DVILT_FAST_CUDA={'ON' if cuda else 'OFF'}",
             f"-DVILT_FAST_CUDA_ARCHS={os.environ.get('VILT_FAST_CUDA_ARCHS', '')}",
+            f"-DVILT_FAST_SANITIZE={os.environ.get('VILT_FAST_SANITIZE', '0')}",
         ]
         if cuda:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc()}")

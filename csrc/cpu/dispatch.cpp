@@ -82,7 +82,11 @@ const Machine& machine() {
 
 const Kernels* chosen = nullptr;  // by select_isa
 
+#if defined(__SANITIZE_ADDRESS__)  // as much as is asked for and given back at once, so that its ends are watched
+constexpr size_t kAlignment = 64, kRetained = 0;
+#else
 constexpr size_t kAlignment = 2u << 20, kRetained = 64u << 20;
+#endif
 std::mutex scratch_mutex;
 void* idle_buffer = nullptr;
 size_t idle_size = 0;

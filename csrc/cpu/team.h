@@ -11,6 +11,9 @@
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace vf::VF_ISA {
 
@@ -67,9 +70,16 @@ struct Arena {
   size_t used;
   template <class X>
   X* take(int64_t n) {
-    X* p = (X*)(base + used);
-    used += ((size_t)n * sizeof(X) + 63) / 64 * 64;
-    return p;
+    const size_t bytes = (size_t)n * sizeof(X), start = used;
+    used += (bytes + 63) / 64 * 64;
+#if defined(__SANITIZE_ADDRESS__)  // a fence behind every piece
+    used += 64;
+    if (base) {
+      ASAN_UNPOISON_MEMORY_REGION(base + start, bytes);
+      ASAN_POISON_MEMORY_REGION(base + start + bytes, used - start - bytes);
+    }
+#endif
+    return base ? (X*)(base + start) : nullptr;
   }
 };
 
