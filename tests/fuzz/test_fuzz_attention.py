@@ -37,7 +37,7 @@ def after(keys, used):
 
 @given(
     samples(), st.integers(1, 3), HEAD_DIMS, DTYPES, st.sampled_from(["fused", "apart"]), LAYOUTS,
-    st.sampled_from([None, 0.0, -2.0, 3.0]), MACHINES, SEEDS,
+    st.sampled_from([None, 0.3, -2.0, 3.0]), MACHINES, SEEDS,
 )  # fmt: skip
 def test_attention(lengths, heads, width, dtype, together, layout, scale, machine, seed):
     (queries, keys, used), g = lengths, generator(seed)
@@ -67,7 +67,7 @@ def test_attention(lengths, heads, width, dtype, together, layout, scale, machin
 #: (hidden size, heads, inner size): odd ones, and at times those of ViLT-B/32.
 WIDTHS = st.one_of(
     st.sampled_from([(30, 2, 71), (35, 5, 33), (32, 2, 64), (64, 1, 256), (96, 3, 200), (65, 1, 130), (256, 1, 257)]),
-    st.tuples(sizes(40, 4, 16), st.just(1), sizes(140, 4, 64)),
+    st.tuples(sizes(40, 4, 16).filter(lambda n: n >= 8), st.just(1), sizes(140, 4, 64)),
 )
 
 

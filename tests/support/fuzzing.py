@@ -45,7 +45,7 @@ def on(machine):
 
 def assert_right(got, plain, exact, what=""):
     """Within the error budget, of which the unluckiest of thousands of cases needs more than one case does."""
-    assert_within_budget(got, plain, exact, factor=4, what=what)
+    assert_within_budget(got, plain, exact, factor=8, what=what)
 
 
 def generator(seed):
