@@ -100,7 +100,8 @@ def _facts(pixels, weight, cls_token, position, modality, text, dropout_p, out_d
     return Facts(
         device=pixels.device.type, dtype=weight.dtype, pixel_dtype=pixels.dtype, out_dtype=out_dtype,
         dtypes=frozenset(t.dtype for t in (text, cls_token, position, modality) if t is not None),
-        square=weight.dtype == torch.uint8 or weight.shape[2] == weight.shape[3], requires_grad=requires_grad, dropout=dropout_p > 0,
+        square=weight.dtype == torch.uint8 or weight.shape[2] == weight.shape[3], requires_grad=requires_grad,
+        dropout=dropout_p > 0,
     )  # fmt: skip
 
 
