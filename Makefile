@@ -15,7 +15,7 @@ RACES = $(patsubst %,csrc/cpu/%.cpp,$(shell sed -n 's/^VF_OP.\([a-z_]*\).*/\1/p'
 NATIVE_TESTS := tests/fuzz $(wildcard tests/csrc/test_*native.py) tests/ops tests/engine
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo test sanitize races lint format bench plot info clean
+.PHONY: demo test sanitize races hf-suite lint format bench plot info clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vilt-fast demo $(if $(MODEL),--model "$(MODEL)")
@@ -40,6 +40,11 @@ races:
 	$(CXX) -std=c++17 -O1 -g -fsanitize=thread -fopenmp -DVF_ISA=generic -DVF_LEVEL=0 -DVF_LEVELS=1 -Icsrc/cpu \
 		$(RACES) $(wildcard tests/csrc/races/*.cpp) -o $(SANITIZED)/races
 	$(SANITIZED)/races
+
+# HuggingFace's own tests of ViLT on accelerated models; HF is a checkout of transformers at the installed version.
+hf-suite: $(VENV)/.installed
+	cd "$(HF)" && PYTHONPATH="$(CURDIR)/tests/hf_suite:$(CURDIR)" $(CURDIR)/$(BIN)/python -m pytest -p accelerated \
+		tests/models/vilt/test_modeling_vilt.py $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -162,7 +162,7 @@ def _as_written(function, module: str):
         if inner is None:
             return function if file == _file(function.__module__) and function.__module__ == module else None
         # torch's own decorators (`no_grad`, `autocast`) are for others to put on; its tracer takes them off again.
-        if not (file.endswith(_TRACER) if owner == "torch" else file.startswith(os.path.dirname(_file(owner)))):
+        if not (file.endswith(_TRACER) if owner == "torch" else file.startswith(_root(function.__module__))):
             return None
         function = inner
     return None
@@ -175,6 +175,12 @@ def library(module: str) -> str:
     """The library that a module of Python belongs to, or ""."""
     package = module.partition(".")[0]
     return package if package in _LIBRARIES else ""
+
+
+def _root(module: str) -> str:
+    """The folder of its library, as the module itself has it: the library's own name may have been imported anew."""
+    package, folder = library(module), os.path.dirname(_file(module) or "")
+    return os.path.join(folder.rpartition(f"{os.sep}{package}")[0], package, "") if package else os.devnull
 
 
 @functools.lru_cache(maxsize=256)

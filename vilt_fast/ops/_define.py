@@ -99,9 +99,11 @@ class Op:
     def resolve(self, backend, facts):
         """Name of the backend that computes a call; see :func:`registry.resolve`.
 
-        Within torch.func and forward-mode AD that is the reference, which is differentiable in every way.
+        Within torch.func and forward-mode AD that is the reference, which is differentiable in every way, and in an
+        export to ONNX too, which has no op of ours.
         """
-        if backend is None and _check.transforming() and "reference" in registry.backends(self.name):
+        ordinary = _check.transforming() or (torch.compiler.is_exporting() and _for_onnx())
+        if backend is None and ordinary and "reference" in registry.backends(self.name):
             backend = "reference"
         return registry.resolve(self.name, backend, facts)
 
@@ -395,6 +397,11 @@ def _differentiable_once(op, sources, gradients):
     if not _check.needs_grad(*sources):
         return gradients
     return tuple(None if g is None else _Once.apply(op, g.detach(), *sources) for g in gradients)
+
+
+@torch.compiler.assume_constant_result
+def _for_onnx():
+    return torch.onnx.is_in_onnx_export()
 
 
 def _shape_of(value):

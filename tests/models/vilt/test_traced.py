@@ -1,4 +1,4 @@
-"""torch.jit.trace and torch.export: with a plan, or the module's own way; a plan can be saved."""
+"""torch.jit.trace, torch.export and ONNX: with a plan, or the module's own way; a plan can be saved."""
 
 import io
 import types
@@ -95,3 +95,20 @@ def test_export_without_a_plan_says_what_to_do():
     model, inputs = vilt_fast.accelerate(build("trunk")), whole()
     with pytest.raises(RuntimeError, match="sequence_plan=vilt_fast.sequence_plan"):
         torch.export.export(Pooled(model), tuple(inputs[name] for name in NAMES), strict=False)
+
+
+@torch.no_grad()
+def test_onnx_with_a_plan_runs_elsewhere(tmp_path):
+    import onnxruntime  # takes a while
+
+    model = vilt_fast.accelerate(build("question_answering", torch.float32, num_hidden_layers=1))
+    inputs = batch("question_answering", torch.float32)
+    plan = vilt_fast.sequence_plan(model, **inputs)
+    given = tuple(inputs[name] for name in NAMES)
+    torch.onnx.export(Pooled(model, plan), given, tmp_path / "model.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    other = tuple(t.neg() if t.is_floating_point() else t for t in given)
+    for tensors in (given, other):
+        named = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors, strict=True)}
+        (found,) = session.run(None, named)
+        torch.testing.assert_close(torch.from_numpy(found), Pooled(model, plan)(*tensors), rtol=1e-5, atol=1e-5)
