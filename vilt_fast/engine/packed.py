@@ -186,10 +186,11 @@ def checkpointed(checkpoint, step):
 
     def whole(x):
         x, branch, probabilities = step(x, None)
-        return added(x, branch), probabilities
+        return added(x, branch), *(probabilities if isinstance(probabilities, list) else [probabilities])
 
     def recomputed(x):
-        return checkpoint(whole, x)
+        x, *parts = checkpoint(whole, x)
+        return x, parts if len(parts) > 1 else parts[0]
 
     return recomputed
 
@@ -203,7 +204,8 @@ def side_by_side(block: Block) -> dict[str, tuple[nn.Module, ...]]:
 
 
 def _attention_with_probabilities(query, key, value, packing, scale, dropout_p, dtype):
-    """Attention that also returns its probabilities, padded [B, H, L, L] with zeros where nothing is shown."""
+    """Attention that also returns its probabilities, padded [B, H, L, L] with zeros where nothing is shown, or a list
+    of parts of that."""
     width, heads = packing.width, query.shape[1]
     probabilities = query.new_zeros(packing.batch, heads, width, width, dtype=dtype)
     samples, start, shown = [], 0, 0
@@ -216,10 +218,14 @@ def _attention_with_probabilities(query, key, value, packing, scale, dropout_p, 
         probabilities[b, :, places[:, None], places[:keys]] = weights[:, :asking]
         samples.append((weights, places, v))
         start, shown = start + rows, shown + asking
+    if torch.is_grad_enabled():
+        probabilities = packing.shown_attentions(probabilities)
+    parts = probabilities if isinstance(probabilities, list) else [probabilities]
+    of_sample = [sample for part in parts for sample in part] if torch.is_grad_enabled() else None
     context = []
     for b, (weights, places, v) in enumerate(samples):
-        if torch.is_grad_enabled():  # what is returned is what is multiplied, so that it has a gradient
-            again = probabilities[b][:, places[:, None], places[: v.shape[1]]]
+        if of_sample is not None:  # what is returned is what is multiplied, so that it has a gradient
+            again = of_sample[b][:, places[:, None], places[: v.shape[1]]]
             weights = torch.cat([again, weights[:, len(places) :]], 1)
         context.append((weights @ v).transpose(0, 1))
     return torch.cat(context), probabilities

@@ -141,6 +141,10 @@ class Packing:
         again = padded.flatten(0, 1).index_select(0, self.padded_places)
         return padded, rows.index_copy(0, self.padded_rows, again)
 
+    def shown_attentions(self, padded: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Probabilities [B, H, width, width] as a caller sees them: all of them, or a list of parts."""
+        return padded
+
     def _samples_with_query_row(self):
         """The samples that have one which is not shown."""
         if self.shows_every_row:

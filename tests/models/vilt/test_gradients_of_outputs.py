@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.models import EXTRAS, batch, pair
+from support.models import EXTRAS, batch, leaves, pair
 
 
 def gradients(model, inputs, kind):
@@ -13,8 +13,7 @@ def gradients(model, inputs, kind):
     if kind == "token_classification":
         score = score[inputs["attention_mask"] != 0]
     score = score[..., -1].sum()
-    named = {f"attentions.{i}": t for i, t in enumerate(out.attentions)}
-    named |= {f"hidden_states.{i}": t for i, t in enumerate(out.hidden_states)}
+    named = dict(leaves({"attentions": out.attentions, "hidden_states": out.hidden_states}))
     if kind == "trunk":
         named["last_hidden_state"] = out.last_hidden_state
     found = torch.autograd.grad(score, list(named.values()), allow_unused=True)
@@ -23,7 +22,7 @@ def gradients(model, inputs, kind):
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("kind", ["trunk", "question_answering", "retrieval", "token_classification"])
+@pytest.mark.parametrize("kind", ["trunk", "question_answering", "retrieval", "token_classification", "nlvr2"])
 def test_they_are_the_reference_s(kind, ragged):
     theirs, ours = pair(kind)
     inputs = batch(kind)

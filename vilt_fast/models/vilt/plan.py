@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ...engine.packing import Packing, Selection
 from ...errors import InputError
@@ -82,6 +83,24 @@ class SequencePlan(Packing):
         """A padded tensor [B, T + I, ...] as one tensor for each concatenated batch, at its own width."""
         parts = padded.chunk(len(self.widths))
         return [part[:, :width] for part, width in zip(parts, self.widths, strict=True)]
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The exact inverse of `split`."""
+        return torch.cat([F.pad(part, (0, 0, 0, self.width - part.shape[1])) for part in parts])
+
+    def through_padded(self, rows: torch.Tensor) -> tuple[torch.Tensor | list[torch.Tensor], torch.Tensor]:
+        """As of any packing; several batches are shown as a list, each at its own width."""
+        if len(self.widths) == 1:
+            return super().through_padded(rows)
+        parts = self.split(self.unpack(rows))
+        again = self.joined(parts).flatten(0, 1).index_select(0, self.padded_places)
+        return parts, rows.index_copy(0, self.padded_rows, again)
+
+    def shown_attentions(self, padded: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        if len(self.widths) == 1:
+            return padded
+        parts = padded.chunk(len(self.widths))
+        return [part[:, :, :width, :width] for part, width in zip(parts, self.widths, strict=True)]
 
     def raster(self, rows: torch.Tensor) -> tuple[SequencePlan, torch.Tensor]:
         """This plan and its rows [N, D] with the patches of each image put in raster order, and so those beside it."""

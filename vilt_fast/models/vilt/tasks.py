@@ -301,16 +301,14 @@ class ImagesAndTextForward(TaskForward):
     def extras(trunk):
         """Lists over the images, each at the padded width of that image's own batch; None where not asked for."""
         plan = trunk.plan
-        hidden = [plan.split(h.to(trunk.dtype)) for h in trunk.hidden_states]
-        attentions = [plan.split(a.transpose(1, 2)) for a in trunk.attentions]  # crop the queries, then the keys
+        hidden = [h if isinstance(h, list) else plan.split(h) for h in trunk.hidden_states]
+        hidden = [[part.to(trunk.dtype) for part in parts] for parts in hidden]
+        attentions = [a if isinstance(a, list) else plan.shown_attentions(a) for a in trunk.attentions]
+        attentions = [a if isinstance(a, list) else [a] for a in attentions]
+        images = range(len(plan.widths))
         return (
-            [tuple(layer[i] for layer in hidden) for i in range(len(plan.widths))] if hidden else None,
-            [
-                tuple(layer[i].transpose(1, 2)[..., :width] for layer in attentions)
-                for i, width in enumerate(plan.widths)
-            ]
-            if attentions
-            else None,
+            [tuple(layer[i] for layer in hidden) for i in images] if hidden else None,
+            [tuple(layer[i] for layer in attentions) for i in images] if attentions else None,
         )
 
     @staticmethod
