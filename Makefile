@@ -57,8 +57,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# A new file; the committed figures, on a quiet machine: make bench ARGS="--memory --update" && make plot
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.run model $(ARGS)
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m benchmarks.run model --peers $(ARGS)
 
 plot: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.plot --readme README.md
@@ -79,5 +81,5 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf build dist *.egg-info demo vilt_fast/_C*.so .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed
+	rm -rf build dist *.egg-info demo bench vilt_fast/_C*.so .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed
 	find . -name __pycache__ -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -3,6 +3,7 @@
 B = samples, T = text tokens, P = patches; N = sum over samples of T + 1 + P (the image [CLS] counts); D = hidden size.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,27 @@ CASES = {
         (40, 12, 8, 16, 10, 22, 14, 10),
     ),
 }
+
+
+class BadShape(ValueError):
+    """A shape that is none, or that the model cannot take."""
+
+
+def own(given, config):
+    """The case of samples written as HEIGHTxWIDTH+TEXT ("384x640+40"): pixels, text tokens. BadShape if one cannot be
+    computed by a model of this configuration."""
+    sizes, texts = [], []
+    for text in given:
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})\+(\d{1,5})", text)
+        height, width, words = map(int, match.groups()) if match else (0, 0, 0)
+        if min(height, width) < config.patch_size or not 1 <= words <= config.max_position_embeddings:
+            raise BadShape(
+                f"{text}: expected HEIGHTxWIDTH+TEXT, such as 384x640+40: pixels, at least {config.patch_size}, and "
+                f"text tokens, 1 to {config.max_position_embeddings}."
+            )
+        sizes.append((height, width))
+        texts.append(words)
+    return Case("own", tuple(sizes), tuple(texts))
 
 
 def inputs(case, config, seed=0):

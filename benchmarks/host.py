@@ -1,4 +1,4 @@
-"""`python -m benchmarks.host [--out FILE]`: microseconds that one op takes on the host, whatever computes it.
+"""`python -m benchmarks.host [--update]`: microseconds that one op takes on the host, whatever computes it.
 
 Each op is called with a launcher that only makes its outputs, on inputs of ViLT's shapes at batch 1, without gradients:
 
@@ -12,15 +12,15 @@ import os
 import sys
 from datetime import date
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from vilt_fast import functional, testing
 from vilt_fast.commands import report
+from vilt_fast.commands.arguments import whole
 from vilt_fast.ops import _define, registry
 
-from . import measure, run
+from . import destination, measure
 
 FIELDS = ("op", "way", "p20_us", "p50_us", "p80_us", "overhead_us", "load", "device", "versions", "commit", "date")
 BATCH = 200  # calls in a timed sample
@@ -101,22 +101,22 @@ def _many(call):
 def main(argv=None):
     """Time, write, show."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=run.RESULTS / "host.csv")
+    parser.add_argument("--repeats", type=whole(1, 10_000), default=15, help="default: 15")
+    destination.add(parser, "host")
     arguments = parser.parse_args(argv)
+    out = destination.chosen(parser, arguments, "host")
     torch.set_num_threads(1)
     common = {
         "load": os.getloadavg()[0], "device": measure.device(), "versions": measure.versions(),
         "commit": measure.commit(), "date": date.today().isoformat(),
     }  # fmt: skip
     found = [row | common for row in rows(arguments.repeats)]
-    run.write(arguments.out, found, FIELDS)
     from rich.console import Console
 
     lines = [(r["op"], r["way"], f"{r['p50_us']:.1f}", f"{r['overhead_us']:.1f}") for r in found]
     table = report.rich_table("Host time of an op, microseconds", ("op", "way", "median", "overhead"), lines, 2)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    return 0
+    return destination.put(out, found, FIELDS, ("op", "way"))
 
 
 if __name__ == "__main__":

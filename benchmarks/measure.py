@@ -122,6 +122,35 @@ def commit():
     return ""
 
 
+def native_missing():
+    """Why the native part cannot compute here, or ""."""
+    from vilt_fast.ops import registry
+
+    try:
+        return registry.why_unavailable("encoder", "cpp")
+    except ImportError as error:
+        return f"{error}."
+
+
+def backends(call):
+    """The backends that the registry chooses during one `call`, by name, in a line; "" if it is not asked."""
+    from vilt_fast.ops import registry
+
+    found, resolve = set(), registry.resolve
+
+    def watched(*arguments):
+        name = resolve(*arguments)
+        found.add(name)
+        return name
+
+    registry.resolve = watched
+    try:
+        call()
+    finally:
+        registry.resolve = resolve
+    return " ".join(sorted(found))
+
+
 def _status(field):
     """A field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -146,10 +175,11 @@ def forward_memory(call):
     return peak, peak - before
 
 
-def memory_in_subprocess(provider, case):
-    """`forward_memory` of one provider and case in a process of its own; (None, None) where it cannot be measured."""
-    arguments = ["-m", "benchmarks.run", "memory", "--provider", provider, "--cases", case]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def memory_in_subprocess(provider, options):
+    """`forward_memory` of one provider in a process of its own, which gets `options` (a case, a model); (None, None)
+    where it cannot be measured."""
+    arguments = ["-m", "benchmarks.run", "memory", "--provider", provider, *options]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     threads = ["--threads", str(torch.get_num_threads())]
     done = subprocess.run(
         [sys.executable, *arguments, *threads], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

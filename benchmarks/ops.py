@@ -31,6 +31,7 @@ def rows(subject, dtypes, repeats, step=lambda what: None):
         for case, shape, calls, truth, flops, moved in groups:
             step(f"{subject} {dtype}: {case}")
             errors = {name: report.relative_error(call().double().flatten(), truth) for name, call in calls.items()}
+            backends = {name: measure.backends(call) or "torch" for name, call in calls.items()}
             times = {name: report.quantiles(v) for name, v in report.interleave(calls, repeats, warmup=3).items()}
             base = next(iter(times.values()))[1]
             for name, (p20, p50, p80) in times.items():
@@ -38,6 +39,7 @@ def rows(subject, dtypes, repeats, step=lambda what: None):
                     {
                         "subject": subject,
                         "provider": name,
+                        "backend": backends[name],
                         "case": case,
                         "shape": shape,
                         "dtype": dtype,

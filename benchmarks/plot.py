@@ -4,33 +4,29 @@ Nobody types a figure: the table between the two `figures` marks of README.md co
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+from . import destination
+
 NAMES = {
     "hf_eager": "HuggingFace float32",
     "hf_bf16": "HuggingFace bfloat16",
     "ours_float32": "vilt_fast float32",
     "ours_bfloat16": "vilt_fast bfloat16",
     "ours_int8": "vilt_fast int8",
-    "compile_float32": "torch.compile float32",
-    "compile_bf16": "torch.compile bfloat16",
-    "openvino_f32": "OpenVINO float32",
-    "openvino_bf16": "OpenVINO bfloat16",
-    "openvino_unpadded_f32": "OpenVINO float32, unpadded",
-    "openvino_unpadded_bf16": "OpenVINO bfloat16, unpadded",
+    "compile_float32": "HuggingFace + torch.compile float32",
+    "compile_bf16": "HuggingFace + torch.compile bfloat16",
+    "openvino_f32": "OpenVINO float32, padded",
+    "openvino_bf16": "OpenVINO bfloat16, padded",
+    "openvino_unpadded_f32": "OpenVINO float32, one by one on a thread each",
+    "openvino_unpadded_bf16": "OpenVINO bfloat16, one by one on a thread each",
+    "torchao_int8": "torchao int8 + torch.compile",
+    "onnxruntime_int8": "ONNX Runtime int8, padded",
 }
 MARKS = ("<!-- figures -->", "<!-- /figures -->")
 SHADES = {"float32": "#7fb3c8", "bfloat16": "#1f6f8b", "int8": "#0b3948"}
 GREYS = {"float32": "0.78", "bfloat16": "0.62", "int8": "0.5"}
-
-
-def read(path):
-    """Rows of a results CSV, oldest first."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def draw(rows, path):
@@ -93,30 +89,51 @@ def markdown(rows):
 
 
 def put(text, figures):
-    """`text` with whatever stands between its two figures marks replaced. ValueError if the marks are missing."""
+    """`text` with whatever stands between its two figures marks replaced. ValueError if the marks are missing, or if
+    the table there has lines or columns that `figures` has not."""
     for mark in MARKS:
         if text.count(mark) != 1:
             raise ValueError(f"expected exactly one {mark} in the README")
     before, rest = text.split(MARKS[0])
-    return f"{before}{MARKS[0]}\n{figures}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+    old, after = rest.split(MARKS[1])
+    gone = [name for name in _names(old) if name not in _names(figures)]
+    if gone:
+        raise ValueError(
+            f"the table in the README has {', '.join(gone)}, which these figures have not. Measure all of it; to drop "
+            "them on purpose, empty the space between the marks first."
+        )
+    return f"{before}{MARKS[0]}\n{figures}\n{MARKS[1]}{after}"
+
+
+def _names(figures):
+    """The names of the columns and lines of a Markdown table: its cases and providers."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in figures.splitlines() if line.startswith("|")]
+    columns = [cell.split(":")[0] for cell in lines[0][1:]] if lines else []
+    return columns + [line[0] for line in lines[2:]]
 
 
 def main(argv=None):
     """Draw one CSV; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("csv", nargs="?", type=Path, default=ROOT / "results" / "model.csv")
+    parser.add_argument("csv", nargs="?", type=Path, default=destination.RESULTS / "model.csv")
     parser.add_argument("--out", type=Path, help="PNG to write (default: beside the CSV)")
     parser.add_argument("--readme", type=Path, help="also put the table between the figures marks of this file")
     arguments = parser.parse_args(argv)
     if not arguments.csv.is_file():
         parser.error(f"there is no {arguments.csv}; run: python -m benchmarks.run model")
     out = arguments.out or arguments.csv.with_suffix(".png")
-    rows = read(arguments.csv)
+    rows = destination.read(arguments.csv)
+    if not rows or rows[0]["subject"] != "model":
+        parser.error(f"{arguments.csv} has no rows of a model; run: python -m benchmarks.run model")
+    if arguments.readme:
+        try:
+            text = put(arguments.readme.read_text(encoding="utf-8"), markdown(rows))
+        except ValueError as error:
+            parser.error(str(error))
+        arguments.readme.write_text(text, encoding="utf-8")
+        print(f"Wrote the figures into {arguments.readme}")
     draw(rows, out)
     print(f"Wrote {out}")
-    if arguments.readme:
-        arguments.readme.write_text(put(arguments.readme.read_text(encoding="utf-8"), markdown(rows)), encoding="utf-8")
-        print(f"Wrote the figures into {arguments.readme}")
     return 0
 
 

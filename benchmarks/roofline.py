@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from . import counts, run
+from . import counts, destination
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCHES = (1, 8, 64)
@@ -145,7 +145,7 @@ def main(argv=None):
     from vilt_fast.commands import report
 
     found = rows(arguments.batches)
-    run.write(arguments.out, found, FIELDS)
+    destination.write(arguments.out, found, FIELDS)
     draw(found, arguments.out.with_suffix(".png"))
     title = "Floors of a bfloat16 forward in microseconds (calls included); a: arithmetic, m: memory bound"
     Console(width=None if sys.stdout.isatty() else 120).print(report.rich_table(title, *table(found)))

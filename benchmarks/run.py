@@ -6,11 +6,9 @@ run.
 """
 
 import argparse
-import csv
 import os
 import sys
 from datetime import date
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -18,13 +16,17 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from vilt_fast.commands import report
+from vilt_fast.commands.arguments import whole
+from vilt_fast.commands.checkpoint import BadCheckpoint
 
 from . import cases as shapes
-from . import measure, ops, providers, transport
+from . import destination, measure, ops, providers, transport
 
 FIELDS = (
     "subject",
     "provider",
+    "backend",
+    "model",
     "case",
     "shape",
     "dtype",
@@ -47,7 +49,15 @@ FIELDS = (
     "commit",
     "date",
 )
-RESULTS = measure.ROOT / "benchmarks" / "results"
+KEYS = ("provider", "case", "dtype")  #: what a row is known by
+OPTIONS = {  # which options do something
+    "model": ("dtypes", "cases", "shapes", "model", "peers", "memory"),
+    "memory": ("cases", "shapes", "model", "provider"),
+    "block": ("dtypes",),
+    "linear": ("dtypes",),
+    "attention": ("dtypes",),
+    "transport": (),
+}
 
 
 def main(argv=None):
@@ -55,8 +65,9 @@ def main(argv=None):
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
     if arguments.what == "memory":
-        model = _trunk()
-        inputs = shapes.inputs(shapes.CASES[arguments.cases[0]], model.config)
+        model = _trunk(arguments.model)
+        (case,) = _cases(arguments, model.config)
+        inputs = shapes.inputs(case, model.config)
         call = {**providers.PROVIDERS, **providers.PEERS}[arguments.provider].build(model)
         del model
         print(*measure.forward_memory(lambda: call(inputs)))
@@ -69,48 +80,88 @@ def main(argv=None):
         "date": date.today().isoformat(),
         "repeats": arguments.repeats,
     }
-    if common["load"] > 0.5:
-        print(f"The load average is {common['load']:.1f}: other programs share the cores.", file=sys.stderr)
+    try:
+        rows, best = _timed(arguments)
+    except (BadCheckpoint, shapes.BadShape) as error:
+        print(f"python -m benchmarks.run {arguments.what}: {error}", file=sys.stderr)
+        return 2
+    rows = [finish(row, best, common) for row in rows]
+    if rows:
+        show(f"{arguments.what}: {common['device']}", rows)
+    return destination.put(arguments.out, rows, FIELDS, KEYS)
+
+
+def _timed(arguments):
+    """(rows without the machine's columns, what the machine can do)."""
     dtypes = sorted({"float32", *arguments.dtypes})
+    model = _trunk(arguments.model) if arguments.what == "model" else None
+    cases = _cases(arguments, model.config) if model else []
     with report.progress() as bar:
         step = _stepper(bar)
         before = measure.machine(dtypes, step)
-        if arguments.what == "model":
-            rows = model_rows(_trunk(), arguments, step)
+        if model:
+            rows = model_rows(model, cases, arguments, step)
         elif arguments.what == "transport":
             rows = transport.rows(arguments.repeats, step)
         else:
             rows = ops.rows(arguments.what, arguments.dtypes, arguments.repeats, step)
         # What else ran meanwhile cannot make a machine faster: the better of two measurements is the nearer one.
         after = measure.machine(dtypes, step)
-    best = {what: max(before[what] or 0, after[what] or 0) for what in before}
-    rows = [finish(row, best, common) for row in rows]
-    write(arguments.out or RESULTS / f"{arguments.what}.csv", rows)
-    show(f"{arguments.what}: {common['device']}", rows)
-    return 0
+    return rows, {what: max(before[what] or 0, after[what] or 0) for what in before}
 
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=tuple(OPTIONS), help="what to time (memory: used internally)")
+    parser.add_argument("--dtypes", nargs="+", choices=report.PRECISIONS, help="default: all")
+    parser.add_argument("--cases", nargs="+", choices=list(shapes.CASES), help="default: all, or --shapes alone")
     parser.add_argument(
-        "what", choices=("model", *ops.SUBJECTS, "transport", "memory"), help="what to time (memory: used internally)"
+        "--shapes", nargs="+", metavar="HxW+T", help="one batch of your own: height, width, text tokens of each sample"
     )
-    parser.add_argument("--dtypes", nargs="+", default=list(report.PRECISIONS), choices=report.PRECISIONS)
-    parser.add_argument("--cases", nargs="+", default=list(shapes.CASES), choices=list(shapes.CASES))
+    parser.add_argument("--model", help="folder or hub id of a checkpoint (default: ViLT-B/32, random weights)")
     parser.add_argument(
-        "--repeats", type=int, default=9, help="timed rounds, one run of each provider a round (default: 9)"
+        "--repeats",
+        type=whole(1, 10_000),
+        default=9,
+        help="timed rounds, one run of each provider a round (default: 9)",
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", action="store_true", help="also torch.compile, and OpenVINO where it is installed")
+    parser.add_argument("--threads", type=whole(1, 1024), default=2, help="default: 2")
     parser.add_argument(
-        "--memory", action="store_true", help="also peak memory of one forward, each in its own process"
+        "--peers", action="store_true", default=None,
+        help="also torch.compile, and OpenVINO, torchao, ONNX Runtime where they are installed",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory", action="store_true", default=None, help="also peak memory of one forward, each in its own process"
     )
-    parser.add_argument("--out", type=Path, help="CSV to write (default: benchmarks/results/<what>.csv)")
-    parser.add_argument("--provider", default="hf_eager", help=argparse.SUPPRESS)
+    destination.add(parser)
+    parser.add_argument("--provider", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if arguments.repeats < 1 or arguments.threads < 1:
-        parser.error("--repeats and --threads must be at least 1")
+    for option in dict.fromkeys(option for options in OPTIONS.values() for option in options):
+        if getattr(arguments, option) is not None and option not in OPTIONS[arguments.what]:
+            has = [what for what, options in OPTIONS.items() if option in options and what != "memory"]
+            parser.error(f"--{option} does nothing for {arguments.what}; it is for {', '.join(has)}.")
+    if arguments.update and (arguments.model or arguments.shapes):
+        parser.error("--update is for the committed model and cases: leave --model and --shapes out.")
+    if arguments.what != "memory":
+        arguments.out = destination.chosen(parser, arguments, arguments.what)
+    for dtype in arguments.dtypes or ():
+        if reason := report.unavailable(dtype):
+            parser.error(f"--dtypes {dtype}: {reason}")
+        if dtype == "int8" and arguments.what in ("linear", "attention"):
+            parser.error(f"--dtypes int8: {arguments.what} has no int8 rows; block and model have.")
+    arguments.dtypes = arguments.dtypes or list(report.PRECISIONS)
+    if arguments.peers:
+        for peer in providers.PEERS.values():
+            if peer.dtype in arguments.dtypes and (absent := providers.lacking(peer)):
+                print(f'{peer.name} is left out: no {", ".join(absent)}; pip install -e ".[bench]"', file=sys.stderr)
     return arguments
+
+
+def _cases(arguments, config):
+    """The cases that were asked for: one's own, named ones, or all."""
+    own = [shapes.own(arguments.shapes, config)] if arguments.shapes else []
+    named = arguments.cases if arguments.cases or own else shapes.CASES
+    return [*(shapes.CASES[name] for name in named or ()), *own]
 
 
 def _stepper(bar):
@@ -119,28 +170,37 @@ def _stepper(bar):
     return lambda what: bar.update(task, description=what, advance=1)
 
 
-def _trunk():
-    from vilt_fast.commands.checkpoint import random_vqa
+def _trunk(checkpoint=None):
+    from vilt_fast.commands import checkpoint as checkpoints
 
-    return random_vqa().vilt
+    return report.trunk(checkpoints.load(checkpoint) if checkpoint else checkpoints.random_vqa())
 
 
-def model_rows(model, arguments, step=lambda what: None):
+def model_rows(model, cases, arguments, step=lambda what: None):
     """Rows of the whole model, without the machine's columns; `model` is a HuggingFace ViltModel in float32."""
     run = providers.chosen(arguments.dtypes, arguments.peers)
     rows = []
     built = {}
     for provider in run:
         step(f"building {provider.name}")
-        built[provider.name] = provider.build(model)
-    for name in arguments.cases:
-        case = shapes.CASES[name]
+        try:
+            built[provider.name] = provider.build(model)
+            built[provider.name](shapes.inputs(cases[0], model.config))
+        except Exception as error:
+            if provider.name not in providers.PEERS:
+                raise
+            # Another project's compiler or exporter: what it cannot do is no row, and no end of the run.
+            print(f"{provider.name} is left out: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr)
+            built.pop(provider.name, None)
+    run = [provider for provider in run if provider.name in built]
+    for case in cases:
         inputs = shapes.inputs(case, model.config)
-        step(f"{name}: float64")
+        step(f"{case.name}: float64")
         truth = _truth(model, inputs)
         errors = {key: report.relative_error(call(inputs).double(), truth) for key, call in built.items()}
         calls = {key: lambda call=call, inputs=inputs: call(inputs) for key, call in built.items()}
-        times = report.interleave(calls, arguments.repeats, step=lambda what, name=name: step(f"{name}: {what}"))
+        backends = {p.name: p.backend or measure.backends(calls[p.name]) for p in run}
+        times = report.interleave(calls, arguments.repeats, step=lambda what, case=case: step(f"{case.name}: {what}"))
         base = report.quantiles(times["hf_eager"])[1]
         for provider in run:
             p20, p50, p80 = report.quantiles(times[provider.name])
@@ -148,7 +208,9 @@ def model_rows(model, arguments, step=lambda what: None):
             row = {
                 "subject": "model",
                 "provider": provider.name,
-                "case": name,
+                "backend": backends[provider.name],
+                "model": arguments.model or "random weights",
+                "case": case.name,
                 "shape": case.shape,
                 "dtype": provider.dtype,
                 "p20_ms": p20 * 1e3,
@@ -160,8 +222,10 @@ def model_rows(model, arguments, step=lambda what: None):
                 "bytes": shapes.traffic(lengths, model.config, provider.weight_bytes, provider.activation_bytes),
             }
             if arguments.memory:
-                step(f"{name}: memory of {provider.name}")
-                peak, above = measure.memory_in_subprocess(provider.name, name)
+                step(f"{case.name}: memory of {provider.name}")
+                options = ["--shapes", *arguments.shapes] if case.name == "own" else ["--cases", case.name]
+                options += ["--model", arguments.model] if arguments.model else []
+                peak, above = measure.memory_in_subprocess(provider.name, options)
                 row["peak_mib"], row["forward_mib"] = (None if v is None else v / 2**20 for v in (peak, above))
             rows.append(row)
     return rows
@@ -183,29 +247,29 @@ def finish(row, machine, common):
     return {field: {**row, **extra, **common}.get(field) for field in FIELDS}
 
 
-def write(path, rows, fields=FIELDS, *, append=False):
-    """Write rows to a CSV, or append them to one; figures with five significant digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    append = append and path.is_file()
-    with open(path, "a" if append else "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, fields)
-        if not append:
-            table.writeheader()
-        for row in rows:
-            table.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
 def show(title, rows):
     """Print the rows as a table."""
     from rich.console import Console
 
-    header = ("case", "provider", "dtype", "median ms", "p20 - p80", "ratio", "of floor", "error", "peak MiB")
+    header = (
+        "case",
+        "provider",
+        "backend",
+        "dtype",
+        "median ms",
+        "p20 - p80",
+        "ratio",
+        "of floor",
+        "error",
+        "peak MiB",
+    )
     cells = []
     for row in rows:
         cells.append(
             (
                 row["case"],
                 row["provider"],
+                row["backend"] or "-",
                 row["dtype"],
                 f"{row['p50_ms']:.4g}",
                 f"{row['p20_ms']:.4g} - {row['p80_ms']:.4g}",
@@ -215,7 +279,7 @@ def show(title, rows):
                 "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
             )
         )
-    Console(width=None if sys.stdout.isatty() else 120).print(report.rich_table(title, header, cells, text_columns=3))
+    Console(width=None if sys.stdout.isatty() else 120).print(report.rich_table(title, header, cells, text_columns=4))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def rows(repeats, step=lambda what: None, sample=0.03):
             errors = {
                 k: None if k.startswith("pot") else report.relative_error(c().double(), truth) for k, c in calls.items()
             }
+            backends = {k: measure.backends(c) or ("pot" if k.startswith("pot") else "torch") for k, c in calls.items()}
             common = {"subject": "transport", "shape": f"b{BATCH} {max(words)}x{max(patches)}", "dtype": "float32"}
             common |= {"flops": flops, "bytes": moved}
             for case, length in ((name, sample), (f"{name}_single", 0)):
@@ -60,6 +61,7 @@ def rows(repeats, step=lambda what: None, sample=0.03):
                         common
                         | {
                             "provider": provider,
+                            "backend": backends[provider],
                             "case": case,
                             "p20_ms": p20 * 1e3,
                             "p50_ms": p50 * 1e3,

@@ -24,7 +24,7 @@ import torch
 
 from vilt_fast.ops import registry
 
-from .. import counts, measure, run
+from .. import counts, destination, measure, run
 from ..cases import Case, inputs
 
 
@@ -123,7 +123,7 @@ class Context:
         if fields is run.FIELDS:
             known = {"copy": 0.0} | self.ceilings
             rows = [run.finish(row, known | {row["dtype"]: known.get(row["dtype"])}, self.common) for row in rows]
-        run.write(self.out / f"{name}.csv", rows, fields, append=True)
+        destination.write(self.out / f"{name}.csv", rows, fields, append=True)
 
 
 def take_the_way_of_a_gpu():

@@ -1,12 +1,13 @@
 """The benchmarks: what the cases hold, what a row holds, one tiny run end to end."""
 
 import csv
+import os
 
 import pytest
 import torch
 from transformers import ViltConfig, ViltModel
 
-from benchmarks import cases, measure, ops, plot, providers, run
+from benchmarks import cases, destination, host, measure, ops, plot, providers, run
 from vilt_fast.commands import report
 from vilt_fast.commands.samples import token_counts
 
@@ -53,6 +54,26 @@ def test_floor_is_the_slower_of_arithmetic_and_memory():
     assert measure.floor_seconds(1, 10, None, 1) == 10
 
 
+def test_peers_appear_where_their_packages_are(monkeypatch):
+    monkeypatch.setattr(providers, "unavailable", lambda dtype: "")
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: object())
+    names = [p.name for p in providers.chosen(report.PRECISIONS, peers=True)]
+    assert names == [*providers.PROVIDERS, *providers.PEERS] and set(names) == set(plot.NAMES)
+    assert len(set(plot.NAMES.values())) == len(plot.NAMES)
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None if name == "onnx" else object())
+    assert set(names) - {p.name for p in providers.chosen(report.PRECISIONS, peers=True)} == {"onnxruntime_int8"}
+    assert providers.lacking(providers.PEERS["onnxruntime_int8"]) == ["onnx"]
+
+
+def test_samples_one_by_one_are_what_the_batch_holds():
+    case = cases.CASES["b8"]
+    for sample, (height, width), text in zip(
+        providers._samples(cases.inputs(case, CONFIG)), case.sizes, case.texts, strict=True
+    ):
+        assert sample["pixel_values"].shape == (1, 3, height, width) and sample["input_ids"].shape == (1, text)
+        assert sample["pixel_mask"].all() and sample["attention_mask"].all()
+
+
 def test_providers_are_chosen_by_dtype(monkeypatch):
     monkeypatch.setattr(providers, "unavailable", lambda dtype: "")
     assert [p.name for p in providers.chosen(["int8"], peers=False)] == ["hf_eager", "ours_int8"]
@@ -62,7 +83,7 @@ def test_providers_are_chosen_by_dtype(monkeypatch):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, tmp_path):
     """One small case and model in place of the real ones."""
     small = cases.Case("small", ((96, 64), (64, 64)), (6, 3))
     monkeypatch.setitem(cases.CASES, "small", small)
@@ -76,7 +97,9 @@ def tiny(monkeypatch):
             vocab_size=200,
         )
     ).eval()
-    monkeypatch.setattr(run, "_trunk", lambda: model)
+    monkeypatch.setattr(run, "_trunk", lambda checkpoint=None: model)
+    monkeypatch.setattr(destination, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(destination, "NEW", tmp_path / "new")
     monkeypatch.setattr(measure, "best_of", lambda call, seconds=0: (call(), 1e-3)[1])
 
 
@@ -90,11 +113,13 @@ def test_a_run_writes_every_column(tiny, tmp_path, capsys):
     assert tuple(rows[0]) == run.FIELDS
     optional = {"peak_mib", "forward_mib", "peak_gflops", "commit"}
     assert all(row[field] for row in rows for field in run.FIELDS if field not in optional)
+    backends = {row["provider"]: row["backend"].split() for row in rows}
+    assert backends["hf_eager"] == ["torch"] and all("cpp" in b for p, b in backends.items() if p.startswith("ours"))
     assert float(rows[0]["ratio"]) == 1
     assert float(rows[0]["error"]) < 1e-5
     by_name = {row["provider"]: row for row in rows}
     assert int(by_name["ours_float32"]["flops"]) < int(by_name["hf_eager"]["flops"])
-    plot.draw(plot.read(out), tmp_path / "model.png")
+    plot.draw(destination.read(out), tmp_path / "model.png")
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- figures -->\nold\n<!-- /figures -->\nafter\n")
@@ -108,10 +133,124 @@ def test_a_run_writes_every_column(tiny, tmp_path, capsys):
 
 
 def test_the_readme_has_a_place_for_figures():
-    text = (measure.ROOT / "README.md").read_text()
-    assert "| a | b |" in plot.put(text, "| a | b |")
+    figures = plot.markdown(destination.read(measure.ROOT / "benchmarks" / "results" / "model.csv"))
+    assert figures in plot.put((measure.ROOT / "README.md").read_text(), figures)
     with pytest.raises(ValueError, match="exactly one"):
         plot.put("no marks", "")
+
+
+def test_a_part_of_the_figures_drops_nothing_of_the_readme(tmp_path, capsys):
+    whole = destination.read(measure.ROOT / "benchmarks" / "results" / "model.csv")
+    text = plot.put("<!-- figures --><!-- /figures -->", plot.markdown(whole))
+    assert plot.put(text, plot.markdown(whole)) == text
+    for what, part in (
+        ("b8", [row for row in whole if row["case"] != "b8"]),
+        ("vilt_fast int8", [row for row in whole if row["dtype"] != "int8"]),
+    ):
+        with pytest.raises(ValueError, match=f"has {what}, which these figures have not"):
+            plot.put(text, plot.markdown(part))
+    destination.write(tmp_path / "part.csv", part, list(part[0]))
+    (tmp_path / "README.md").write_text(text)
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path / "part.csv"), "--readme", str(tmp_path / "README.md")])
+    assert "empty the space between the marks" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == text and not (tmp_path / "part.png").exists()
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiet(tiny, monkeypatch):
+    """A machine of which nothing is asked and that nobody else uses."""
+    monkeypatch.setattr(measure, "machine", lambda dtypes, step: dict.fromkeys([*dtypes, "copy"], 1e9))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0.1, 0.1))
+
+
+def refused(capsys, main, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_without_the_native_part_nothing_is_measured(capsys, monkeypatch, quiet):
+    from vilt_fast.ops import registry
+
+    monkeypatch.setattr(registry, "why_unavailable", lambda op, backend, *rest, **some: "it is not built.")
+    for main, what in ((run.main, ["model"]), (run.main, ["transport"]), (run.main, ["block"]), (host.main, [])):
+        for more in ([], ["--update"]):
+            assert "run: pip install -e ." in refused(capsys, main, *what, *more)
+
+
+def test_committed_figures_want_a_quiet_machine_and_to_be_named(capsys, monkeypatch, quiet):
+    committed = destination.RESULTS / "model.csv"
+    common = ["model", "--cases", "small", "--dtypes", "float32", "--repeats", "1"]
+    assert run.main([*common, "--update"]) == 0
+    assert len(destination.read(committed)) == 2
+    assert "pass --update" in refused(capsys, run.main, *common, "--out", str(committed))
+    assert "one of them" in refused(capsys, run.main, *common, "--update", "--out", "x.csv")
+    assert "leave --model" in refused(capsys, run.main, "model", "--update", "--shapes", "64x64+3")
+    monkeypatch.setattr(os, "getloadavg", lambda: (3.0, 0.1, 0.1))
+    assert "load average is 3.0" in refused(capsys, run.main, *common, "--update")
+    assert "load average is 3.0" in refused(capsys, host.main, "--update")
+    assert run.main(common) == 0
+    (new,) = destination.NEW.iterdir()
+    assert "load average is 3.0" in capsys.readouterr().err
+    assert "name another" in refused(capsys, run.main, *common, "--out", str(new))
+
+
+def test_fewer_rows_do_not_replace_the_committed_ones(tiny, capsys):
+    committed = destination.RESULTS / "model.csv"
+    rows = [{"provider": p, "case": "b1", "dtype": "float32"} for p in ("hf_eager", "ours_float32", "openvino_f32")]
+    assert destination.put(committed, rows, run.KEYS, run.KEYS) == 0
+    assert destination.put(committed, rows[:2], run.KEYS, run.KEYS) == 1
+    assert "openvino_f32 b1 float32" in capsys.readouterr().err
+    assert destination.read(committed) == rows
+    assert [destination.read(path) for path in destination.NEW.iterdir()] == [rows[:2]]
+    assert destination.put(committed, [], run.KEYS, run.KEYS) == 2
+    assert destination.read(committed) == rows
+
+
+def test_ones_own_shapes_and_model(quiet, tmp_path, capsys, monkeypatch):
+    asked, real = [], run._trunk
+    monkeypatch.setattr(run, "_trunk", lambda checkpoint=None: (asked.append(checkpoint), real())[1])
+    options = ["--repeats", "1", "--dtypes", "float32", "--model", "mine", "--shapes", "64x96+6", "40x64+3"]
+    assert run.main(["model", *options, "--out", str(tmp_path / "own.csv")]) == 0
+    rows = destination.read(tmp_path / "own.csv")
+    assert {(r["case"], r["shape"], r["model"]) for r in rows} == {("own", "b2 6 text + 64x96", "mine")}
+    assert asked == ["mine"] and all(float(row["error"]) < 1e-5 for row in rows)
+    for shape in ("64", "64x8+1", "64x64+0", "64x64+41", "64x64", "64x64+3+4", "9" * 40):
+        assert run.main(["model", "--repeats", "1", "--shapes", shape]) == 2
+        assert f"{shape}: expected HEIGHTxWIDTH+TEXT" in capsys.readouterr().err
+
+
+def test_a_peer_that_breaks_is_left_out(quiet, tmp_path, capsys, monkeypatch):
+    def broken(model):
+        raise RuntimeError("no compiler\nand more")
+
+    peer = providers.Provider("compile_float32", "float32", True, 4, 4, broken, "inductor")
+    monkeypatch.setattr(providers, "PEERS", {peer.name: peer})
+    options = ["--cases", "small", "--repeats", "1", "--dtypes", "float32", "--peers", "--out", str(tmp_path / "o.csv")]
+    assert run.main(["model", *options]) == 0
+    assert "compile_float32 is left out: RuntimeError: no compiler" in capsys.readouterr().err
+    assert [row["provider"] for row in destination.read(tmp_path / "o.csv")] == ["hf_eager", "ours_float32"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["model", "--repeats", "0"], "from 1 to"),
+    (["model", "--repeats", str(10**12)], "from 1 to"),
+    (["model", "--threads", "-1"], "from 1 to"),
+    (["transport", "--dtypes", "float32"], "--dtypes does nothing for transport"),
+    (["block", "--peers"], "--peers does nothing for block; it is for model."),
+    (["linear", "--cases", "b1"], "--cases does nothing for linear"),
+    (["attention", "--memory"], "--memory does nothing"),
+    (["block", "--model", "x"], "--model does nothing"),
+    (["model", "--provider", "hf_eager"], "--provider does nothing"),
+    (["linear", "--dtypes", "int8"], "has no int8 rows"),
+])  # fmt: skip
+def test_options_that_do_nothing_are_errors(arguments, message, capsys):
+    assert message in refused(capsys, run.main, *arguments)
 
 
 @pytest.mark.parametrize("subject", ops.SUBJECTS)
@@ -122,14 +261,13 @@ def test_kernel_rows(subject, tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(cases.CASES, "b8", cases.CASES["small"])
     out = tmp_path / "rows.csv"
     assert run.main([subject, "--dtypes", "float32", "--repeats", "2", "--out", str(out)]) == 0
-    rows = plot.read(out)
+    rows = destination.read(out)
+    assert {row["backend"] for row in rows if row["provider"] == "ours"} == {"cpp"}
     assert {row["provider"] for row in rows} >= {"hf_layer" if subject == "block" else "torch", "ours"}
     assert all(float(row["error"]) < 1e-5 for row in rows)
 
 
-def test_bad_arguments(capsys):
-    with pytest.raises(SystemExit):
-        run.main(["model", "--repeats", "0"])
-    with pytest.raises(SystemExit):
-        plot.main(["/nowhere.csv"])
-    assert "benchmarks.run model" in capsys.readouterr().err
+def test_a_csv_that_cannot_be_drawn(tmp_path, capsys):
+    assert "benchmarks.run model" in refused(capsys, plot.main, "/nowhere.csv")
+    (tmp_path / "empty.csv").write_text(",".join(run.FIELDS) + "\n")
+    assert "no rows of a model" in refused(capsys, plot.main, str(tmp_path / "empty.csv"))

@@ -4,30 +4,46 @@ import argparse
 import os
 
 
-def positive(text):
-    """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
-    return value
+def whole(low, high):
+    """The type of an argument that is a whole number from `low` to `high`, both allowed."""
+
+    def number(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {_short(text)}")
+        return value
+
+    return number
 
 
 def above_zero(text):
     """A finite number above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {_short(text)}")
     return value
+
+
+def _short(text):
+    return text if len(text) <= 30 else f"{text[:27]}..."
 
 
 def add_model(parser):
     """--model, for commands that run without one too."""
-    default = os.environ.get("MODEL") or None
-    parser.add_argument("--model", default=default, help="folder or hub id (default: random weights)")
+    default = os.environ.get("VILT_FAST_MODEL") or None
+    parser.add_argument(
+        "--model", default=default, help="folder or hub id (default: $VILT_FAST_MODEL, else random weights)"
+    )
 
 
 def add_threads(parser):
-    parser.add_argument("--threads", type=positive, help="CPU threads (default: torch's choice)")
+    parser.add_argument("--threads", type=whole(1, os.cpu_count() or 1), help="CPU threads (default: torch's choice)")
 
 
 def set_threads(threads):
