@@ -3,6 +3,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -86,7 +87,9 @@ inline const Kernels& kernels() {
   if (!k) {
     std::string names;
     for (int i = 0; i < isa_count(); ++i) names += std::string(i ? ", " : "") + isa_table(i)->isa;
-    fail("VILT_FAST_CPU_ISA names an instruction set this machine or build does not have; available: " + names);
+    const char* asked = getenv("VILT_FAST_CPU_ISA");
+    fail("VILT_FAST_CPU_ISA is '" + std::string(asked ? asked : "") +
+         "', an instruction set that this machine or build does not have; available: " + names);
   }
   return *k;
 }

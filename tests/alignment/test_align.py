@@ -171,6 +171,47 @@ def test_photographs_and_strings(tmp_path):
         assert torch.equal(one.plan, other.plan) and one.tokens == other.tokens
 
 
+def test_images_of_other_depths_align_as_they_look():
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from vilt_fast.alignment.picture import rgb
+
+    grey = picture()[..., 0]
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    file = io.BytesIO()
+    deep.save(file, "png")
+    expected = np.repeat(grey[..., None], 3, 2)
+    whole, unit = grey.astype(np.int32), grey / np.float32(255)
+    greys = [grey, grey[..., None], deep, Image.open(file), grey.astype(np.uint16) * 257, unit, unit.astype(np.float16)]
+    greys += [grey.astype(float), torch.tensor(unit, requires_grad=True), torch.tensor(grey, dtype=torch.bfloat16)]
+    greys += [Image.fromarray(kind) for kind in (grey, whole, whole * 257, unit, grey.astype(np.float32))]
+    for given in greys:
+        assert np.array_equal(np.asarray(rgb(given)), expected)
+    assert np.array_equal(np.asarray(rgb(picture() / 255)), picture())
+    model = plant(build("retrieval", torch.float32))
+    plans = [align(model, image, "who is playing", processor=processor()).plan for image in (greys[3], rgb(grey))]
+    assert torch.equal(*plans)
+
+
+def test_saving_and_naming(tmp_path):
+    model = plant(build("retrieval", torch.float32))
+    one = align(model, picture(), "who is playing", processor=processor())
+    words, (h, w) = len(one.tokens), one.grid
+    assert repr(one).startswith(f"Alignment({words} tokens, {h} x {w} patches, distance {one.distance:.3f}: who is")
+    assert len(repr(one)) < 120
+    one.save(tmp_path / "one.png", text="who", note="note", dpi=40)
+    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
+    bare = align(model, planted_batch())[0]
+    with pytest.raises(ValueError, match="pass image="):
+        bare.save(tmp_path / "two.png")
+    bare.save(tmp_path / "two.png", image=picture(), dpi=40)
+    with pytest.raises(ValueError):
+        one.save(tmp_path / "three.txt")
+
+
 def test_whole_words():
     model = build("trunk", torch.float32)
     texts = ["playing person plays", "who"]
@@ -193,7 +234,13 @@ def test_whole_words():
         (lambda: {"text": ["who"], "image": [picture()] * 2}, InputError, "2 images and 1 texts"),
         (lambda: {"text": [], "image": []}, InputError, "at least one"),
         (lambda: {"image": "photo.jpg"}, TypeError, "PIL.Image.open"),
-        (lambda: {"image": picture().astype("float32")}, TypeError, "float32"),
+        (lambda: {"image": picture().astype("int64")}, TypeError, "int64"),
+        (lambda: {"image": picture().transpose(2, 0, 1)}, TypeError, "permute"),
+        (lambda: {"image": picture().astype("float32") - 1}, InputError, "from -1 to"),
+        (lambda: {"image": picture() * float("nan")}, InputError, "from nan"),
+        (lambda: {"image": picture() * 2.0}, InputError, "0 to 255"),
+        (lambda: {"image": picture()[:0]}, InputError, "must have pixels"),
+        (lambda: {"image": picture(4, 400)}, InputError, "an image of 4 x 400 pixels is too long and thin"),
         (lambda: {"text": ""}, InputError, "the text has no word"),
         (lambda: {"text": ["who", " "], "image": [picture()] * 2}, InputError, r"texts \[1\] have no word"),
         (lambda: {"text": "who " * 20}, InputError, "truncate"),

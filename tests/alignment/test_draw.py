@@ -137,7 +137,7 @@ def test_align_command_says_what_is_wrong(photograph, tmp_path, capsys):
         ([str(tmp_path), "hi"], "cannot be read"),
         ([photograph, "hi", "-o", "x.txt"], "cannot write txt"),
         ([photograph, "hi", *model], "Pass one, for example processor="),
-        ([photograph, "hi", "--model", str(tmp_path / "none")], "cannot read a configuration"),
+        ([photograph, "hi", "--model", str(tmp_path / "none")], "there is no folder"),
     ):
         assert cli.main(["align", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -1,6 +1,11 @@
 """The command line: info, check with each exit status, demo on a tiny model."""
 
 import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from vilt_fast import commands as cli
 from vilt_fast.commands import checkpoint, demo, report, samples
 from vilt_fast.ops import registry
 
+ROOT = Path(__file__).parents[2]
 TINY = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -41,11 +47,50 @@ def saved(tmp_path_factory):
     return str(folder)
 
 
-def test_info(capsys):
+def test_info(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setenv("COLUMNS", "70")
     assert cli.main(["info"]) == 0
     shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 70 or str(Path(vilt_fast.__file__).parent) in shown
     for word in ("torch", torch.__version__.split("+")[0], "attention", "reference", "NVML"):
         assert word in shown or word == "NVML" and "driver" in shown
+
+
+def test_info_as_json(capsys):
+    from vilt_fast.commands import info
+
+    assert cli.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"] == torch.__version__
+    assert [(b["backend"], ", ".join(b["ops"]), b["reason"] or "yes") for b in found["backends"]] == info.backends()
+    assert all(b["runs"] == (b["reason"] == "") for b in found["backends"])
+
+
+def test_version_and_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "vilt_fast", "--version"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout == f"vilt-fast {vilt_fast.__version__}\n"
+
+
+def test_a_reader_that_has_seen_enough(monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert cli.main(["info", "--json"]) == 1
+
+
+def test_an_instruction_set_that_is_not_there(capsys, monkeypatch):
+    from vilt_fast import _C
+
+    isas = _C.cpu_features()["isas"]
+    monkeypatch.setenv("VILT_FAST_CPU_ISA", "avx1024")
+    assert cli.main(["info"]) == cli.main(["check", "anything"]) == 2
+    said = capsys.readouterr().err
+    assert "'avx1024'" in said and ", ".join(isas) in said
 
 
 def test_every_backend_is_listed_with_a_reason():
@@ -65,6 +110,23 @@ def test_check_passes(saved, capsys):
     assert "OVER" not in shown
     for word in ("last_hidden_state", "pooler_output", "logits", *report.PRECISIONS):
         assert word in shown
+
+
+def test_check_as_json(saved, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(report, "unavailable", lambda p: "no native part" if p == "int8" else "")
+    real = report.parity
+    monkeypatch.setattr(report, "parity", lambda *args: [line._replace(max_error=float("nan")) for line in real(*args)])
+    assert cli.main(["check", saved, "--batch", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["class"], found["ok"], found["left_out"]) == (
+        "ViltForQuestionAnswering", True, {"int8": "no native part"},
+    )  # fmt: skip
+    assert {row["dtype"] for row in found["outputs"]} == {"float32", "bfloat16"}
+    assert all(row["error"] <= row["allowed"] and row["ok"] and row["largest"] is None for row in found["outputs"])
+    monkeypatch.setattr(report, "parity", lambda *args: [line._replace(error=float("nan")) for line in real(*args)])
+    assert cli.main(["check", saved, "--batch", "2", "--json", "--dtype", "float32"]) == 1
+    assert not json.loads(capsys.readouterr().out)["ok"]
 
 
 def test_check_says_when_int8_cannot_run_here(saved, capsys, monkeypatch):
@@ -105,8 +167,6 @@ def test_check_fails_on_a_broken_model(saved, capsys, monkeypatch):
 
 
 def test_check_wants_a_vilt(tmp_path, capsys):
-    assert cli.main(["check", str(tmp_path / "nothing")]) == 2
-    assert "cannot read a configuration" in capsys.readouterr().err
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
     assert cli.main(["check", str(tmp_path)]) == 2
     assert "'bert' model" in capsys.readouterr().err
@@ -117,6 +177,83 @@ def test_check_wants_a_vilt(tmp_path, capsys):
     assert "cannot load ViltForQuestionAnswering" in capsys.readouterr().err
 
 
+def damaged(folder, damage):
+    """Spoil the checkpoint in `folder` in one way."""
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    old = folder / "pytorch_model.bin"
+    if isinstance(damage, dict):
+        config.write_text(json.dumps(json.loads(config.read_text()) | damage))
+    elif damage == "cut off":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif damage == "header":
+        weights.write_bytes(b"12345")
+    elif damage == "json":
+        config.write_text("{")
+    else:
+        weights.unlink()
+        if damage == "pickle":
+            old.write_bytes(pickle.dumps({"weight": print}))
+        elif damage == "old, cut off":
+            torch.save({"weight": torch.ones(100)}, old)
+            old.write_bytes(old.read_bytes()[:300])
+
+
+@pytest.mark.parametrize("damage, message", [
+    ("cut off", "fetch the weights again"),
+    ("header", "fetch the weights again"),
+    ("json", "not a valid JSON"),
+    ("no weights", "no file named"),
+    ("pickle", "can run any program"),
+    ("old, cut off", "PytorchStreamReader"),
+    ({"hidden_size": 10**12}, "says hidden_size = 1000000000000; expected 1 to 1048576"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+    ({"hidden_size": "wide"}, "hidden_size"),
+    ({"hidden_act": "none such"}, "none such"),
+    ({"architectures": 5}, "--task"),
+    ({"dtype": "float1"}, "float1"),
+])  # fmt: skip
+def test_damaged_checkpoints_are_named_not_traced(saved, tmp_path, damage, message, capsys):
+    folder = tmp_path / "a[/x]b"
+    shutil.copytree(saved, folder)
+    damaged(folder, damage)
+    assert cli.main(["check", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert message in "".join(said.splitlines()[-2:]) and str(folder) in said
+
+
+def test_where_a_checkpoint_is(saved, tmp_path, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "file").write_text("")
+    for given in (
+        str(tmp_path / "none"),
+        "./none",
+        "~/none-such",
+        "a//b",
+        "tests/none",
+        "a/b/c",
+        str(tmp_path / "file"),
+    ):
+        monkeypatch.chdir(ROOT)
+        assert cli.main(["check", given]) == 2
+        said = capsys.readouterr().err
+        assert repr(given) in said and ("there is no folder" in said or "is a file" in said)
+    assert checkpoint._found("someone/vilt-b32") == "someone/vilt-b32"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "none-such").mkdir()
+    assert checkpoint._found("~/none-such") == str(tmp_path / "none-such")
+
+
+def test_names_that_look_like_markup(saved, tmp_path, capsys):
+    folder = tmp_path / "a[/x]b"
+    shutil.copytree(saved, folder)
+    assert cli.main(["check", str(folder), "--dtype", "float32", "--batch", "1"]) == 0
+    assert demo.run(str(folder), folder / "demo", count=2, repeats=1)
+    assert "a[/x]b" in capsys.readouterr().out.replace("\n", "")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -125,6 +262,11 @@ def test_check_wants_a_vilt(tmp_path, capsys):
         ["check"],
         ["check", "x", "--dtype", "float16"],
         ["check", "x", "--batch", "0"],
+        ["check", "x", "--batch", str(10**12)],
+        ["check", "x", "--threads", "100000"],
+        ["check", "x", "--seed", "9" * 5000],
+        ["demo", "--repeats", "-1"],
+        ["demo", "--repeats", "many"],
         ["info", "--what"],
     ],
 )
@@ -141,7 +283,7 @@ def test_demo_writes_report_and_picture(tmp_path, capsys):
     assert "Parity" in shown
     assert "Speed" in shown
     text = (tmp_path / "report.md").read_text()
-    assert "vilt_fast, bfloat16" in text
+    assert "vilt_fast, bfloat16" in text and "HuggingFace, bfloat16" in text
     assert "| last_hidden_state | float32 |" in text
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 

@@ -19,9 +19,10 @@ from .. import functional
 from ..errors import InputError
 from ..models import find
 from ..models.base import SwappedTrunk, swap_of, wrapper_of
+from .picture import rgb
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Alignment:
     """The words of one text and the patches of one image, and what is transported from each to each."""
 
@@ -30,6 +31,30 @@ class Alignment:
     grid: tuple[int, int]  #: (h, w) patches of the image
     image_size: tuple[int, int]  #: (height, width) in pixels of what the grid covers: the image as it was given
     distance: float  #: <C, T>, 0 for hidden states that coincide, at most 2; NaN where the model computed NaN
+    image: object = None  #: the photograph as a PIL image in RGB; None where processed inputs were given
+
+    def __repr__(self) -> str:
+        some = " ".join(self.tokens[:12]) + (" ..." if len(self.tokens) > 12 else "")
+        h, w = self.grid
+        return f"Alignment({len(self.tokens)} tokens, {h} x {w} patches, distance {self.distance:.3f}: {some})"
+
+    def save(self, path, *, image=None, text: str = "", note: str = "", dpi: int = 150) -> None:
+        """Write a picture: the photograph, then a panel a word with its heat over the grey. Needs matplotlib.
+
+        Args:
+            path: where to; the suffix decides the format (png, pdf, svg, jpg).
+            image: the photograph, as `align` takes it; by default the one that was aligned.
+            text: written above the panels. note: written small below them. dpi: pixels an inch.
+
+        Raises:
+            ImportError: matplotlib is missing. ValueError: no photograph, an unknown suffix, or a plan that holds NaN.
+        """
+        from .draw import draw
+
+        photograph = self.image if image is None else image
+        if photograph is None:
+            raise ValueError("Alignment.save: processed inputs hold no photograph to draw over: pass image=.")
+        draw(self, photograph, path, text=text, note=note, dpi=dpi)
 
     def heatmaps(self) -> torch.Tensor:
         """float32 [words, h, w]: each word's row of the plan on the patch grid, its largest value scaled to 1."""
@@ -58,11 +83,12 @@ def align(
     Args:
         model: any of HuggingFace's `Vilt*` models, the original `ViLTransformerSS`, or a module around one of them;
             accelerated or not, on any device.
-        image: a PIL image or a uint8 array [height, width, 3]; or a list of them, one a text; or processed inputs (a
-            mapping, `text` is None then): `input_ids` and `pixel_values`, with `attention_mask`, `pixel_mask`,
-            `token_type_ids` and `image_token_type_idx` if there are any, as HuggingFace's processor makes them. The
-            original takes its own batch there: `text_ids`, `text_masks` and `image` (a list that holds the pixels
-            [B, 3, H, W], zero where padded), or `image_0`. Of NLVR2's pairs of images, pass one at a time.
+        image: a PIL image of any mode or an array [height, width, 3], or [height, width] in grey, of uint8, uint16 or
+            floats from 0 to 1 or 0 to 255; or a list of them, one a text; or processed inputs (a mapping, `text` is
+            None then): `input_ids` and `pixel_values`, with `attention_mask`, `pixel_mask`, `token_type_ids` and
+            `image_token_type_idx` if there are any, as HuggingFace's processor makes them. The original takes its own
+            batch there: `text_ids`, `text_masks` and `image` (a list that holds the pixels [B, 3, H, W], zero where
+            padded), or `image_0`. Of NLVR2's pairs of images, pass one at a time.
         text: a string, or a list of them.
         processor: what has `image_processor` and `tokenizer`, such as `transformers.ViltProcessor`. By default the one
             saved with the model, read again at every call; the original has none. With processed inputs only the
@@ -86,7 +112,7 @@ def align(
     if isinstance(image, Mapping):
         if text is not None:
             raise TypeError("align: the processed inputs hold the text already: pass no text beside them.")
-        inputs, sizes = image, None
+        inputs, sizes, images = image, None, None
     else:
         images, texts = _pairs(image, text)
         processor = _checked(processor) if processor is not None else _saved_processor(trunk)
@@ -121,7 +147,8 @@ def align(
         if whole_words:
             rows, tokens = _joined(rows, tokens)
         size = sizes[b] if sizes else (h * features.patch_size[0], w * features.patch_size[1])
-        aligned.append(Alignment(rows, tuple(tokens), (h, w), size, distance[b]))
+        photograph = images[b] if images else None
+        aligned.append(Alignment(rows, tuple(tokens), (h, w), size, distance[b], photograph))
     return aligned[0] if single else aligned
 
 
@@ -199,23 +226,7 @@ def _pairs(image, text) -> tuple[list, list[str]]:
         raise TypeError(f"align: texts must be strings, got {odd[0]}.")
     if not texts or len(images) != len(texts):
         raise InputError(f"align: {len(images)} images and {len(texts)} texts; expected as many of each, at least one.")
-    return [_picture(i) for i in images], texts
-
-
-def _picture(image):
-    import numpy as np
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    array = np.asarray(image) if isinstance(image, np.ndarray | torch.Tensor) else None
-    if array is None or array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        given = type(image).__name__ if array is None else f"{array.dtype} {list(array.shape)}"
-        raise TypeError(
-            f"align: an image must be a PIL image or a uint8 array [height, width, 3], got {given}. Open a file with "
-            "PIL.Image.open; pass what a processor has made as a mapping."
-        )
-    return Image.fromarray(array)
+    return [rgb(i) for i in images], texts
 
 
 def _checked(processor):
@@ -252,7 +263,17 @@ def _saved_processor(trunk):
 def _processed(processor, images, texts):
     """The keyword arguments of a forward."""
     encoded = processor.tokenizer(texts, padding=True, return_tensors="pt")
-    pixels = processor.image_processor(images, return_tensors="pt")
+    try:
+        pixels = processor.image_processor(images, return_tensors="pt")
+    except (ValueError, ZeroDivisionError, RuntimeError) as error:
+        longest = max(images, key=lambda image: max(image.size) / min(image.size))
+        if max(longest.size) < 4 * min(longest.size):
+            raise
+        raise InputError(
+            f"align: an image of {longest.height} x {longest.width} pixels is too long and thin: the processor shrinks "
+            "its longer side to the largest that ViLT takes, which leaves less than a patch of the shorter (at 384 "
+            "pixels: above 20 to 1). Crop it."
+        ) from error
     return {
         "input_ids": encoded["input_ids"],
         "attention_mask": encoded["attention_mask"],

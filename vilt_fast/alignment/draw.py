@@ -5,6 +5,8 @@ import textwrap
 
 import torch
 
+from .picture import rgb
+
 COLOURS = "inferno"
 PANEL = 2.3  #: inches, the longer side of a panel
 DIM = 0.6  #: the lightest grey of the photograph under the heat, below the brightness of the hottest colours
@@ -19,7 +21,7 @@ def draw(alignment, image, path, *, text="", note="", dpi=150, step=lambda word:
 
     Args:
         alignment: an :class:`~vilt_fast.alignment.align.Alignment`.
-        image: the photograph: a PIL image, or a uint8 array [height, width, 3] of the same aspect.
+        image: the photograph, as :func:`~vilt_fast.align` takes it, of the same aspect.
         path: where to; the suffix decides the format (png, pdf, svg, jpg).
         text: written above the panels. note: written small below them.
         dpi: pixels an inch. step: called with each word before its panel is drawn, for a progress bar.
@@ -94,8 +96,7 @@ def _prepared(image, dpi):
     import numpy as np
     from PIL import Image
 
-    picture = image.convert("RGB") if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
-    picture = picture.copy()
+    picture = rgb(image).copy()
     picture.thumbnail((math.ceil(PANEL * dpi),) * 2, Image.Resampling.LANCZOS)
     return np.asarray(picture), np.asarray(picture.convert("L")) / 255 * DIM
 

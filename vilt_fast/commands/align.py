@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import checkpoint as checkpoints
 from . import report
-from .arguments import above_zero, add_model, add_threads, positive, set_threads
+from .arguments import above_zero, add_model, add_threads, set_threads, whole
 
 
 def add(commands):
@@ -18,7 +18,7 @@ def add(commands):
     parser.add_argument("--task", choices=sorted(checkpoints.TASKS), help="class to load, as for check")
     parser.add_argument("--words", action="store_true", help="a panel a word, not a word piece")
     parser.add_argument("--beta", type=above_zero, default=0.1, help="proximal step of IPOT (default: 0.1)")
-    parser.add_argument("--iterations", type=positive, default=1000, help="of IPOT (default: 1000)")
+    parser.add_argument("--iterations", type=whole(1, 1_000_000), default=1000, help="of IPOT (default: 1000)")
     add_threads(parser)
     parser.set_defaults(run=_run)
 
@@ -117,9 +117,14 @@ def _opened(path):
     """The image file as RGB, turned as its camera says."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    from ..alignment.picture import rgb
+    from ..errors import InputError
+
     try:
         with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            return rgb(ImageOps.exif_transpose(picture))
+    except InputError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix('align: ')}") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; give the path of an image.") from None
     except UnidentifiedImageError:

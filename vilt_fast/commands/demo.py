@@ -1,5 +1,6 @@
 """`vilt-fast demo`: photographs through HuggingFace's ViLT and the accelerated one; parity, speed, a picture."""
 
+import copy
 import math
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import torch
 
 from . import checkpoint as checkpoints
 from . import report, samples
-from .arguments import add_model, add_threads, positive, set_threads
+from .arguments import add_model, add_threads, set_threads, whole
 
 LABELS = {
     "hf": "HuggingFace, float32",
+    "hf_bfloat16": "HuggingFace, bfloat16",
     "float32": "vilt_fast, float32",
     "bfloat16": "vilt_fast, bfloat16",
     "int8": "vilt_fast, int8",
@@ -22,8 +24,8 @@ def add(commands):
     parser = commands.add_parser("demo", help="photographs through HuggingFace's ViLT and the accelerated one")
     add_model(parser)
     parser.add_argument("--out", default="demo", help="where report.md and report.png go (default: demo)")
-    parser.add_argument("--batch", type=positive, default=8, help="photographs in the batch (default: 8)")
-    parser.add_argument("--repeats", type=positive, default=5, help="timed runs of each model (default: 5)")
+    parser.add_argument("--batch", type=whole(1, 1024), default=8, help="photographs in the batch (default: 8)")
+    parser.add_argument("--repeats", type=whole(1, 10_000), default=5, help="timed runs of each model (default: 5)")
     add_threads(parser)
     parser.set_defaults(run=_run)
 
@@ -39,12 +41,14 @@ def run(checkpoint=None, out="demo", count=8, repeats=5, console=None, model=Non
     `checkpoint` is a folder or hub id; None draws ViLT-B/32 at random (`model` supplies a ready one instead). Returns
     True if every error budget holds.
     """
+    import matplotlib  # noqa: F401  missing packages are to be named before minutes of work, not after
     from rich.console import Console
+    from rich.markup import escape
 
     console = console or Console()
     if model is None:
         with console.status(
-            "Building ViLT-B/32 with random weights" if checkpoint is None else f"Loading {checkpoint}"
+            "Building ViLT-B/32 with random weights" if checkpoint is None else f"Loading {escape(checkpoint)}"
         ):
             model = checkpoints.random_vqa() if checkpoint is None else checkpoints.load(checkpoint)
     pairs = samples.scenes(count)
@@ -60,21 +64,21 @@ def run(checkpoint=None, out="demo", count=8, repeats=5, console=None, model=Non
 
     with report.progress(console) as bar:
         stages = 1 + sum(1 if p == "int8" else 2 for p in precisions)
-        task = bar.add_task("", total=stages + (1 + len(precisions)) * (repeats + 1))
+        task = bar.add_task("", total=stages + (2 + len(precisions)) * (repeats + 1))
         lines = report.parity(model, inputs, precisions, step=_stepper(bar, task))
         times = _times(model, inputs, precisions, repeats, _stepper(bar, task))
 
     what = f"{type(model).__name__}, {checkpoint or 'random weights'}, batch {len(inputs['input_ids'])}"
     parity = report.parity_rows(lines)
     speed = _speed_rows(times, tokens)
-    console.print(f"[bold]{what}[/], {torch.get_num_threads()} threads")
+    console.print(f"[bold]{escape(what)}[/], {torch.get_num_threads()} threads")
     console.print(report.rich_table("Parity: error against float64", *parity))
     console.print(report.rich_table("Speed: median of interleaved runs", *speed, text_columns=1))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     draw(out / "report.png", pairs, flat, model.config, times, lines)
     (out / "report.md").write_text(_markdown(what, parity, speed), encoding="utf-8")
-    console.print(f"Wrote {out / 'report.md'} and {out / 'report.png'}")
+    console.print(f"Wrote {out / 'report.md'} and {out / 'report.png'}", soft_wrap=True, markup=False)
     return all(line.ok for line in lines)
 
 
@@ -88,8 +92,8 @@ def _stepper(bar, task):
 
 
 def _times(model, inputs, precisions, repeats, step):
-    """Interleaved seconds of HuggingFace's model and of each precision of ours."""
-    models = {"hf": model}
+    """Interleaved seconds of HuggingFace's model in float32 and bfloat16, and of each precision of ours."""
+    models = {"hf": model, "hf_bfloat16": copy.deepcopy(model).to(torch.bfloat16)}
     for precision in precisions:
         models[precision] = report.accelerated(model, precision)
 
@@ -107,7 +111,7 @@ def _speed_rows(times, tokens):
     rows = []
     for name, values in times.items():
         median = report.quantiles(values)[1]
-        computed = padded if name == "hf" else real
+        computed = padded if name.startswith("hf") else real
         rows.append(
             (LABELS[name], f"{median * 1e3:.0f} ms", f"{base / median:.2f}x", str(computed), str(padded - computed))
         )
@@ -166,7 +170,7 @@ def _speed_bars(axis, times):
     """Horizontal bars of the medians, the ratio written at the end of each."""
     names = list(times)[::-1]
     medians = [report.quantiles(times[name])[1] * 1e3 for name in names]
-    colours = ["0.65" if name == "hf" else "#1f6f8b" for name in names]
+    colours = ["0.65" if name.startswith("hf") else "#1f6f8b" for name in names]
     axis.barh([LABELS[name] for name in names], medians, color=colours, height=0.62)
     for i, value in enumerate(medians):
         axis.text(value, i, f"  {value:.0f} ms, {medians[-1] / value:.2f}x", va="center", fontsize=10)

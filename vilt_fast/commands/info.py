@@ -1,9 +1,11 @@
 """`vilt-fast info`: what is installed, which backends can run here and why the others cannot, the CPU, the GPUs."""
 
+import json
 import platform
+import shutil
+import textwrap
 from importlib import metadata
-
-from .report import rich_table
+from pathlib import Path
 
 PACKAGES = ("vilt_fast", "torch", "transformers", "numpy", "triton")
 
@@ -11,23 +13,24 @@ PACKAGES = ("vilt_fast", "torch", "transformers", "numpy", "triton")
 def add(commands):
     """The subcommand."""
     parser = commands.add_parser("info", help="versions, backends, CPU features and GPUs of this machine")
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs and bug reports")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments, rest):
-    show()
+    print(json.dumps(facts(), indent=2) if arguments.json else text(shutil.get_terminal_size((100, 24)).columns))
     return 0
 
 
 def versions():
-    """Rows (name, version or "not installed")."""
+    """Rows (name, version or "not installed"), and the folder that vilt_fast was imported from."""
     rows = [("Python", platform.python_version())]
     for name in PACKAGES:
         try:
             rows.append((name, metadata.version(name)))
         except metadata.PackageNotFoundError:
             rows.append((name, "not installed"))
-    return rows
+    return [*rows, ("imported from", str(Path(__file__).resolve().parents[1]))]
 
 
 def cpu():
@@ -89,19 +92,34 @@ def backends():
     return [(backend, ", ".join(listed), reason) for (_, backend, reason), listed in sorted(ops.items()) if listed]
 
 
-def show(console=None):
-    """Print all of it."""
-    from rich.console import Console
+def facts():
+    """All of it as `{"versions": {name: version}, "cpu": {...}, "gpu": {...}, "backends": [{...}]}`; a package that is
+    not installed has the version None, a backend that runs here the reason ""."""
+    return {
+        "versions": {name: None if version == "not installed" else version for name, version in versions()},
+        "cpu": dict(cpu()),
+        "gpu": dict(gpus()),
+        "backends": [
+            {"backend": backend, "ops": ops.split(", "), "runs": reason == "yes", "reason": reason.removeprefix("yes")}
+            for backend, ops, reason in backends()
+        ],
+    }
 
-    console = console or Console()
-    for title, rows in (("Versions", versions()), ("CPU", cpu()), ("GPU", gpus())):
-        console.print(_plain(title, ("", ""), rows))
-    console.print(_plain("Backends", ("backend", "ops", "runs here"), backends()))
 
-
-def _plain(title, header, rows):
-    """A table whose last columns wrap: lists and sentences."""
-    table = rich_table(title, header, rows, text_columns=len(header))
-    for column in table.columns[1:]:
-        column.no_wrap = False
-    return table
+def text(width=100):
+    """All of it for a person, in lines of at most `width` characters."""
+    parts = [(title, rows()) for title, rows in (("Versions", versions), ("CPU", cpu), ("GPU", gpus))]
+    listed = {}
+    for backend, ops, reason in backends():
+        listed.setdefault("Backends that run here" if reason == "yes" else "Backends that do not", []).append(
+            (backend, ops if reason == "yes" else f"{ops}: {reason}")
+        )
+    lines = []
+    for title, rows in [*parts, *listed.items()]:
+        first = max(len(name) for name, _ in rows) + 4
+        lines += [title]
+        for name, value in rows:
+            start = f"  {name}".ljust(first)
+            lines += textwrap.wrap(value, max(width, first + 20), initial_indent=start, subsequent_indent=" " * first)
+        lines += [""]
+    return "\n".join(lines[:-1])

@@ -185,7 +185,7 @@ def rich_table(title, header, rows, text_columns=2):
     from rich.table import Table
 
     table = Table(
-        title=title,
+        title=escape(title),
         title_style="bold",
         title_justify="left",
         header_style="bold cyan",
