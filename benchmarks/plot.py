@@ -85,7 +85,16 @@ def markdown(rows):
         lines.append(f"| {NAMES.get(provider, provider)} | " + " | ".join(cells) + f" | {error:.1e} |")
     last = rows[-1]
     where = f"{last['device']}; {last['versions']}; commit {last['commit'] or 'none'}; {last['date']}"
-    return "\n".join([*lines, "", f"Speed-up over HuggingFace eager float32 (median of {last['repeats']}). {where}."])
+    said = f"Speed-up over HuggingFace eager float32 (median of {last['repeats']}). {where}."
+    return "\n".join([*lines, "", said, *_memory(rows, cases[-1])])
+
+
+def _memory(rows, case):
+    """A paragraph on what a forward of `case` allocates, if that was measured."""
+    measured = [row for row in rows if row["case"] == case and row["forward_mib"]]
+    told = [f"{NAMES.get(row['provider'], row['provider'])} {float(row['forward_mib']):.0f}" for row in measured]
+    start = f"Memory that the first forwards of {case} take beside the model, quantised copies included, in MiB"
+    return ["", f"{start}: {', '.join(told)}."] if told else []
 
 
 def put(text, figures):
