@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from .. import plot
+from .. import destination
 from .timing import OURS
 
 TITLES = {
@@ -22,7 +22,7 @@ def draw_all(out):
     written = []
     for subject, title in TITLES.items():
         path = out / f"{subject}.csv"
-        rows = plot.read(path) if path.is_file() else []
+        rows = destination.read(path) if path.is_file() else []
         if rows:
             draw(rows, path.with_suffix(".png"), title)
             written.append(path.with_suffix(".png"))

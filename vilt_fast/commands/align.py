@@ -37,7 +37,7 @@ def _run(arguments, rest):
             iterations=arguments.iterations,
         )
     except (OSError, ValueError) as error:
-        print(f"vilt-fast align: {error}", file=sys.stderr)
+        print(f"vilt-fast align: {str(error).removeprefix('align: ')}", file=sys.stderr)
         return 2
     return 0
 
