@@ -61,7 +61,7 @@ def test_rows_are_those_of_the_other_benchmarks(dry, name, providers):
     found = rows(dry[0], name)
     assert tuple(found[0]) == run.FIELDS
     assert {row["provider"] for row in found} >= providers
-    optional = {"peak_mib", "forward_mib", "commit", "error", "shape"}
+    optional = {"peak_mib", "forward_mib", "commit", "error", "shape", "backend", "model"}
     for row in found:
         assert all(row[field] for field in run.FIELDS if field not in optional), row
         assert float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
