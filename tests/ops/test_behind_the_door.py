@@ -70,7 +70,7 @@ def test_what_a_backend_has_not_is_refused_behind_the_door():
         )  # fmt: skip
         return OPS.patch_embed(*(given[name] for name in _define.OPS["patch_embed"].arguments), "cpp")
 
-    encoder = (cu, torch.tensor([4, 3], dtype=INT), 4, 2, [1e-6, 1e-6], "float32", False)
+    encoder = (cu, torch.tensor([4, 3], dtype=INT), 4, 2, [1e-6, 1e-6], "float32", False, None, None)
     calls = {
         "it has no causal attention": lambda: attention(causal_start=start),
         "it has no dropout": lambda: attention(dropout_p=0.1),

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .. import record
+from ..ops import registry
 from ..ops._check import transforming
 from . import graphs, native, packed, recomputed
 from .blocks import Block
@@ -145,6 +146,18 @@ def encode(
         i += 1
     result.rows = packed.added(result.rows, branch) if blocks else packed.chosen(result.rows, wanted)
     return result
+
+
+def in_force(
+    weights: WeightCache | None, module: nn.Module, want_hidden: bool = False, want_attention: bool = False
+) -> WeightCache | None:
+    """The int8 copies that what lies around the blocks is computed with in this call, if any."""
+    if weights is None or weights.kind != "int8":
+        return None
+    if torch.is_grad_enabled() or transforming():
+        if _why_at_once(want_hidden, want_attention) or recomputed.why_not_of(module):
+            return None
+    return None if registry.why_unavailable("quantize_linear", "cpp") else weights
 
 
 def _why_at_once(want_hidden, want_attention):

@@ -21,6 +21,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import functional, record
+from ..backends.cpp.quantize_linear import blob_size
 from ..ops import fingerprint, registry
 from ..reference.encoder import MATRICES, LayerParameters
 from .asked import Asked
@@ -78,6 +79,13 @@ class WeightCache(Asked):
     def _fp8(self, place, weights, biases):
         sources = [*weights, *(bias for bias in biases if bias is not None)]
         return self._copy(place, _marks(sources), functools.partial(_side_by_side, weights, biases))
+
+    def blob(self, place: str, weight: torch.Tensor) -> torch.Tensor:
+        """The int8 copy of a weight outside the blocks, as a matrix [N, the rest]; `place` names it in the model."""
+        if torch.compiler.is_compiling():
+            _refuse_export()
+            return _blob(weight, self._number, place)
+        return self._copy(place, _marks([weight]), lambda: functional.quantize_linear(weight.detach().flatten(1)))
 
     def clear(self) -> None:
         """Forget all copies; the next call makes them anew."""
@@ -205,3 +213,15 @@ def _linear_fp8(x, weights, biases, gelu, cache, block, name):
 @_linear_fp8.register_fake
 def _(x, weights, biases, gelu, cache, block, name):
     return x.new_empty(*x.shape[:-1], sum(len(w) for w in weights))
+
+
+@torch.library.custom_op(
+    "vilt_fast::blob_of_copies", mutates_args=(), schema="(Tensor weight, int cache, str place) -> Tensor"
+)
+def _blob(weight, cache, place):
+    return _caches[cache].blob(place, weight).clone()  # a compiler may write over what it was given, once that is used
+
+
+@_blob.register_fake
+def _(weight, cache, place):
+    return weight.new_empty(blob_size(len(weight), weight[0].numel()), dtype=torch.uint8)

@@ -86,7 +86,8 @@ class Op:
             self._wanted = tuple(inspect.signature(fake_backward or backward).parameters)
             if fake_backward:
                 plain = [p for p in inspect.signature(fake).parameters.values() if p.annotation not in _TENSORS]
-                self._also = tuple(p.name for p in plain if p.name not in (*self._wanted, "backend"))
+                also = () if again is None else (p.name for p in plain)
+                self._also = tuple(name for name in also if name not in (*self._wanted, "backend"))
                 schema = self._schema(fake_backward, None, also=[p for p in plain if p.name in self._also])
                 self._op_bwd = _register(f"{name}_bwd", schema, self._run_backward, self._run_fake_backward)
                 torch.library.register_autograd(

@@ -17,13 +17,18 @@ def _bytes(rows, columns):
     return -(-_C.quantized_bytes(rows, columns) // 16) * 16
 
 
+def blob_size(rows, columns):
+    """Bytes of the blob of a weight [rows, columns]."""
+    return _bytes(rows, columns) + 16
+
+
 def quantize_linear_fwd(*, weight, keep):
     """Native blob of weight [N, K], then N and K as int64: uint8, one dimension."""
     from vilt_fast import _C
 
     weight = weight.detach().contiguous()
     size = _bytes(*weight.shape)
-    blob = torch.zeros(size + 16, dtype=torch.uint8)
+    blob = torch.zeros(blob_size(*weight.shape), dtype=torch.uint8)
     blob[size:].view(torch.int64).copy_(torch.tensor(weight.shape))
     _C.quantize_linear(
         weight.data_ptr(), _native.NAMES[weight.dtype], *weight.shape, blob.data_ptr(), torch.get_num_threads()

@@ -9,6 +9,8 @@ from torch import nn
 
 from ... import functional
 from ...engine.listeners import is_plain, live
+from ...engine.quantization import WeightCache
+from ...engine.recomputed import recomputed
 from .plan import SequencePlan
 
 
@@ -97,30 +99,41 @@ def text_rows(
 
 
 def with_patches(
-    tables: Tables, plan: SequencePlan, text: torch.Tensor, pixels: torch.Tensor, modality: torch.Tensor
+    tables: Tables,
+    plan: SequencePlan,
+    text: torch.Tensor,
+    pixels: torch.Tensor,
+    modality: torch.Tensor,
+    weights: WeightCache | None = None,
 ) -> torch.Tensor:
-    """Packed rows [N, D] from embedded text [n, D] and pixels [images, C, H, W]; `modality` [B] is each image's row."""
+    """Packed rows [N, D] from embedded text [n, D] and pixels [images, C, H, W]; `modality` [B] is each image's row.
+
+    With `weights`, by the int8 copy of the projection, where its weight has one.
+    """
+    weight, bias = tables.projection.weight, tables.projection.bias
     if not pixels.is_floating_point():
-        pixels = pixels.to(tables.projection.weight.dtype)
-    return functional.patch_embed(
-        pixels,
-        tables.projection.weight,
-        tables.projection.bias,
-        tables.cls_token.reshape(-1),
-        tables.image_position[0],
-        tables.modality.weight,
-        text,
-        plan.text_rows,
-        plan.patch_source,
-        plan.patch_rows,
-        plan.patch_sample,
-        plan.pos_index,
-        plan.pos_weight,
-        plan.cls_rows,
-        modality,
-        plan.total_rows,
-        dropout_p=live(tables.image_dropout),
-    )
+        pixels = pixels.to(weight.dtype)
+    dropout_p, dtype = live(tables.image_dropout), weight.dtype
+    given = (tables.cls_token.reshape(-1), tables.image_position[0], tables.modality.weight, text)
+
+    def rows(pixels, weight, bias, cls_token, position, table, text):
+        return functional.patch_embed(
+            pixels, weight, bias, cls_token, position, table, text, plan.text_rows, plan.patch_source, plan.patch_rows,
+            plan.patch_sample, plan.pos_index, plan.pos_weight, plan.cls_rows, modality, plan.total_rows,
+            dropout_p=dropout_p, out_dtype=dtype,
+        )  # fmt: skip
+
+    floats = {t.dtype for t in (pixels, weight, *given)}
+    if weights is None or pixels.is_cuda or dropout_p or not floats <= {torch.float32, torch.bfloat16}:
+        return rows(pixels, weight, bias, *given)
+
+    def fast(pixels):
+        return rows(pixels, weights.blob("patches", weight), bias, *given)
+
+    def exact(pixels, weight, *rest):
+        return rows(pixels, weight, *(rest if bias is not None else (None, *rest)))
+
+    return recomputed(fast, exact, pixels, [t for t in (weight, bias, *given) if t is not None])
 
 
 def with_image_embeds(

@@ -180,7 +180,9 @@ class InferSwap(SwappedTrunk):
         if pixels is None:
             rows = embedding.with_image_embeds(tables, plan, text, image_embeds, modality)
         else:
-            rows = embedding.with_patches(tables, plan, text, pixels, modality)
+            rows = embedding.with_patches(
+                tables, plan, text, pixels, modality, engine.in_force(self.weights, self.module)
+            )
         record.say("packed", "", ("image embedding", self.module.transformer.patch_embed))
         return rows, plan
 

@@ -10,6 +10,7 @@ import torch
 from transformers.models.vilt import modeling_vilt as hf
 
 from ... import record
+from ...engine.quantization import WeightCache
 from . import embedding
 from .inputs import Inputs, check_plan, joined
 from .known import draws_its_patches, is_known, only_records, takes_what_is_given, why_not_known
@@ -18,11 +19,17 @@ from .options import ViltOptions
 from .plan import SequencePlan
 
 
-def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, options: ViltOptions):
+def embed(
+    model: hf.ViltModel,
+    images: list[Inputs],
+    plan: SequencePlan | None,
+    options: ViltOptions,
+    weights: WeightCache | None = None,
+):
     """Packed rows [N, D] of the same text with each of `images`, and the plan they follow.
 
     That plan is the given one, except where the embedding module has hooks or replaced parts: then the module itself
-    makes the rows of the one image that there is, and draws its own patches.
+    makes the rows of the one image that there is, and draws its own patches. `weights` are int8 copies, if any.
     """
     first = images[0]
     if not is_known(model.embeddings):
@@ -50,7 +57,7 @@ def embed(model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, 
         rows = embedding.with_image_embeds(tables, plan, text, image, modality)
     else:
         image = _stacked([i.pixel_values for i in images])
-        rows = embedding.with_patches(tables, plan, text, image, modality)
+        rows = embedding.with_patches(tables, plan, text, image, modality, weights)
     record.say("packed", "", ("image embedding", model.embeddings.patch_embeddings))
     return rows, plan
 

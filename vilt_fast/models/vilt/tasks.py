@@ -13,6 +13,7 @@ from transformers.models.vilt import modeling_vilt as hf
 from ... import record
 from ...engine.blocks import is_tokenwise
 from ...engine.genuine import own_methods, why_not_own
+from ...engine.head import run_head
 from ...engine.listeners import any_hooked, has_hooks, is_plain, why_hooked, why_not_own_code, why_not_plain
 from ...errors import InputError
 from ...ops._check import readable
@@ -164,7 +165,7 @@ class QuestionAnsweringForward(TaskForward):
     """`ViltForQuestionAnswering.forward`."""
 
     def logits(self, trunk, images):
-        return self.module.classifier(trunk.pooled)
+        return run_head(self.module.classifier, trunk.pooled, trunk.weights)
 
     def loss(self, logits, labels):
         return F.binary_cross_entropy_with_logits(logits, labels) * labels.shape[1]
@@ -295,7 +296,7 @@ class ImagesAndTextForward(TaskForward):
 
     def logits(self, trunk, images):
         batch = images[0].text_shape[0]
-        return self.module.classifier(torch.cat(trunk.pooled.split(batch), dim=-1))
+        return run_head(self.module.classifier, torch.cat(trunk.pooled.split(batch), dim=-1), trunk.weights)
 
     @staticmethod
     def extras(trunk):

@@ -18,6 +18,7 @@ from ...engine import encode as engine
 from ...engine.blocks import Attention, Block, FeedForward, is_tokenwise
 from ...engine.genuine import own_methods, why_not_own
 from ...engine.listeners import any_hooked, has_hooks, is_plain, runs_own_code, why_hooked, why_not_plain
+from ...engine.quantization import WeightCache
 from ..base import Features, SwappedTrunk
 from . import features
 from .inputs import Inputs
@@ -39,6 +40,7 @@ class Trunk:
     dtype: torch.dtype  #: of the residual stream in the reference
     hidden_states: list[torch.Tensor]  #: padded [B, L, D], in whatever dtype they were computed
     attentions: list[torch.Tensor]  #: padded [B, H, L, L]
+    weights: WeightCache | None  #: int8 copies that a head may compute with too
 
 
 class TrunkForward(SwappedTrunk):
@@ -136,7 +138,8 @@ class TrunkForward(SwappedTrunk):
         for everything. Who wants hidden states or attentions, or listens to a part after the blocks, gets all rows.
         """
         model = self.module
-        rows, plan = embed(model, images, plan, self.options)
+        weights = engine.in_force(self.weights, model, want_hidden, want_attention)
+        rows, plan = embed(model, images, plan, self.options, weights)
         few = reads is not None and not (want_hidden or want_attention) and _is_plain_around_blocks(model)
         wanted = getattr(plan, reads) if few else None
         if why := _why_encoder_padded(model.encoder):
@@ -156,7 +159,7 @@ class TrunkForward(SwappedTrunk):
         if model.pooler is not None and not (few and reads == "texts"):
             first_only = is_plain(model.pooler, hf.ViltPooler)
             pooled = engine.pool(model.pooler, normed, plan, first_only=first_only, selected=few)
-        return Trunk(sequence, texts, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions)
+        return Trunk(sequence, texts, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions, weights)
 
 
 def _is_plain_around_blocks(model: hf.ViltModel) -> bool:
