@@ -57,3 +57,18 @@ def _nothing_remembered():
     registry._remembered.cache_clear()
     yield
     registry._remembered.cache_clear()
+
+
+@pytest.fixture
+def native_blocks(monkeypatch):
+    """A list that grows by one entry a block whenever the fused encoder runs."""
+    from vilt_fast import functional
+
+    ran, encoder = [], functional.encoder
+
+    def counted(rows, parameters, *args, **kwargs):
+        ran.extend([kwargs["compute"]] * len(functional.LayerParameters.layers(parameters)))
+        return encoder(rows, parameters, *args, **kwargs)
+
+    monkeypatch.setattr(functional, "encoder", counted)
+    return ran

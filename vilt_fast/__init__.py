@@ -8,8 +8,16 @@ vilt_fast.restore(model)     # exactly as it was
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
+    from . import functional
+    from .alignment.align import Alignment, align
+    from .errors import InputError
+    from .models.vilt.plan import SequencePlan
+    from .swap import accelerate, refresh, restore, sequence_plan
+
+__version__ = "0.1.0"  #: the only place of it; pyproject.toml reads it here
 
 _PUBLIC = {
     "accelerate": "swap",
@@ -25,7 +33,10 @@ _PUBLIC = {
     "InputError": "errors",
 }
 
-__all__ = [*_PUBLIC, "functional"]
+__all__ = [
+    "Alignment", "InputError", "SequencePlan", "accelerate", "align", "functional", "refresh", "restore",
+    "sequence_plan",
+]  # fmt: skip
 
 
 def __getattr__(name):

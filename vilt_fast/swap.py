@@ -49,6 +49,7 @@ def accelerate(
         TypeError: no part of `model` is a ViLT that is known here, or it has no such option. Nothing has been changed
             then.
         ValueError: an option has no such value. Nothing has been changed then.
+        RuntimeError: "int8" without the native part. Nothing has been changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate takes a torch.nn.Module, got {_in_its_place(model)}.")

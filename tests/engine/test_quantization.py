@@ -21,6 +21,7 @@ from support.models import (
 
 import vilt_fast
 from vilt_fast import functional
+from vilt_fast.backends.cpp import _native
 from vilt_fast.engine import quantization
 from vilt_fast.engine.quantization import WeightCache
 from vilt_fast.ops import registry
@@ -368,6 +369,15 @@ class Wrapped(torch.nn.Module):
 
     def forward(self, x):
         return self.base_layer(x)
+
+
+def test_int8_without_the_native_part_is_refused(monkeypatch):
+    model = build("trunk", torch.float32)
+    monkeypatch.setattr(_native, "missing", lambda: "the library is not built; pip install . with a C++ compiler")
+    with pytest.raises(RuntimeError, match=r"quantize='int8' .*native part.*pip install \. with a C\+\+ compiler"):
+        vilt_fast.accelerate(model, quantize="int8")
+    assert "forward" not in vars(model)
+    vilt_fast.accelerate(model)
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------

@@ -10,28 +10,14 @@ from support.models import batch, build
 from torch import nn
 
 import vilt_fast
-from vilt_fast import functional
 from vilt_fast.engine import blocks
 from vilt_fast.engine import encode as engine
-from vilt_fast.functional import LayerParameters
 from vilt_fast.testing import assert_within_budget
 
 LAYERS = 4
 
 
-@pytest.fixture
-def native_blocks(monkeypatch):
-    """A list that grows by one entry a block whenever the fused encoder runs."""
-    ran, encoder = [], functional.encoder
-
-    def counted(rows, parameters, *args, **kwargs):
-        ran.extend([kwargs["compute"]] * len(LayerParameters.layers(parameters)))
-        return encoder(rows, parameters, *args, **kwargs)
-
-    monkeypatch.setattr(functional, "encoder", counted)
-    return ran
-
-
+@pytest.mark.core
 @pytest.mark.parametrize("hidden", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("place", [0, 2, LAYERS - 1])

@@ -187,6 +187,7 @@ def test_generator_makes_dropout_repeatable():
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_registered_op():
     arguments = _inputs([5, 0, 3], [4, 2, 3], dtype=torch.float32)

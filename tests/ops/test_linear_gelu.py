@@ -67,6 +67,7 @@ def test_rows_do_not_depend_on_how_many_there_are(dtype, threads):
     assert_within_budget(torch.cat(small), functional.linear_gelu(x, w, b, backend="reference"), exact)
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_registered_op():
     inputs = _inputs((5, 16), 8)
@@ -77,6 +78,7 @@ def test_registered_op():
     assert torch.equal(compiled(*inputs), functional.linear_gelu(*inputs, backend="cpp") + 1)
 
 
+@pytest.mark.core
 def test_training_compiles_too():
     x, w, b = (t.requires_grad_() for t in _inputs((5, 16), 8))
     compiled = torch.compile(lambda *t: functional.linear_gelu(*t).sum(), fullgraph=True, backend="aot_eager")

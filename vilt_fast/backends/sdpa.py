@@ -25,12 +25,12 @@ def supports(
 
 def _starts_and_lengths(cu_seqlens):
     ends = cu_seqlens.tolist()
-    return ends[:-1], [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    return ends[:-1], [end - start for start, end in zip(ends[:-1], ends[1:], strict=True)]
 
 
 def _take(rows, starts, length):
     """Rows [G, H, length, d] of G samples: a view when they lie end to end, else a gathered copy."""
-    whole = all(after - before == length for before, after in zip(starts, starts[1:], strict=False))
+    whole = all(after - before == length for before, after in zip(starts[:-1], starts[1:], strict=True))
     if whole:
         block = rows[starts[0] : starts[0] + len(starts) * length]
     else:

@@ -161,14 +161,14 @@ def _as_written(function, module: str):
         file = function.__code__.co_filename
         if inner is None:
             return function if file == _file(function.__module__) and function.__module__ == module else None
-        # torch's own decorators (`no_grad`, `autocast`) are for others to put on; its tracer takes them off again.
-        if not (file.endswith(_TRACER) if owner == "torch" else file.startswith(_root(function.__module__))):
+        # torch's own decorators (`no_grad`) are for others to put on; what is taken off again is for its tracers only.
+        if not (file.endswith(_TRACERS) if owner == "torch" else file.startswith(_root(function.__module__))):
             return None
         function = inner
     return None
 
 
-_TRACER = os.path.join("torch", "fx", "_symbolic_trace.py")
+_TRACERS = os.path.join("torch", "fx", "_symbolic_trace.py"), os.path.join("torch", "_compile.py")
 
 
 def library(module: str) -> str:

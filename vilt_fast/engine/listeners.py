@@ -14,7 +14,7 @@ from .genuine import own_methods, why_not_own
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to the calls of `module`, or of all modules."""
-    return _has_own_hooks(module.__dict__) or bool(module_internals._has_any_global_hook())
+    return _has_own_hooks(module.__dict__) or _all_are_hooked()
 
 
 def any_hooked(module: nn.Module, known: Callable[[nn.Module], bool] = lambda _: False) -> bool:
@@ -22,7 +22,7 @@ def any_hooked(module: nn.Module, known: Callable[[nn.Module], bool] = lambda _:
 
     Where hooks are `known`, somebody does for them what they do.
     """
-    return bool(module_internals._has_any_global_hook()) or any(
+    return _all_are_hooked() or any(
         (_has_own_hooks(inner.__dict__) and not known(inner)) or "forward" in inner.__dict__
         for inner in _inside([module])
     )
@@ -100,7 +100,7 @@ def stamp(modules: Iterable[nn.Module]) -> tuple | None:
 
     None where that cannot be told by looking: hooks, training, parameters that are no ordinary tensors.
     """
-    if module_internals._has_any_global_hook():
+    if _all_are_hooked():
         return None
     found = []
     kinds = set()
@@ -138,6 +138,16 @@ _ORDINARY = (nn.Parameter, torch.Tensor, FakeTensor)  # the last stands for one 
 def _has_own_hooks(own: dict) -> bool:
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
+
+
+def _all_are_hooked() -> bool:
+    """Whether somebody listens to all modules. torch < 2.8 has no function that says so."""
+    return bool(
+        module_internals._global_forward_hooks
+        or module_internals._global_forward_pre_hooks
+        or module_internals._global_backward_hooks
+        or module_internals._global_backward_pre_hooks
     )
 
 

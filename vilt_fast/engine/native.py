@@ -90,6 +90,8 @@ def why_not(block: Block) -> str:
     attention, _ = block.sublayers
     if reason := registry.why_unavailable("encoder", "cpp", head_dim=attention.out.in_features // attention.num_heads):
         return reason.rstrip(".")
+    if attention.out.in_features != attention.out.out_features:
+        return "its heads are together not as wide as the stream"
     parameters = layer_parameters(block)
     if not listeners.plain_parameters(parameters):
         return "its parameters are no ordinary tensors"

@@ -20,6 +20,7 @@ from ..engine import encode as engine
 from ..engine.graphs import EncoderGraphs
 from ..engine.packing import Packing
 from ..engine.quantization import KINDS, WeightCache
+from ..ops import registry
 from ..ops._check import transformed, transforming
 
 
@@ -35,6 +36,8 @@ class Options:
             raise ValueError(f"quantize must be None, {' or '.join(map(repr, KINDS))}, got {self.quantize!r}.")
         if not isinstance(self.cuda_graphs, bool):
             raise ValueError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}.")
+        if self.quantize == "int8" and (reason := registry.why_unavailable("encoder", "cpp")):
+            raise RuntimeError(f"quantize='int8' computes with the native part, and {reason}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ import contextlib
 import inspect
 import os
 import threading
+import typing
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ class Op:
 
     def _schema(self, fake, returned, keep=False, also=()):
         parameters = [
-            p.replace(kind=p.POSITIONAL_OR_KEYWORD, default=p.empty)
+            p.replace(kind=p.POSITIONAL_OR_KEYWORD, default=p.empty, annotation=_for_schema(p.annotation))
             for p in (*inspect.signature(fake).parameters.values(), *also)
             if p.name != "backend"
         ]
@@ -147,7 +148,7 @@ class Op:
         def prototype():
             pass
 
-        prototype.__signature__ = inspect.Signature(parameters, return_annotation=result)
+        prototype.__signature__ = inspect.Signature(parameters, return_annotation=_for_schema(result))
         return torch.library.infer_schema(prototype, mutates_args=())
 
     def _faked(self, arguments, backend, keep):
@@ -371,6 +372,11 @@ def _differentiable_once(op, sources, gradients):
     if not _check.needs_grad(*sources):
         return gradients
     return tuple(None if g is None else _Once.apply(op, g.detach(), *sources) for g in gradients)
+
+
+def _for_schema(annotation):
+    """torch 2.6 reads lists in their old spelling only."""
+    return typing.List[typing.get_args(annotation)] if typing.get_origin(annotation) is list else annotation  # noqa: UP006
 
 
 def _register(name, schema, run, fake):

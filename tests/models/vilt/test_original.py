@@ -50,6 +50,7 @@ def assert_same(actual, expected, batch):
         assert torch.equal(actual[name], expected[name]), name
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("max_image_len", [-1, 6])
 @pytest.mark.parametrize("options", [{}, {"mask_text": True}, {"image_token_type_idx": 2}])

@@ -345,7 +345,7 @@ def test_fully_sharded(process_group, kind, first, parts):
 
 
 COMPILED = [
-    ("trunk", torch.float32, False),
+    pytest.param("trunk", torch.float32, False, marks=pytest.mark.core),
     ("trunk", torch.float64, True),
     ("masked_lm", torch.float64, True),
     ("nlvr2", torch.float32, False),

@@ -38,6 +38,7 @@ def compare(kind, inputs, *, config=None, **flags):
     return actual, expected
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("text", ["ids", "embeds"])
 @pytest.mark.parametrize("image", ["pixels", "embeds"])
@@ -57,6 +58,7 @@ def test_extras_one_by_one_and_from_the_config(kind):
     compare(kind, inputs, config={"output_hidden_states": True}, output_hidden_states=False)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("extras", [False, True])
 def test_tuples(kind, extras):
@@ -87,6 +89,7 @@ def test_tuples(kind, extras):
         assert_same_structure(call(by_config, inputs), expected)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", LABELLED)
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_loss(kind, return_dict):

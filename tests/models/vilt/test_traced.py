@@ -56,6 +56,7 @@ def test_a_trace_without_a_plan_is_that_of_the_module(kind):
     torch.testing.assert_close(traced(*(other[name] for name in NAMES)), want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.core
 @torch.no_grad()
 def test_a_trace_with_a_plan_is_saved_and_loaded():
     model, inputs = vilt_fast.accelerate(build("trunk", torch.float32)), batch("trunk", torch.float32)

@@ -14,8 +14,11 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ...engine.packing import Packing
 from ..base import SwappedTrunk
+from . import release
 from .options import ViltOptions
 from .trunk import _block
+
+_ARGUMENTS = frozenset("hidden_states attention_mask output_attentions output_hidden_states return_dict".split())
 
 
 class EncoderForward(SwappedTrunk):
@@ -24,38 +27,33 @@ class EncoderForward(SwappedTrunk):
     options_type = ViltOptions
     part = "blocks"
 
-    def compute(
-        self,
-        hidden_states,
-        attention_mask=None,
-        output_attentions=False,
-        output_hidden_states=False,
-        return_dict=True,
-    ):
-        if why := self.why_transformed({"hidden_states": hidden_states, "attention_mask": attention_mask}):
-            self.say_own(why)
-            return self.own(hidden_states, attention_mask, output_attentions, output_hidden_states, return_dict)
-        keys = _keys(hidden_states, attention_mask)
-        if output_attentions or keys is None or not keys.any(1).all():
-            self.say_own("attentions are wanted" if output_attentions else "its mask says more than who is looked at")
-            return self.own(hidden_states, attention_mask, output_attentions, output_hidden_states, return_dict)
+    def compute(self, *args, **kwargs):
+        given = release.understood(self.module, _ARGUMENTS, args, kwargs)
+        why = release.NOT_UNDERSTOOD if given is None else self.why_transformed(given)
+        hidden_states, attention_mask = (given or {}).get("hidden_states"), (given or {}).get("attention_mask")
+        keys = None if why or hidden_states is None else _keys(hidden_states, attention_mask)
+        if not why and given.get("output_attentions"):
+            why = "attentions are wanted"
+        if why or keys is None or not keys.any(1).all():
+            self.say_own(why or "its mask says more than who is looked at")
+            return self.own(*args, **kwargs)
         packing = _packing(keys).to(hidden_states.device)
         encoded = self.encode(
             self.module.layer,
-            functools.partial(_with_mask, attention_mask),
+            functools.partial(_with_mask, attention_mask, self.module),
             packing.pack(hidden_states),
             packing,
-            want_hidden=output_hidden_states,
+            want_hidden=given.get("output_hidden_states", False),
         )
         dtype = hidden_states.dtype
         result = packing.unpack(encoded.rows.to(dtype))
         hidden = tuple(h.to(dtype) for h in encoded.hidden_states) or None
-        if not return_dict:
+        if not given.get("return_dict", True):
             return (result,) if hidden is None else (result, hidden)
         return BaseModelOutput(last_hidden_state=result, hidden_states=hidden)
 
     def foretell_parts(self):
-        self.foretell_blocks(self.module.layer, _block)
+        self.foretell_blocks(self.module.layer, functools.partial(_block, encoder=self.module))
 
     def features(self, inputs, device):
         raise TypeError(
@@ -97,8 +95,8 @@ def _packing(keys: torch.Tensor) -> Packing:
     )
 
 
-def _with_mask(mask, layer):
+def _with_mask(mask, encoder, layer):
     def call_padded(hidden, packing, want_attention):
-        return layer(hidden, mask)[0], None
+        return release.call_layer(layer, encoder, hidden, mask, False)
 
-    return dataclasses.replace(_block(layer), call_padded=call_padded)
+    return dataclasses.replace(_block(layer, encoder), call_padded=call_padded)

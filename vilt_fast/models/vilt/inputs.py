@@ -80,7 +80,7 @@ class Inputs:
         if self.text.ndim != (2 if ids is not None else 3):
             name, shape = ("input_ids", "[B, T]") if ids is not None else ("inputs_embeds", "[B, T, D]")
             raise InputError(f"{name} must be {shape}, got {list(self.text.shape)}.")
-        if ids is not None and readable(ids):
+        if ids is not None and readable(ids) and hasattr(model, "warn_if_padding_and_no_attention_mask"):
             model.warn_if_padding_and_no_attention_mask(ids, self.attention_mask)
         pixels, embeds = self.pixel_values, self.image_embeds
         if pixels is not None and embeds is not None:

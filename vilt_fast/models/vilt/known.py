@@ -53,6 +53,8 @@ def _is_of_known_parts(embeddings) -> bool:
     text, patches = embeddings.text_embeddings, embeddings.patch_embeddings
     if not is_plain(text, hf.TextEmbeddings) or not is_plain(patches, hf.ViltPatchEmbeddings):
         return False
+    if getattr(text, "position_embedding_type", "absolute") != "absolute":  # transformers 4: none are added then
+        return False
     return _is_row(text.position_ids) and _is_row(getattr(text, "token_type_ids", None)) and _fits(embeddings)
 
 

@@ -18,6 +18,7 @@ from ...engine.listeners import any_hooked, has_hooks, is_plain, why_hooked, why
 from ...errors import InputError
 from ...ops._check import readable
 from ..base import Part, Swapped
+from . import release
 from .encoder import EncoderForward
 from .given import check_tensors
 from .inputs import Inputs, joined
@@ -58,6 +59,12 @@ def _refusal(subclass, known) -> str:
     )
 
 
+_ARGUMENTS = frozenset(
+    "input_ids attention_mask token_type_ids pixel_values pixel_mask inputs_embeds image_embeds labels "
+    "output_attentions output_hidden_states return_dict".split()
+)
+
+
 class TaskForward(Swapped):
     """The forward of a task class. A derived class says what its head makes of the trunk's packed result."""
 
@@ -67,47 +74,37 @@ class TaskForward(Swapped):
     output = SequenceClassifierOutput
     reads = "pooled"  #: what the head is given: "pooled" or "texts"
 
-    def compute(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        pixel_values=None,
-        pixel_mask=None,
-        inputs_embeds=None,
-        image_embeds=None,
-        labels=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        **kwargs,
-    ):
-        given = {k: v for k, v in locals().items() if k not in ("self", "kwargs")} | kwargs
+    def compute(self, *args, sequence_plan=None, **kwargs):
         model, config = self.module, self.module.config
+        given = release.understood(model, _ARGUMENTS, args, kwargs)
+        labels = None if given is None else given.get("labels")
         check_tensors(labels=labels)
         if labels is not None and isinstance(model.vilt.__dict__.get("forward"), TrunkForward):
-            self.look_at(labels, attention_mask, model.vilt.forward.options.padding)
-        why = self.why_own() or self.why_transformed(given)
-        if not why and given.get("sequence_plan") is None and traced(model.vilt):
+            self.look_at(labels, given.get("attention_mask"), model.vilt.forward.options.padding)
+        why = self.why_own()
+        if not why:
+            plan = {"sequence_plan": sequence_plan}
+            why = release.NOT_UNDERSTOOD if given is None else self.why_transformed(given | plan)
+        if not why and sequence_plan is None and traced(model.vilt):
             why = TRACED
         if why:
-            result = self.own(**given)
+            result = self.own(*args, **kwargs)
             self.say_own(why)
             return result
-        self.check(given)
+        self.check(labels)
         images = self.images(given)
         trunk = model.vilt.forward.run(
             images,
-            given.get("sequence_plan"),
-            chosen(output_hidden_states, config.output_hidden_states),
-            chosen(output_attentions, config.output_attentions),
+            sequence_plan,
+            chosen(given.get("output_hidden_states"), config.output_hidden_states),
+            chosen(given.get("output_attentions"), config.output_attentions),
             reads=self.reads,
         )
         logits = self.logits(trunk, images)
         record.say("packed", "", ("head", getattr(model, self.head)))
         loss = None if labels is None else self.loss(logits, labels.to(logits.device))
         hidden_states, attentions = self.extras(trunk)
-        if chosen(return_dict, config.return_dict):
+        if release.wants_dict(model, given):
             return self.output(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
         output = self.as_tuple(logits, hidden_states, attentions)
         return output if loss is None else (loss, *output)
@@ -132,7 +129,7 @@ class TaskForward(Swapped):
         """Why the head, as it is now, may not be given packed rows, or ""."""
         return ""
 
-    def check(self, given) -> None:
+    def check(self, labels) -> None:
         """Raise for what the task does not take, before anything is computed."""
 
     def look_at(self, labels: torch.Tensor, attention_mask: torch.Tensor | None, padding: str) -> None:
@@ -176,8 +173,8 @@ class RetrievalForward(TaskForward):
 
     head = "rank_output"
 
-    def check(self, given):
-        if given["labels"] is not None:
+    def check(self, labels):
+        if labels is not None:
             raise NotImplementedError("Training is not yet supported.")
 
     def logits(self, trunk, images):

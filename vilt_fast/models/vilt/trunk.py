@@ -20,7 +20,7 @@ from ...engine.genuine import own_methods, why_not_own
 from ...engine.listeners import any_hooked, has_hooks, is_plain, runs_own_code, why_hooked, why_not_plain
 from ...engine.quantization import WeightCache
 from ..base import Features, SwappedTrunk
-from . import features
+from . import features, release
 from .inputs import Inputs
 from .known import draws_its_patches, patch_size, why_not_known
 from .known import is_known as embedding_is_known
@@ -43,45 +43,39 @@ class Trunk:
     weights: WeightCache | None  #: int8 copies that a head may compute with too
 
 
+_ARGUMENTS = frozenset(
+    "input_ids attention_mask token_type_ids pixel_values pixel_mask inputs_embeds image_embeds image_token_type_idx "
+    "output_attentions output_hidden_states return_dict".split()
+)
+
+
 class TrunkForward(SwappedTrunk):
     """`ViltModel.forward`, packed."""
 
     options_type = ViltOptions
     part = "whole trunk"
 
-    def compute(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        token_type_ids=None,
-        pixel_values=None,
-        pixel_mask=None,
-        inputs_embeds=None,
-        image_embeds=None,
-        image_token_type_idx=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        sequence_plan=None,
-        **kwargs,
-    ):
-        given = {name: value for name, value in locals().items() if name not in ("self", "kwargs", "sequence_plan")}
-        why = self.why_own() or self.why_transformed(given | {"sequence_plan": sequence_plan})
+    def compute(self, *args, sequence_plan=None, **kwargs):
+        given = release.understood(self.module, _ARGUMENTS, args, kwargs)
+        why = self.why_own()
+        if not why:
+            plan = {"sequence_plan": sequence_plan}
+            why = release.NOT_UNDERSTOOD if given is None else self.why_transformed(given | plan)
         if not why and sequence_plan is None and traced(self.module):
             why = TRACED
         if why:
             self.say_own(why)
-            return self.own(**given, **kwargs)
+            return self.own(*args, **kwargs)
         config = self.module.config
         trunk = self.run(
-            [Inputs.checked(self.module, **Inputs.among(given), modality=image_token_type_idx)],
+            [Inputs.checked(self.module, **Inputs.among(given), modality=given.get("image_token_type_idx"))],
             sequence_plan,
-            chosen(output_hidden_states, config.output_hidden_states),
-            chosen(output_attentions, config.output_attentions),
+            chosen(given.get("output_hidden_states"), config.output_hidden_states),
+            chosen(given.get("output_attentions"), config.output_attentions),
         )
         hidden, attentions = extras(trunk)
         sequence = trunk.sequence
-        if not chosen(return_dict, config.return_dict):
+        if not release.wants_dict(self.module, given):
             return (sequence, trunk.pooled, *(e for e in (hidden, attentions) if e is not None))
         return BaseModelOutputWithPooling(
             last_hidden_state=sequence, pooler_output=trunk.pooled, hidden_states=hidden, attentions=attentions
@@ -98,7 +92,7 @@ class TrunkForward(SwappedTrunk):
         if why := _why_encoder_padded(model.encoder):
             record.say("padded", why, ("blocks", model.encoder))
         else:
-            self.foretell_blocks(model.encoder.layer, _block)
+            self.foretell_blocks(model.encoder.layer, functools.partial(_block, encoder=model.encoder))
         why = engine.why_norm_padded(model.layernorm)
         record.say("padded" if why else "packed", why, ("final norm", model.layernorm))
         if model.pooler is not None:
@@ -147,7 +141,7 @@ class TrunkForward(SwappedTrunk):
             self.say_without("padded", why, "blocks", model.encoder)
         else:
             encoded = self.encode(
-                model.encoder.layer, _block, rows, plan,
+                model.encoder.layer, functools.partial(_block, encoder=model.encoder), rows, plan,
                 want_hidden=want_hidden, want_attention=want_attention, wanted=wanted,
             )  # fmt: skip
         normed = engine.final_norm(model.layernorm, encoded.rows, plan)
@@ -193,12 +187,19 @@ def traced(model: hf.ViltModel) -> bool:
     Raises:
         RuntimeError: under `torch.export`, which HuggingFace's own way of drawing patches does not get through.
     """
-    if torch.compiler.is_exporting() and draws_its_patches(model.embeddings):
+    if _is_exporting() and draws_its_patches(model.embeddings):
         raise RuntimeError(
             "torch.export of a ViLT needs to know where its tokens are: pass "
             "sequence_plan=vilt_fast.sequence_plan(model, **inputs), for inputs of these masks and sizes."
         )
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    return _is_exporting() or torch.jit.is_tracing()
+
+
+def _is_exporting() -> bool:
+    if hasattr(torch.compiler, "is_exporting"):
+        return torch.compiler.is_exporting()
+    # torch 2.6: export that is not strict; the strict one stops by itself where a plan would be made.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
 
 
 TRACED = "the calls of modules are being recorded: pass sequence_plan=vilt_fast.sequence_plan(model, **inputs)"
@@ -226,9 +227,9 @@ _PARTS = {
 }
 
 
-def _block(layer: nn.Module) -> Block:
-    """A `ViltLayer` as the engine sees it."""
-    call_padded = functools.partial(_call_layer, layer)
+def _block(layer: nn.Module, encoder: nn.Module | None = None) -> Block:
+    """A `ViltLayer` of `encoder` as the engine sees it."""
+    call_padded = functools.partial(_call_layer, layer, encoder)
     for path, kind in _PARTS.items():
         if not is_plain(layer.get_submodule(path), kind):
             return Block(layer, call_padded, unknown=why_not_plain(layer.get_submodule(path), kind))
@@ -236,7 +237,6 @@ def _block(layer: nn.Module) -> Block:
     heads, head_size = self_attention.num_attention_heads, self_attention.attention_head_size
     if heads * head_size != self_attention.all_head_size:  # releases differ in which of them they read
         return Block(layer, call_padded)
-    checkpoint = layer._gradient_checkpointing_func if layer.gradient_checkpointing and layer.training else None
     activation = layer.intermediate.intermediate_act_fn
     sublayers = (
         Attention(
@@ -257,7 +257,7 @@ def _block(layer: nn.Module) -> Block:
             fc2_dropout=layer.output.dropout,
         ),
     )
-    return Block(layer, call_padded, sublayers, checkpoint=checkpoint)
+    return Block(layer, call_padded, sublayers, checkpoint=release.checkpoint(layer, encoder))
 
 
 def activation_kind(activation) -> str | None:
@@ -269,29 +269,15 @@ def activation_kind(activation) -> str | None:
     return blocks.activation_kind(activation.act) if "act" in vars(activation) else "elementwise"
 
 
-def _call_layer(layer, hidden, plan, want_attention):
-    outputs = layer(hidden, _additive(plan, hidden.dtype), want_attention)
-    return outputs[0], outputs[1] if want_attention else None
-
-
-def _additive(plan, dtype):
-    """The mask that HuggingFace adds to attention scores: [B, 1, L, L], the lowest finite number at padded keys.
-
-    None where nothing is padded, as there.
-    """
-    if plan.dense:
-        return None
-    key_mask = plan.key_mask()
-    width = key_mask.shape[1]
-    mask = torch.zeros(key_mask.shape, dtype=dtype, device=key_mask.device)
-    return mask.masked_fill(~key_mask, torch.finfo(dtype).min)[:, None, None].expand(-1, -1, width, -1)
+def _call_layer(layer, encoder, hidden, plan, want_attention):
+    return release.call_layer(layer, encoder, hidden, release.additive_mask(plan, hidden.dtype), want_attention)
 
 
 def _call_encoder(encoder, rows, plan, want_hidden, want_attention) -> engine.Encoded:
     """An encoder that has hooks or is not HuggingFace's own: called as the reference calls it, padded."""
     outputs = encoder(
         plan.unpack(rows, query_rows=True),
-        attention_mask=_additive(plan, rows.dtype),
+        attention_mask=release.additive_mask(plan, rows.dtype),
         output_attentions=want_attention,
         output_hidden_states=want_hidden,
         return_dict=True,
