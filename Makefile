@@ -15,13 +15,45 @@ RACES = $(patsubst %,csrc/cpu/%.cpp,$(shell sed -n 's/^VF_OP.\([a-z_]*\).*/\1/p'
 NATIVE_TESTS := tests/fuzz $(wildcard tests/csrc/test_*native.py) tests/ops tests/engine
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: demo test sanitize races hf-suite lint format bench plot info clean
+# Releases of transformers that `make core` adds to the one in $(VENV): the oldest that installs on this Python, one in the middle.
+OLD = $$($(BIN)/python -c 'import sys; print({10: "4.30.2", 11: "4.30.2", 12: "4.38.2"}.get(sys.version_info[1], "4.46.3"))') 4.57.6
+CORE = -m pytest -n $(WORKERS) -q -m core
+
+.PHONY: demo test core wheel types sanitize races hf-suite lint format bench plot info clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vilt-fast demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+# The tests marked `core` with each of these releases, torch shared.
+core: $(VENV)/.installed
+	for release in $(OLD); do $(MAKE) --no-print-directory core-$$release || exit 1; done
+
+core-%: $(VENV)/transformers-%/.installed
+	PYTHONPATH=$(VENV)/transformers-$* $(BIN)/python $(CORE) tests/models tests/engine tests/ops tests/test_packaging.py
+
+.PRECIOUS: $(VENV)/transformers-%/.installed
+$(VENV)/transformers-%/.installed: | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --target $(@D) "transformers==$*"
+	@touch $@
+
+# What somebody without a clone gets: a wheel made from the sdist, put somewhere else, its native way tested there.
+wheel: $(VENV)/.installed
+	rm -rf build/wheel
+	$(BIN)/python setup.py --quiet sdist --dist-dir build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel build/wheel/vilt_fast-*.tar.gz
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel/installed build/wheel/vilt_fast-*.whl
+	cd build/wheel && export PYTHONPATH=installed && \
+		"$(abspath $(BIN))/python" -c 'import vilt_fast; assert "installed" in vilt_fast.__file__, vilt_fast.__file__' && \
+		"$(abspath $(BIN))/python" $(CORE) -o pythonpath="$(CURDIR)/tests" "$(CURDIR)/tests/test_packaging.py" \
+			"$(CURDIR)/tests/engine/test_ways.py"
+
+types: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet pyright
+	mkdir -p build && $(BIN)/python tests/support/readme.py > build/readme.py
+	$(BIN)/pyright --pythonpath $(BIN)/python build/readme.py
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the native tests and a long fuzz (GCC). The instrumented library lies
 # in a copy of the package, found first; memory that nobody has written yet is filled with NaN.

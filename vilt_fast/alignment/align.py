@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import nn
@@ -60,6 +61,20 @@ class Alignment:
         """float32 [words, h, w]: each word's row of the plan on the patch grid, its largest value scaled to 1."""
         peak = self.plan.amax(1, keepdim=True).clamp_min(torch.finfo(self.plan.dtype).tiny)
         return (self.plan / peak).unflatten(1, self.grid)
+
+
+@overload  # a string is a sequence of strings too
+def align(  # pyright: ignore[reportOverlappingOverload]
+    model: nn.Module, image, text: str, *, processor=None, beta: float = 0.1, iterations: int = 1000,
+    whole_words: bool = False, backend: str | None = None,
+) -> Alignment: ...  # fmt: skip
+
+
+@overload
+def align(
+    model: nn.Module, image, text: Sequence[str] | None = None, *, processor=None, beta: float = 0.1,
+    iterations: int = 1000, whole_words: bool = False, backend: str | None = None,
+) -> list[Alignment]: ...  # fmt: skip
 
 
 @torch.no_grad()

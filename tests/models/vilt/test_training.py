@@ -158,7 +158,6 @@ def test_gradients_of_other_dtypes_stay_within_the_reference_budget(kind, dtype,
     assert_within_budget(mine, other, right, what="all gradients")
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("kind", ["masked_lm", "nlvr2", "question_answering", "token_classification"])
 def test_training_for_a_few_steps(kind):
     """The same weights after five Adam steps: gradients, tied weights and what follows an in-place update."""
