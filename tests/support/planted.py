@@ -51,13 +51,13 @@ def planted_batch(side="right", grids=GRIDS, places=PLACES):
 
 def processor(words="who is this person ?"):
     """A processor whose words are FIRST and following, "play" and "##ing" among them."""
-    from transformers import BertTokenizer, ViltProcessor
+    from transformers import ViltProcessor
 
-    from vilt_fast.commands.samples import image_processor
+    from vilt_fast.commands.samples import image_processor, word_tokenizer
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[{i}]" for i in range(5))]
-    vocabulary = {word: i for i, word in enumerate([*special, *words.split(), "play", "##ing", "##s"])}
-    return ViltProcessor(image_processor(build("trunk").config), BertTokenizer(vocab=vocabulary))
+    tokenizer = word_tokenizer([*special, *words.split(), "play", "##ing", "##s"])
+    return ViltProcessor(image_processor(build("trunk").config), tokenizer)
 
 
 def picture(height=40, width=60, seed=0):

@@ -135,12 +135,11 @@ def _opened(path):
 
 def _numbered(config, text):
     """A processor for weights that never saw a tokenizer: the words of `text`, split as by BERT, are its vocabulary."""
-    from transformers import BertTokenizer, ViltProcessor
+    from transformers import ViltProcessor
 
-    from .samples import image_processor
+    from .samples import image_processor, word_tokenizer
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    bare = BertTokenizer(vocab={token: i for i, token in enumerate(special)}).backend_tokenizer
+    bare = word_tokenizer(special).backend_tokenizer
     words = [word for word, _ in bare.pre_tokenizer.pre_tokenize_str(bare.normalizer.normalize_str(text))]
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*special, *words]))}
-    return ViltProcessor(image_processor(config), BertTokenizer(vocab=vocabulary))
+    return ViltProcessor(image_processor(config), word_tokenizer(dict.fromkeys([*special, *words])))

@@ -71,6 +71,8 @@ def outputs(model, inputs, seed=0):
     `seed`, because the reference draws its patch order.
     """
     found = {}
+    # transformers 4.30 does not cast pixels itself.
+    inputs = {**inputs, "pixel_values": inputs["pixel_values"].to(model.dtype)}
     first = inputs
     if inputs["pixel_values"].dim() == 5:
         first = {**inputs, **{name: inputs[name][:, 0] for name in ("pixel_values", "pixel_mask")}}

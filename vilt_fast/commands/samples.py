@@ -5,6 +5,8 @@ from noise. Sizes follow the checkpoint: shorter side = `config.image_size`, sid
 """
 
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -76,6 +78,16 @@ def image_processor(config):
     except ImportError:
         from transformers import ViltImageProcessor as Processor
     return Processor(size={"shortest_edge": config.image_size}, size_divisor=config.patch_size)
+
+
+def word_tokenizer(words):
+    """HuggingFace's `BertTokenizer`, the fast one, that knows these words: the first has the number 0."""
+    from transformers import BertTokenizerFast
+
+    with tempfile.TemporaryDirectory() as folder:  # a file is what every release of transformers takes
+        file = Path(folder) / "vocab.txt"
+        file.write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+        return BertTokenizerFast(str(file))
 
 
 def model_inputs(config, pairs, checkpoint=None):

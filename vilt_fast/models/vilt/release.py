@@ -58,7 +58,7 @@ def _switch(kind: type) -> str:
 
 
 def checkpoint(layer: nn.Module, encoder: nn.Module | None) -> Callable | None:
-    """The `checkpoint(function, x)` that a layer is run by, if any; before transformers 4.53 its encoder had it."""
+    """The `checkpoint(function, x)` that a layer is run by, if any; up to transformers 4.52 its encoder had it."""
     owner = layer if _checkpoints_itself(layer) else encoder
     if owner is None or not (owner.gradient_checkpointing and owner.training):
         return None
