@@ -36,6 +36,7 @@ core-%: $(VENV)/transformers-%/.installed
 
 .PRECIOUS: $(VENV)/transformers-%/.installed
 $(VENV)/transformers-%/.installed: | $(VENV)/.installed
+	rm -rf $(@D)  # pip adds to a folder that is there
 	$(BIN)/python -m pip install --quiet --target $(@D) "transformers==$*"
 	@touch $@
 

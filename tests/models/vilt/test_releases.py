@@ -228,14 +228,14 @@ def test_modules_that_are_called_as_they_are(kind, change):
 
 
 def arguments_of_layer(model, inputs, flags):
-    """What the middle layer is called with, by name."""
+    """What the middle layer is called with, by name; and how many of these came by place, as a hook sees it."""
     layer, seen = model.encoder.layer[1], []
     handle = layer.register_forward_pre_hook(lambda module, *given: seen.append(given), with_kwargs=True)
     call(model, inputs, **flags)
     handle.remove()
     bound = inspect.signature(layer.forward).bind(*seen[0][0], **seen[0][1])
     bound.apply_defaults()
-    return bound.arguments
+    return bound.arguments | {"by place": len(seen[0][0])}
 
 
 @pytest.mark.parametrize("padded", [True, False])

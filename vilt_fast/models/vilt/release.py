@@ -68,10 +68,11 @@ def checkpoint(layer: nn.Module, encoder: nn.Module | None) -> Callable | None:
 
 
 def call_layer(layer: nn.Module, encoder: nn.Module | None, hidden: torch.Tensor, mask, want_attention: bool):
-    """(hidden states [B, L, D], probabilities or None) of a layer, called as its encoder calls it."""
+    """(hidden states [B, L, D], probabilities or None) of a layer, called as its encoder calls it: by place."""
+    head_mask = (None,) if "head_mask" in _parameters(hf.ViltEncoder)[0] else ()
 
     def call(hidden):
-        return layer(hidden, mask, output_attentions=want_attention)
+        return layer(hidden, mask, *head_mask, want_attention)
 
     outer = None if _checkpoints_itself(layer) else checkpoint(layer, encoder)
     outputs = call(hidden) if outer is None else outer(call, hidden)
