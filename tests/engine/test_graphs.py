@@ -1,10 +1,13 @@
 """CUDA graphs of the encoder: buckets, buffers and what makes a capture stale. Real graphs on a GPU; without one the
 recording is a plain call that writes to the same memory, so that everything around it is the same."""
 
+import contextlib
 import copy
+import functools
 import pickle
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +89,78 @@ def test_buckets_hold_their_plans_and_waste_little():
         bucket = graphs.Bucket.of(plan)
         assert bucket.rows >= plan.total_rows and bucket.samples >= plan.batch and bucket.max_seqlen >= plan.max_seqlen
         assert bucket.rows - plan.total_rows <= max(63, plan.total_rows / 8)
+
+
+# --- recorded ---------------------------------------------------------------------------------------------------------
+
+
+class Played:
+    """torch.cuda with two devices, as far as a recording goes: notes which stream work is launched on."""
+
+    def __init__(self, monkeypatch):
+        self.device, self.on, self.log, self.streams = 0, {0: "default 0", 1: "default 1"}, [], []
+        played = self
+
+        class Stream:
+            def __init__(self, device):
+                self.device = torch.device(device).index
+                played.streams.append(self)
+
+            def wait_stream(self, other):
+                played.log.append(("waits", self, other))
+
+        @contextlib.contextmanager
+        def device(which):
+            before, self.device = self.device, torch.device(which).index
+            yield
+            self.device = before
+
+        @contextlib.contextmanager
+        def stream(which):
+            before, self.device = self.device, which.device
+            default, self.on[which.device] = self.on[which.device], which
+            yield
+            self.device, self.on[which.device] = before, default
+
+        @contextlib.contextmanager
+        def graph(graph, pool=None, stream=None, capture_error_mode=None):
+            with torch.cuda.stream(stream or Stream("cuda:0")):
+                self.log.append(("captures", pool))
+                yield
+
+        class Default:
+            def __init__(self, device):
+                self.device = device
+
+            wait_stream = Stream.wait_stream
+
+        for name, fake in {
+            "Stream": Stream, "device": device, "stream": stream, "graph": graph,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+            "current_stream": lambda device=None: Default(self.device if device is None else device.index),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(graphs, "_capture_stream", functools.cache(graphs._capture_stream.__wrapped__))
+
+    def launch(self, device):
+        """What a function does: a kernel of a tensor's device goes to the stream that is current on that device."""
+        self.log.append(("launches", self.on[device]))
+        return "result"
+
+
+def test_a_recording_is_made_on_one_stream_of_the_tensors_own_device(monkeypatch):
+    played = Played(monkeypatch)
+    for device in (0, 1, 1):  # the current device stays the first all the time
+        recording = graphs.Recording(lambda device=device: played.launch(device), torch.device("cuda", device), "pool")
+        assert recording.result == "result" and played.device == 0
+    assert [stream.device for stream in played.streams] == [0, 1]  # one a device, and no other
+    first, second = played.streams
+    kinds = [kind for kind, *_ in played.log]
+    assert kinds == ["waits", "launches", "launches", "waits", "captures", "launches"] * 3
+    assert [what for kind, what, *_ in played.log if kind == "launches"] == [first] * 3 + [second] * 6
+    assert [what for kind, what in [e for e in played.log if len(e) == 2] if kind == "captures"] == ["pool"] * 3
+    waits = [(a, b) for kind, a, *b in played.log if kind == "waits"]
+    assert all(a.device == b[0].device for a, b in waits)
 
 
 # --- right ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -156,24 +157,40 @@ class _Graph:
 
 
 class Recording:
-    """What a function launches, to be launched again as one: `result` is what it returned, and keeps its place."""
+    """What a function launches, to be launched again as one: `result` is what it returned, and keeps its place.
+
+    Warmed up and captured on one stream of the device that is named. torch's own capture stream is one a process, on
+    the device that was current first: what another device launches meanwhile is not in the graph.
+    """
 
     def __init__(self, function: Callable, device: torch.device, pool):
         kind = device.type
-        # A weight that autocast has cast and cached would be read where it no longer is.
-        with torch.autocast(
-            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        with (
+            _recording,
+            torch.cuda.device(device),
+            # A weight that autocast has cast and cached would be read where it no longer is.
+            torch.autocast(
+                kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+            ),
         ):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+            side, current = _capture_stream(device), torch.cuda.current_stream(device)
+            side.wait_stream(current)
             with torch.cuda.stream(side):  # compilation, workspaces: what must not happen while capturing
                 for _ in range(2):
                     function()
-            torch.cuda.current_stream().wait_stream(side)
+            current.wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.result = function()
         self.replay = self._graph.replay
+
+
+_recording = threading.Lock()  # a stream captures one graph at a time
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def why_not_usable(rows: torch.Tensor) -> str:
