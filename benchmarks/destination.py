@@ -1,6 +1,5 @@
 """Where the rows of a benchmark go: to a new file, or over the committed figures when told to on a quiet machine."""
 
-import csv
 import os
 import sys
 import time
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import vilt_fast
 
-from . import measure
+from . import measure, table
 
 RESULTS = measure.ROOT / "benchmarks" / "results"
 NEW = measure.ROOT / "bench"  #: ignored by git
@@ -55,12 +54,6 @@ def _new(name):
     return NEW / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.csv"
 
 
-def read(path):
-    """Rows of a CSV as dicts of strings."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def lost(old, new, keys):
     """What `old` rows tell and `new` rows do not: the values of `keys`, as text."""
     there = {tuple(row[k] for k in keys) for row in new}
@@ -73,23 +66,11 @@ def put(path, rows, fields, keys):
     if not rows:
         print("No rows: nothing was measured, and nothing is written.", file=sys.stderr)
         return 2
-    gone = lost(read(path), rows, keys) if path.parent == RESULTS and path.is_file() else []
+    gone = lost(table.read(path), rows, keys) if path.parent == RESULTS else []
     if gone:
         told = f"{', '.join(gone[:6])}{', ...' if len(gone) > 6 else ''}"
         print(f"{path} is left as it is: it has rows that this run has not ({told}).", file=sys.stderr)
         path = _new(path.stem)
-    write(path, rows, fields)
+    table.write(path, rows, fields)
     print(f"Wrote {path}")
     return 1 if gone else 0
-
-
-def write(path, rows, fields, *, append=False):
-    """Write rows to a CSV, or append them to one; figures with five significant digits."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    append = append and path.is_file()
-    with open(path, "a" if append else "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, fields)
-        if not append:
-            table.writeheader()
-        for row in rows:
-            table.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from . import destination
+from . import destination, table
 
 NAMES = {
     "hf_eager": "HuggingFace float32",
@@ -131,7 +131,7 @@ def main(argv=None):
     if not arguments.csv.is_file():
         parser.error(f"there is no {arguments.csv}; run: python -m benchmarks.run model")
     out = arguments.out or arguments.csv.with_suffix(".png")
-    rows = destination.read(arguments.csv)
+    rows = table.read(arguments.csv)
     if not rows or rows[0]["subject"] != "model":
         parser.error(f"{arguments.csv} has no rows of a model; run: python -m benchmarks.run model")
     if arguments.readme:

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from . import counts, destination
+from . import counts
+from .table import write
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCHES = (1, 8, 64)
@@ -145,7 +146,7 @@ def main(argv=None):
     from vilt_fast.commands import report
 
     found = rows(arguments.batches)
-    destination.write(arguments.out, found, FIELDS)
+    write(arguments.out, found, FIELDS)
     draw(found, arguments.out.with_suffix(".png"))
     title = "Floors of a bfloat16 forward in microseconds (calls included); a: arithmetic, m: memory bound"
     Console(width=None if sys.stdout.isatty() else 120).print(report.rich_table(title, *table(found)))

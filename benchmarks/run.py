@@ -21,34 +21,8 @@ from vilt_fast.commands.checkpoint import BadCheckpoint
 
 from . import cases as shapes
 from . import destination, measure, ops, providers, transport
+from .table import FIELDS
 
-FIELDS = (
-    "subject",
-    "provider",
-    "backend",
-    "model",
-    "case",
-    "shape",
-    "dtype",
-    "p20_ms",
-    "p50_ms",
-    "p80_ms",
-    "ratio",
-    "error",
-    "flops",
-    "bytes",
-    "peak_gflops",
-    "copy_gbs",
-    "floor_ms",
-    "peak_mib",
-    "forward_mib",
-    "repeats",
-    "load",
-    "device",
-    "versions",
-    "commit",
-    "date",
-)
 KEYS = ("provider", "case", "dtype")  #: what a row is known by
 OPTIONS = {  # which options do something
     "model": ("dtypes", "cases", "shapes", "model", "peers", "memory"),

@@ -6,6 +6,7 @@ them, to benchmarks/results/cuda-resources.csv. `--check` fails where a kernel h
 
 import argparse
 import csv
+import os
 import re
 import shutil
 import subprocess
@@ -29,8 +30,9 @@ _ENTRY = re.compile(
 
 
 def compiler():
-    """Path of nvcc, or None."""
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    """Path of nvcc, or None: on PATH, under CUDA_HOME, where the toolkit is usually installed."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(f"{home}/bin" for home in homes if home))
 
 
 def every_source():

@@ -3,6 +3,9 @@
 The arguments of `attention`, `patch_embed` and `text_embed` are those of a forward of the model itself, written down as
 it makes them. Who computes padding gets padded inputs of the same samples, and hands back real rows only; the counts
 are those of the real rows for all, so the floor is the same for all. `_bwd` groups are forward and backward together.
+Nobody waits for the host while he is timed: which rows are real is known beforehand.
+
+Providers called `ours <variant>` are the same kernels in configurations that may win elsewhere (`variants.py`).
 """
 
 import contextlib
@@ -17,26 +20,20 @@ import vilt_fast
 from vilt_fast import functional, testing
 
 from .. import counts, ops
-from . import timing
+from . import timing, variants
 
 
 def kernels(context):
     """Groups from the largest batch down, so that a cut loses the small ones."""
     for batch in (context.batches[:3])[::-1]:
         case = context.case(batch)
-        if context.enough(f"kernels at batch {batch}"):
-            calls = recorded(context, case)
-            sizes = lengths(context, case)
-            for group in (
-                partial(_attention, *calls["attention"], sizes),
-                partial(_linears, sum(sizes)),
-                partial(_add_layer_norm, sum(sizes)),
-                partial(_embeddings, calls, case),
-                partial(_linear_cross_entropy, case),
-            ):
-                if context.enough(f"{getattr(group, 'func', group).__name__[1:]} at batch {batch}"):
-                    group(context, case)
-            context.free()
+        for group in (
+            _attention, _attention_gradients, _linear_gelu, _linear_qkv, _linear_out, _linear_fc2, _add_layer_norm,
+            _text_embed, _patch_embed, _linear_cross_entropy,
+        ):  # fmt: skip
+            context.item(f"{group.__name__[1:]}, batch {batch}", partial(group, context, case))
+        context.kept.pop(("calls", case.name), None)
+        context.free()
 
 
 def lengths(context, case):
@@ -46,6 +43,10 @@ def lengths(context, case):
 
 def recorded(context, case):
     """{op: (arguments, keyword arguments)} of the first call of each op in a forward of the accelerated model."""
+    return context.once(("calls", case.name), partial(_record, context, case))
+
+
+def _record(context, case):
     model = vilt_fast.accelerate(context.model().to(context.dtype))
     calls = {}
 
@@ -62,6 +63,11 @@ def recorded(context, case):
     if missing:
         raise RuntimeError(f"the accelerated model did not call {', '.join(sorted(missing))}")
     return calls
+
+
+def _rows_of(real):
+    """Numbers of the real rows of a padded batch, so that they can be taken without looking for them."""
+    return real.flatten().nonzero().flatten()
 
 
 def _double(value):
@@ -101,29 +107,48 @@ def _group_with_gradients(context, op, case, calls, truth, work):
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def _attention(arguments, keywords, sizes, context, case):
-    """Packed, as the engine calls it; the peers get [B, H, L, d] and a mask, or a nested tensor without padding."""
-    packed, heads, width = [t.detach().contiguous() for t in arguments[:3]], *arguments[0].shape[1:]
-    rest, longest = arguments[3:], max(sizes)
-    ours = partial(functional.attention, backend="triton", **{k: v for k, v in keywords.items() if k != "backend"})
-    real = ~testing.padding_masks(sizes).to(context.device)
-    mask = torch.zeros(real.shape, dtype=context.dtype, device=context.device).masked_fill(~real, -torch.inf)
-    mask = mask[:, None, None]
-    padded = [ops._pad(t, real).transpose(1, 2).contiguous() for t in packed]
-    exact = partial(_softmax_attention, mask=mask.double(), real=real)
-    calls = {
-        "eager_padded": partial(_softmax_attention, *padded, mask, real),
-        "sdpa_padded": partial(ops._sdpa, *padded, mask, real),
-        **_with(_compiled(context, case, _softmax_attention), *padded, mask, real),
-        **_sdpa_backends(context, padded, mask, real),
-        **_unpadded(packed, arguments[3], min(sizes), longest),
-        "ours": partial(ours, *packed, *rest),
-    }
-    work = counts.attention(sizes, heads, width, packed[0].element_size())
-    _group(context, "attention", case, calls, exact(*map(_double, padded)), work)
+class _Attention:
+    """The inputs of both groups: packed, as the engine has them, and [B, H, L, d] with a mask."""
 
-    def gradients(function, given):
-        leaves = [t.detach().requires_grad_() for t in given]
+    def __init__(self, context, case):
+        arguments, keywords = recorded(context, case)["attention"]
+        self.sizes = lengths(context, case)
+        self.packed = [t.detach().contiguous() for t in arguments[:3]]
+        self.offsets, self.rest = arguments[3], arguments[3:]
+        self.ours = partial(
+            functional.attention, backend="triton", **{k: v for k, v in keywords.items() if k != "backend"}
+        )
+        real = ~testing.padding_masks(self.sizes).to(context.device)
+        mask = torch.zeros(real.shape, dtype=context.dtype, device=context.device).masked_fill(~real, -torch.inf)
+        self.mask, self.rows = mask[:, None, None], _rows_of(real)
+        self.padded = [ops._pad(t, real).transpose(1, 2).contiguous() for t in self.packed]
+        self.exact = partial(_softmax_attention, mask=self.mask.double(), rows=self.rows)
+        self.work = counts.attention(self.sizes, *self.packed[0].shape[1:], self.packed[0].element_size())
+
+
+def _attention(context, case):
+    """Packed, as the engine calls it; the peers get [B, H, L, d] and a mask, or a nested tensor without padding."""
+    given = _Attention(context, case)
+    padded, mask, rows = given.padded, given.mask, given.rows
+    ours = partial(given.ours, *given.packed, *given.rest)
+    calls = {
+        "eager_padded": partial(_softmax_attention, *padded, mask, rows),
+        "sdpa_padded": partial(_sdpa, *padded, mask, rows),
+        **_with(_compiled(context, case, _softmax_attention), *padded, mask, rows),
+        **_sdpa_backends(context, padded, mask, rows),
+        **_unpadded(given.packed, given.offsets, min(given.sizes), max(given.sizes)),
+        "ours": ours,
+        **variants.of(context, case, "attention", ours),
+    }
+    _group(context, "attention", case, calls, lambda: given.exact(*map(_double, padded)), given.work)
+
+
+def _attention_gradients(context, case):
+    given = _Attention(context, case)
+    padded, mask, rows = given.padded, given.mask, given.rows
+
+    def gradients(function, inputs):
+        leaves = [t.detach().requires_grad_() for t in inputs]
 
         def call():
             out = function(*leaves)
@@ -132,27 +157,36 @@ def _attention(arguments, keywords, sizes, context, case):
         return call
 
     def of_real(call):
-        return lambda: [g.transpose(1, 2)[real] for g in call()]
+        return lambda: [_of_rows(g, rows) for g in call()]
 
     # Both directions: what the forward needs and two and a half times that.
-    both = counts.attention_bwd(sizes, heads, width, packed[0].element_size())
-    both = both._replace(products=both.products + work.products, bytes=both.bytes + work.bytes)
+    both = counts.attention_bwd(given.sizes, *given.packed[0].shape[1:], given.packed[0].element_size())
+    both = both._replace(products=both.products + given.work.products, bytes=both.bytes + given.work.bytes)
     calls = {
-        "eager_padded": of_real(gradients(lambda *qkv: _softmax_attention(*qkv, mask, real), padded)),
-        "sdpa_padded": of_real(gradients(lambda *qkv: ops._sdpa(*qkv, mask, real), padded)),
-        "ours": gradients(lambda *qkv: ours(*qkv, *rest), packed),
+        "eager_padded": of_real(gradients(lambda *qkv: _softmax_attention(*qkv, mask, rows), padded)),
+        "sdpa_padded": of_real(gradients(lambda *qkv: _sdpa(*qkv, mask, rows), padded)),
+        "ours": gradients(lambda *qkv: given.ours(*qkv, *given.rest), given.packed),
     }
-    truth = of_real(gradients(exact, [_double(t) for t in padded]))()
+    truth = of_real(gradients(given.exact, [_double(t) for t in padded]))
     _group_with_gradients(context, "attention", case, calls, truth, both)
 
 
-def _softmax_attention(q, k, v, mask, real):
+def _of_rows(padded, rows):
+    """[B, H, L, d] to [N, H, d]."""
+    return padded.transpose(1, 2).flatten(0, 1).index_select(0, rows)
+
+
+def _softmax_attention(q, k, v, mask, rows):
     """As HuggingFace's model computes it."""
     weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask).softmax(-1)
-    return (weights @ v).transpose(1, 2)[real]
+    return _of_rows(weights @ v, rows)
 
 
-def _sdpa_backends(context, padded, mask, real):
+def _sdpa(q, k, v, mask, rows):
+    return _of_rows(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), rows)
+
+
+def _sdpa_backends(context, padded, mask, rows):
     """SDPA's own kernels one by one, where there is a choice."""
     if context.dry:
         return {}
@@ -160,7 +194,7 @@ def _sdpa_backends(context, padded, mask, real):
 
     def only(backend):
         with sdpa_kernel([backend]):
-            return ops._sdpa(*padded, mask.expand(-1, -1, padded[0].shape[2], -1), real)
+            return _sdpa(*padded, mask.expand(-1, -1, padded[0].shape[2], -1), rows)
 
     return {
         "sdpa_efficient_padded": partial(only, SDPBackend.EFFICIENT_ATTENTION),
@@ -188,33 +222,68 @@ def _random(context, *shape, scale=1.0):
     return (torch.randn(shape, generator=generator) * scale).to(context.device, context.dtype)
 
 
-def _linears(rows, context, case):
-    """The block's four matrices: queries, keys and values; output; fc1 with its GELU; fc2."""
+def _gelu(x, weight, bias):
+    return F.gelu(F.linear(x, weight, bias))
+
+
+def _products(context, case, op, inputs, outputs, plain, ours):
+    """One of the block's matrices."""
+    rows = sum(lengths(context, case))
+    given = (
+        _random(context, rows, inputs),
+        _random(context, outputs, inputs, scale=inputs**-0.5),
+        _random(context, outputs),
+    )
+    own = partial(ours, *given, backend="triton")
+    calls = {"eager": partial(plain, *given), **_with(_compiled(context, case, plain), *given), "ours": own}
+    calls |= variants.of(context, case, op, own)
+    work = counts.linear(rows, inputs, outputs, given[0].element_size())
+    _group(context, op, case, calls, lambda: plain(*map(_double, given)), work)
+
+
+def _linear_gelu(context, case):
     d, f = context.config.hidden_size, context.config.intermediate_size
-
-    def gelu(x, weight, bias):
-        return F.gelu(F.linear(x, weight, bias))
-
-    for op, inputs, outputs in (
-        ("linear_gelu", d, f),
-        ("linear qkv", d, 3 * d),
-        ("linear out", d, d),
-        ("linear fc2", f, d),
-    ):
-        plain, ours = (gelu, functional.linear_gelu) if op == "linear_gelu" else (F.linear, functional.linear)
-        given = (
-            _random(context, rows, inputs),
-            _random(context, outputs, inputs, scale=inputs**-0.5),
-            _random(context, outputs),
-        )
-        calls = {"eager": partial(plain, *given), **_with(_compiled(context, case, plain), *given)}
-        calls["ours"] = partial(ours, *given, backend="triton")
-        work = counts.linear(rows, inputs, outputs, given[0].element_size())
-        _group(context, op, case, calls, plain(*map(_double, given)), work)
+    _products(context, case, "linear_gelu", d, f, _gelu, functional.linear_gelu)
 
 
-def _add_layer_norm(rows, context, case):
+def _linear_out(context, case):
     d = context.config.hidden_size
+    _products(context, case, "linear out", d, d, F.linear, functional.linear)
+
+
+def _linear_fc2(context, case):
+    d, f = context.config.hidden_size, context.config.intermediate_size
+    _products(context, case, "linear fc2", f, d, F.linear, functional.linear)
+
+
+def _linear_qkv(context, case):
+    """Queries, keys and values: three products, as the model has three weights; and one of three times the width, as if
+    somebody had laid the weights together."""
+    d, rows = context.config.hidden_size, sum(lengths(context, case))
+    x = _random(context, rows, d)
+    weights = [_random(context, d + i, d, scale=d**-0.5)[:d] for i in range(3)]
+    biases = [_random(context, d + i)[:d] for i in range(3)]
+    one = torch.cat(weights), torch.cat(biases)
+
+    def three(linear, x, weights, biases):
+        return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+    def together(linear):
+        return linear(x, *one).split(d, 1)
+
+    plain = partial(three, F.linear)
+    own = partial(functional.linear, backend="triton")
+    calls = {"eager": partial(plain, x, weights, biases)}
+    calls |= _with(_compiled(context, case, plain), x, weights, biases)
+    calls |= {"eager one_product": partial(together, F.linear), "ours": partial(three, own, x, weights, biases)}
+    calls["ours one_product"] = partial(together, own)
+    work = counts.linear(rows, d, 3 * d, x.element_size())
+    exact = partial(plain, x.double(), [w.double() for w in weights], [b.double() for b in biases])
+    _group(context, "linear qkv", case, calls, exact, work)
+
+
+def _add_layer_norm(context, case):
+    d, rows = context.config.hidden_size, sum(lengths(context, case))
     given = [_random(context, rows, d), _random(context, rows + 1, d)[1:], _random(context, d), _random(context, d)]
 
     def plain(x, residual, weight, bias):
@@ -222,35 +291,42 @@ def _add_layer_norm(rows, context, case):
         return total, F.layer_norm(total, (d,), weight, bias, 1e-12)
 
     calls = {"eager": partial(plain, *given), **_with(_compiled(context, case, plain), *given)}
-    calls["ours"] = partial(functional.add_layer_norm, *given, 1e-12, backend="triton")
+    own = partial(functional.add_layer_norm, *given, 1e-12, backend="triton")
+    calls |= {"ours": own, **variants.of(context, case, "add_layer_norm", own)}
     work = counts.add_layer_norm(rows, d, given[0].element_size())
-    _group(context, "add_layer_norm", case, calls, plain(*map(_double, given)), work)
+    _group(context, "add_layer_norm", case, calls, lambda: plain(*map(_double, given)), work)
 
 
-def _embeddings(recorded_calls, case, context, _):
-    """Text rows and image rows; `conv2d` is only HuggingFace's projection, of the padded canvas, without positions."""
-    sizes, words = lengths(context, case), sum(case.texts)
-    size, width, patch = context.dtype.itemsize, context.config.hidden_size, context.config.patch_size
-    patches = sum(n - 1 - t for n, t in zip(sizes, case.texts, strict=True))
-    works = {
-        "text_embed": counts.text_embed(words, width, size),
-        "patch_embed": counts.patch_embed(patches, words, case.batch, width, 3, patch, size),
-    }
-    for op, work in works.items():
-        arguments, keywords = recorded_calls[op]
-        arguments = [_detached(a) for a in arguments]
-        keywords = {key: value for key, value in keywords.items() if key != "backend"}
-        function = partial(getattr(functional, op), **keywords)
-        calls = {"reference": partial(function, *arguments, backend="reference")}
-        if op == "patch_embed":
-            pixels, weight, bias = arguments[0].to(arguments[1].dtype), *arguments[1:3]
-            calls["conv2d"] = partial(F.conv2d, pixels, weight, bias, stride=patch)
-        calls["ours"] = partial(function, *arguments, backend="triton")
-        truth = function(*map(_double, arguments), backend="reference")
-        _group(context, op, case, calls, truth, work, uncompared=("conv2d",))
+def _text_embed(context, case):
+    words, width = sum(case.texts), context.config.hidden_size
+    _embedding(context, case, "text_embed", counts.text_embed(words, width, context.dtype.itemsize))
 
 
-def _linear_cross_entropy(case, context, _):
+def _patch_embed(context, case):
+    """`conv2d` is only HuggingFace's projection, of the padded canvas, without positions."""
+    words, width, patch = sum(case.texts), context.config.hidden_size, context.config.patch_size
+    patches = sum(n - 1 - t for n, t in zip(lengths(context, case), case.texts, strict=True))
+    work = counts.patch_embed(patches, words, case.batch, width, 3, patch, context.dtype.itemsize)
+    arguments = [_detached(a) for a in recorded(context, case)["patch_embed"][0]]
+    pixels, weight, bias = arguments[0].to(arguments[1].dtype), *arguments[1:3]
+    peers = {"conv2d": partial(F.conv2d, pixels, weight, bias, stride=patch)}
+    _embedding(context, case, "patch_embed", work, peers)
+
+
+def _embedding(context, case, op, work, peers=None):
+    """Text rows or image rows, beside the reference and what else there is, which computes less."""
+    peers = peers or {}
+    arguments, keywords = recorded(context, case)[op]
+    arguments = [_detached(a) for a in arguments]
+    function = partial(getattr(functional, op), **{key: v for key, v in keywords.items() if key != "backend"})
+    own = partial(function, *arguments, backend="triton")
+    calls = {"reference": partial(function, *arguments, backend="reference"), **peers, "ours": own}
+    calls |= variants.of(context, case, op, own)
+    exact = partial(function, *map(_double, arguments), backend="reference")
+    _group(context, op, case, calls, exact, work, uncompared=tuple(peers))
+
+
+def _linear_cross_entropy(context, case):
     """The MLM loss and its gradients over all text positions, padded as HuggingFace hands them over; 15 % labelled."""
     vocabulary, width = context.config.vocab_size, context.config.hidden_size
     rows = case.batch * max(case.texts)
@@ -286,5 +362,5 @@ def _linear_cross_entropy(case, context, _):
     work = counts.linear_cross_entropy(labelled, width, vocabulary, given[0].element_size())
     # Logits, and the gradients of both factors; the table is read twice and its gradient written.
     work = work._replace(products=3 * work.products, bytes=3 * work.bytes)
-    truth = with_gradients(exact, [t.double() for t in given])()
+    truth = with_gradients(exact, [t.double() for t in given])
     _group_with_gradients(context, "linear_cross_entropy", case, calls, truth, work)

@@ -1,10 +1,12 @@
 """Whole models on a GPU: HuggingFace's, what a user can make of it, and ours; inference and a training step.
 
 Times are the user's, from call to finished result; errors are those of the pooled output against HuggingFace's model in
-float64. torch.compile's first call is in the notes, not in the times.
+float64. torch.compile's first call is in the notes, not in the times. Every provider at every batch is an item, timed
+in turn with HuggingFace's eager float32, and a row as soon as it is there: the strongest peer first, then ours.
 """
 
 import copy
+import json
 import time
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +18,7 @@ import vilt_fast
 
 from .. import cases as shapes
 from .. import counts
-from . import timing
+from . import timing, variants
 
 
 class Provider(NamedTuple):
@@ -67,84 +69,110 @@ def _sdpa(own, hidden, attention_mask=None, output_attentions=False):
     return (F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2),)
 
 
+BASE = "hf_eager"  #: every ratio is against it
+
+
 def providers(context):
-    """{name: Provider} that can run here, HuggingFace's eager float32 first: every ratio is against it."""
-    half = torch.bfloat16
+    """{name: Provider} that can run here, in the order of their worth."""
+    half, graphs, fp8 = torch.bfloat16, {"cuda_graphs": True}, {"quantize": "fp8"}
     found = {
-        "hf_eager": Provider("float32", True, 4, partial(_hf, torch.float32)),
+        "sdpa_compile_bf16": Provider("bfloat16", True, 2, partial(_sdpa_compiled, context, half)),
+        "ours_graphs_bfloat16": Provider("bfloat16", False, 2, partial(_ours, half, graphs)),
         "hf_bf16": Provider("bfloat16", True, 2, partial(_hf, half)),
-        "ours_float32": Provider("float32", False, 4, partial(_ours, torch.float32, {})),
         "ours_bfloat16": Provider("bfloat16", False, 2, partial(_ours, half, {})),
+        BASE: Provider("float32", True, 4, partial(_hf, torch.float32)),
+        "ours_float32": Provider("float32", False, 4, partial(_ours, torch.float32, {})),
     }
-    graphs, fp8 = {"cuda_graphs": True}, {"quantize": "fp8"}
-    found["ours_graphs_bfloat16"] = Provider("bfloat16", False, 2, partial(_ours, half, graphs))
     if context.dry or torch.cuda.get_device_capability() >= (8, 9):
-        found["ours_float8"] = Provider("float8", False, 1, partial(_ours, half, fp8))
         found["ours_graphs_float8"] = Provider("float8", False, 1, partial(_ours, half, fp8 | graphs))
+        found["ours_float8"] = Provider("float8", False, 1, partial(_ours, half, fp8))
     else:
         context.note("no fp8: it needs compute capability 8.9")
     return found
 
 
-def compiled_providers(context):
-    """The same model after torch.compile, bfloat16."""
-    half = torch.bfloat16
-    return {
-        "hf_compile_bf16": Provider("bfloat16", True, 2, partial(_compiled, context, half)),
-        "sdpa_compile_bf16": Provider("bfloat16", True, 2, partial(_sdpa_compiled, context, half)),
-    }
-
-
 def models(context):
-    """Every provider at every batch; then those that have to be compiled, which take their time, beside ours."""
-    model = context.model()
+    """Every provider at every batch, the batches of a service first."""
     run = providers(context)
-    built = _built(context, model, run)
-    for batch in context.batches:
-        if context.enough(f"models at batch {batch}", 4):
-            _time(context, "models", model, run, built, batch)
-    slow = compiled_providers(context)
-    beside = {
-        name: p for name, p in run.items() if name in ("hf_eager", "hf_bf16", "ours_bfloat16", "ours_graphs_bfloat16")
-    }
-    for batch in (8, 1, 64) if not context.dry else context.batches[:1]:
-        if context.enough(f"torch.compile at batch {batch}", 45):
-            torch._dynamo.reset()  # one set of shapes at a time, as somebody would who cares
-            again = {name: built[name] for name in beside if name in built} | _built(context, model, slow)
-            _time(context, "models_compiled", model, beside | slow, again, batch)
+    for batch in context.batches if context.dry else (8, 1, 64, 256):
+        for name in run:
+            if batch == 256 and name == "sdpa_compile_bf16":
+                continue  # a minute of compiling for what the smaller ones have shown
+            _item(context, "models", run, name, batch)
+        context.kept.pop(("truth", batch), None)
+        context.free()
 
 
-def _built(context, model, run):
-    built = {}
-    for name, provider in run.items():
-        try:
-            built[name] = provider.build(model)
-        except Exception as error:  # noted, the others go on
-            context.note(f"building {name}: {type(error).__name__}: {error}", incomplete=True)
-    return built
+def compiled(context):
+    """The whole model under torch.compile, beside ours."""
+    run = providers(context)
+    run["hf_compile_bf16"] = Provider("bfloat16", True, 2, partial(_compiled, context, torch.bfloat16))
+    for batch in context.batches[:1] if context.dry else (8, 1, 64):
+        for name in ("hf_compile_bf16", "ours_graphs_bfloat16"):
+            _item(context, "models_compiled", run, name, batch)
 
 
-def _time(context, subject, model, run, built, batch):
+def winners(context):
+    """Ours once more, as it ships and with the variants that won among the kernels: winners.json."""
+    won = variants.winners(context.out)
+    (context.out / "winners.json").write_text(json.dumps(won, indent=1) + "\n", encoding="utf-8")
+    context.note(f"variants that won: {won or 'none'}")
+    run = {name: provider for name, provider in providers(context).items() if name.startswith("ours_")}
+    for name in ("ours_graphs_bfloat16", "ours_bfloat16"):
+        run[f"{name}_winners"] = run[name]._replace(build=partial(_with_winners, won, run[name].build))
+    run[BASE] = providers(context)[BASE]
+    for batch in context.batches[:1] if context.dry else (8, 1, 64):
+        for name in ("ours_graphs_bfloat16_winners", "ours_graphs_bfloat16", "ours_bfloat16_winners", "ours_bfloat16"):
+            if won or not name.endswith("winners"):
+                _item(context, "models_winners", run, name, batch)
+
+
+def _with_winners(won, build, model):
+    return variants.chosen(won, build(model))
+
+
+def _item(context, subject, run, name, batch):
+    seconds = 30.0 if "compile" in name else 3.0
+    context.item(f"{name}, batch {batch}", partial(_time, context, subject, run, name, batch), seconds, 150.0)
+
+
+def _call(context, run, name, batch):
+    """A provider's call, built once; what is compiled, for each batch anew, as somebody would who cares."""
+    if "compile" in name:
+        torch._dynamo.reset()
+        return run[name].build(_base(context))
+    return context.once(("built", name), lambda: run[name].build(_base(context)))
+
+
+def _base(context):
+    return context.once("model", context.model)
+
+
+def _truth(context, inputs):
+    with torch.inference_mode():
+        return copy.deepcopy(_base(context)).double()(**inputs).pooler_output
+
+
+def _time(context, subject, run, name, batch):
+    if context.warm and name.startswith("hf") and "compile" not in name:
+        return
     case = context.case(batch)
     inputs = context.inputs(case)
-    with torch.inference_mode():
-        truth = copy.deepcopy(model).double()(**inputs).pooler_output
-    context.free()
-    work = {name: work_of(context, case, run[name].padded, run[name].size) for name in built}
-    for name, call in built.items():
-        start = time.perf_counter()
-        try:
-            call(inputs)
-            context.sync()
-        except Exception as error:
-            context.note(f"{name} at batch {batch}: {type(error).__name__}: {error}", incomplete=True)
-            del work[name]
-            continue
-        if "compile" in name:
-            context.note(f"{name} at batch {batch}: first call {time.perf_counter() - start:.1f} s")
-    calls = {name: partial(built[name], inputs) for name in work}
-    dtypes = {name: run[name].dtype for name in work}
-    timing.group(context, subject, case.name, case.shape, dtypes, calls, truth, work, whole=True, memory=True)
+    call, start = _call(context, run, name, batch), time.perf_counter()
+    call(inputs)
+    context.sync()
+    if "compile" in name:
+        context.note(f"first call {time.perf_counter() - start:.1f} s")
+    calls = {name: partial(call, inputs)}
+    if name != BASE:
+        calls = {BASE: partial(_call(context, run, BASE, batch), inputs)} | calls
+    dtypes = {each: run[each].dtype for each in calls}
+    work = {each: work_of(context, case, run[each].padded, run[each].size) for each in calls}
+    truth = partial(context.once, ("truth", batch), partial(_truth, context, inputs))
+    timing.group(
+        context, subject, case.name, case.shape, dtypes, calls, truth, work, whole=True,
+        only=(name, BASE) if subject != "models" else (name,),
+    )  # fmt: skip
 
 
 def work_of(context, case, padded, size):
@@ -160,25 +188,21 @@ def work_of(context, case, padded, size):
 def training(context):
     """A step of question answering: forward and backward under bfloat16 autocast, fused AdamW; and its peak memory."""
     for batch in context.batches[1:3][::-1]:
-        if not context.enough(f"training at batch {batch}", 8):
-            continue
-        case = context.case(batch)
-        inputs = context.inputs(case)
-        work = {}
-        calls = {}
-        for name, prepare in (("hf_autocast", None), ("ours_autocast", vilt_fast.accelerate)):
-            model = context.model("ViltForQuestionAnswering").train()
-            if prepare:
-                prepare(model)
-            calls[name] = _step(context, model, inputs)
-            forward = work_of(context, case, prepare is None, 4)
-            work[name] = forward._replace(products=3 * forward.products, bytes=3 * forward.bytes)
-        truth = None  # the loss of the first steps: both start from the same weights
-        timing.group(
-            context, "training", case.name, case.shape, "bfloat16", calls, truth, work, whole=True, memory=True
-        )
-        del calls, model
+        context.item(f"batch {batch}", partial(_training, context, batch), 8.0)
         context.free()
+
+
+def _training(context, batch):
+    case = context.case(batch)
+    inputs, work, calls = context.inputs(case), {}, {}
+    for name, prepare in (("hf_autocast", None), ("ours_autocast", vilt_fast.accelerate)):
+        model = context.model("ViltForQuestionAnswering").train()
+        if prepare:
+            prepare(model)
+        calls[name] = _step(context, model, inputs)
+        forward = work_of(context, case, prepare is None, 4)
+        work[name] = forward._replace(products=3 * forward.products, bytes=3 * forward.bytes)
+    timing.group(context, "training", case.name, case.shape, "bfloat16", calls, None, work, whole=True)
 
 
 def _step(context, model, inputs):

@@ -1,32 +1,32 @@
 """Plots of a GPU campaign, drawn from its CSVs alone."""
 
 import importlib.util
+from functools import partial
 
-from .. import destination
-from .timing import OURS
+from .. import table
+from .tables import OURS
 
 TITLES = {
     "kernels": "Ops beside what a user would call instead",
     "models": "A forward, batch 1 to 256, mixed sizes",
     "models_compiled": "The same after torch.compile",
+    "models_winners": "The same with the variants that won",
     "training": "A training step",
     "alignment": "Optimal transport between words and patches",
     "retrieval": "Every text against every image",
 }
 
 
-def draw_all(out):
-    """A PNG beside every CSV that is there; the paths written. None without matplotlib."""
+def plots(context):
+    """A PNG beside every CSV that is there, an item each."""
     if not importlib.util.find_spec("matplotlib"):
-        return []
-    written = []
+        context.note("matplotlib is not on this machine")
+        return
     for subject, title in TITLES.items():
-        path = out / f"{subject}.csv"
-        rows = destination.read(path) if path.is_file() else []
+        rows = table.read(context.out / f"{subject}.csv")
         if rows:
-            draw(rows, path.with_suffix(".png"), title)
-            written.append(path.with_suffix(".png"))
-    return written
+            path = context.out / f"{subject}.png"
+            context.item(subject, partial(draw, rows, path, title), 3.0, 30.0)
 
 
 def draw(rows, path, title):
@@ -37,7 +37,9 @@ def draw(rows, path, title):
     columns = min(len(cases), 3)
     lines = -(-len(cases) // columns)
     most = max(sum(row["case"] == case for row in rows) for case in cases)
-    figure = Figure(figsize=(5.6 * columns, (0.3 * most + 1.1) * lines + 0.9), facecolor="white", layout="constrained")
+    wide, high = 6.4 * columns, (0.3 * most + 0.9) * lines + 1.3  # inches; a layout engine would take a minute
+    figure = Figure(figsize=(wide, high), facecolor="white")
+    figure.subplots_adjust(2.3 / wide, 0.8 / high, 1 - 0.1 / wide, 1 - 0.7 / high, 2.4 / 4.0, 0.6 / (0.3 * most + 0.3))
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis, case in zip(axes, cases, strict=False):
         chosen = [row for row in rows if row["case"] == case][::-1]

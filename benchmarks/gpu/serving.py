@@ -1,6 +1,7 @@
 """What a service asks: every text against every image, the energy of a pair, and where a forward's time goes."""
 
 import time
+from functools import partial
 
 import torch
 
@@ -26,9 +27,12 @@ PROFILE = ("provider", "case", "kernel", "calls", "total_us", "share")
 
 def retrieval(context):
     """A slice of a retrieval evaluation: so many texts times so many images, in batches, the scores of all pairs."""
+    context.item("all pairs", partial(_retrieval, context), 8.0)
+
+
+def _retrieval(context):
     texts, images, size = (2, 2, 2) if context.dry else (16, 16, 64)
     given = _pairs(context, texts, images, size)
-    truth_model = context.model("ViltForImageAndTextRetrieval")
     names = {"hf_eager": torch.float32, "hf_bf16": torch.bfloat16, "ours_bfloat16": torch.bfloat16}
     calls, dtypes, work = {}, {}, {}
     case = _pairs_case(context, texts, images)
@@ -38,9 +42,9 @@ def retrieval(context):
         calls[name] = _scorer(accelerate(model) if ours else model, given)
         dtypes[name] = str(dtype).removeprefix("torch.")
         work[name] = models.work_of(context, case, not ours, dtype.itemsize)
-    truth = _scorer(truth_model.double(), given)()
+    truth = _scorer(context.model("ViltForImageAndTextRetrieval").double(), given)
     shape = f"{texts} texts x {images} images"
-    rows = timing.group(context, "retrieval", shape, case.shape, dtypes, calls, truth, work, whole=True, memory=True)
+    rows = timing.group(context, "retrieval", shape, case.shape, dtypes, calls, truth, work, whole=True)
     for row in rows:
         context.note(f"{row['provider']}: {texts * images / row['p50_ms'] * 1e3:.0f} pairs a second")
 
@@ -74,75 +78,72 @@ def _scorer(model, batches):
 def energy(context):
     """Joules a pair: some seconds of nothing but forwards, by the card's own counter."""
     batch = context.batches[min(2, len(context.batches) - 1)]
-    case, model = context.case(batch), context.model()
-    inputs, run = context.inputs(case), models.providers(context)
-    rows = []
-    for name in ("hf_bf16", "ours_bfloat16", "ours_graphs_bfloat16", "ours_graphs_float8"):
-        if name not in run or not context.enough(f"energy of {name}", 5):
-            continue
-        try:
-            call = run[name].build(model)
-            for _ in range(1 if context.dry else 5):
-                call(inputs)
-        except Exception as error:  # noted, the others go on
-            context.note(f"{name}: {type(error).__name__}: {error}", incomplete=True)
-            continue
+    for name in ("hf_bf16", "ours_graphs_bfloat16", "ours_bfloat16", "ours_graphs_float8"):
+        context.item(name, partial(_energy, context, name, batch), 5.0)
+
+
+def _energy(context, name, batch):
+    case, run = context.case(batch), models.providers(context)
+    if name not in run:
+        return
+    inputs, call = context.inputs(case), run[name].build(context.once("model", context.model))
+    for _ in range(1 if context.dry else 5):
+        call(inputs)
+    context.sync()
+    before, start, pairs = timing.joules(), time.perf_counter(), 0
+    while pairs == 0 or time.perf_counter() - start < (0.05 if context.dry else 3.0):
+        call(inputs)
         context.sync()
-        before, start, pairs = timing.joules(), time.perf_counter(), 0
-        while pairs == 0 or time.perf_counter() - start < (0.05 if context.dry else 3.0):
-            call(inputs)
-            context.sync()
-            pairs += batch
-        seconds, after = time.perf_counter() - start, timing.joules()
-        used = None if before is None or after is None else after - before
-        rows.append(
-            {
-                "provider": name,
-                "case": case.name,
-                "dtype": run[name].dtype,
-                "pairs": pairs,
-                "joules": used,
-                "joules_a_pair": None if used is None else used / pairs,
-                "watts": None if used is None else used / seconds,
-                "pairs_a_second": pairs / seconds,
-                "device": context.common["device"],
-                "commit": context.common["commit"],
-            }
-        )
-    if any(row["joules"] is None for row in rows):
+        pairs += batch
+    seconds, after = time.perf_counter() - start, timing.joules()
+    used = None if before is None or after is None else after - before
+    if used is None:
         context.note("no energy counter (nvidia-ml-py is missing, or the card has none): throughput only")
-    context.emit("energy", rows, ENERGY)
+    row = {
+        "provider": name,
+        "case": case.name,
+        "dtype": run[name].dtype,
+        "pairs": pairs,
+        "joules": used,
+        "joules_a_pair": None if used is None else used / pairs,
+        "watts": None if used is None else used / seconds,
+        "pairs_a_second": pairs / seconds,
+        "device": context.common["device"],
+        "commit": context.common["commit"],
+    }
+    context.emit("energy", [row], ENERGY, key=("provider", "case", "device"))
 
 
 def profile(context):
     """A profiler's table of one forward, HuggingFace's and ours: profile.csv, and the whole tables in profile.txt."""
+    # The interpreter takes no bfloat16: a dry run that is to see our kernels looks at float32.
+    for name in ("hf_eager", "ours_float32") if context.dry else ("hf_bf16", "ours_bfloat16"):
+        context.item(name, partial(_profile, context, name), 4.0)
+
+
+def _profile(context, name):
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
     cuda = context.device.type == "cuda"
-    batch = context.batches[min(2, len(context.batches) - 1)]
-    case, model = context.case(batch), context.model()
-    inputs, run = context.inputs(case), models.providers(context)
-    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]
-    # The interpreter takes no bfloat16: a dry run that is to see our kernels looks at float32.
-    for name in ("hf_eager", "ours_float32") if context.dry else ("hf_bf16", "ours_bfloat16"):
-        call = run[name].build(model)
+    case = context.case(context.batches[min(2, len(context.batches) - 1)])
+    inputs, call = context.inputs(case), models.providers(context)[name].build(context.once("model", context.model))
+    call(inputs)
+    context.sync()
+    with profiler(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as taken:
         call(inputs)
         context.sync()
-        with profiler(activities=activities) as taken:
-            call(inputs)
-            context.sync()
-        averages = taken.key_averages()
-        key = "self_device_time_total" if cuda else "self_cpu_time_total"
-        with open(context.out / "profile.txt", "a", encoding="utf-8") as file:
-            file.write(f"{name}, {case.shape}\n{averages.table(sort_by=key, row_limit=40)}\n")
-        # On a GPU an operator carries the time of its kernels too: count the kernels alone.
-        alone = [e for e in averages if not cuda or e.device_type != torch.autograd.DeviceType.CPU]
-        events = sorted(((getattr(e, key), e) for e in alone), key=lambda pair: -pair[0])
-        total = sum(value for value, _ in events) or 1.0
-        rows = [
-            {"provider": name, "case": case.name, "kernel": e.key, "calls": e.count, "total_us": float(value),
-             "share": value / total}
-            for value, e in events[:40] if value > 0
-        ]  # fmt: skip
-        context.emit("profile", rows, PROFILE)
+    averages = taken.key_averages()
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    with open(context.out / "profile.txt", "a", encoding="utf-8") as file:
+        file.write(f"{name}, {case.shape}\n{averages.table(sort_by=key, row_limit=40)}\n")
+    # On a GPU an operator carries the time of its kernels too: count the kernels alone.
+    alone = [e for e in averages if not cuda or e.device_type != torch.autograd.DeviceType.CPU]
+    events = sorted(((getattr(e, key), e) for e in alone), key=lambda pair: -pair[0])
+    total = sum(value for value, _ in events) or 1.0
+    rows = [
+        {"provider": name, "case": case.name, "kernel": e.key, "calls": e.count, "total_us": float(value),
+         "share": value / total}
+        for value, e in events[:40] if value > 0
+    ]  # fmt: skip
+    context.emit("profile", rows, PROFILE, key=("provider", "case", "kernel"))

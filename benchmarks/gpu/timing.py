@@ -1,33 +1,53 @@
 """How things are timed on a GPU: interleaved medians, the cache flushed; the ceilings; clocks and energy.
 
-A kernel's time is that between two CUDA events around it, queued behind a write over the whole L2 cache, which also
-gives the host the time to get ahead. A model's time is the user's: from call to finished result. All calls of a group
-take turns, so whatever disturbs the machine disturbs them alike.
+A kernel's time is the GPU's own: between two CUDA events around a replay of the call in a CUDA graph, or around the
+call itself where it cannot be captured. Before the first event the GPU writes over its L2 cache and then sleeps for
+longer than the host needs to make the call, so that everything is queued when the event comes: what the host takes is
+a column of its own. A model's time is the user's, from call to finished result, with the GPU's share beside it. All
+calls of a group take turns, so whatever disturbs the machine disturbs them alike.
 """
 
 import contextlib
 import json
+import statistics
 import time
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
 from vilt_fast.commands import report
+from vilt_fast.engine.graphs import Recording
 
-OURS = ("ours", "triton", "cuda")  #: how names of our own providers begin
+from .tables import OURS
+
+NAP = 1e-3  #: seconds that the GPU sleeps at least before what is timed
+CYCLES = 2e9  #: of a GPU in a second, about
 
 
-def group(context, subject, case, shape, dtype, calls, truth, work, *, whole=False, memory=False, uncompared=()):
+class Times(NamedTuple):
+    """Seconds, one a round; how they were taken; the host's until the call returned; the GPU's, median."""
+
+    values: list
+    timed: str
+    host: float | None
+    gpu: float | None
+
+
+def group(context, subject, case, shape, dtype, calls, truth, work, *, whole=False, uncompared=(), only=None):
     """Time calls that compute the same thing, and write a row for each to `subject`.csv.
 
     Args:
         calls: {provider: function}; the first that works is the base of the ratios. One that raises is noted.
-        truth: what they should return, float64, or None. The error is that of the first call.
+        truth: makes what they should return, float64; or None. The error is that of the first call.
         work: {provider: counts.Work}, or one for all.
-        whole: time from call to finished result, rather than between events.
-        memory: also the peak of allocated memory (GPU).
+        whole: time from call to finished result, rather than the GPU's; and the peak of allocated memory (GPU).
         uncompared: providers that compute something else, less or more, and so have no error.
+        only: providers whose rows are written, where others are there to be compared with.
     """
+    if context.warm:
+        return _warm(context, calls)
+    truth = None if truth is None else _flat(truth())
     errors, peaks, good = {}, {}, {}
     for name, call in calls.items():
         before = _reset_memory(context)
@@ -37,26 +57,46 @@ def group(context, subject, case, shape, dtype, calls, truth, work, *, whole=Fal
         except Exception as error:  # one that cannot do it says so and leaves the others alone
             ours = name.startswith(OURS)
             context.note(f"{subject} {case} {name}: {type(error).__name__}: {str(error).strip()}", incomplete=ours)
+            context.sync()  # raises where the device is lost
             continue
         good[name], peaks[name] = call, _peak_memory(context, before)
-        errors[name] = (
-            None if truth is None or name in uncompared else report.relative_error(_flat(result), _flat(truth))
-        )
+        errors[name] = None if truth is None or name in uncompared else report.relative_error(_flat(result), truth)
         del result
     times, repeats = interleaved(context, good, whole)
-    base = next(iter(times.values()))[1] if times else None
+    quantiles = {name: report.quantiles(found.values) for name, found in times.items()}
+    base = next(iter(quantiles.values()))[1] if times else None
     rows = []
-    for name, (p20, p50, p80) in times.items():
-        mine = work[name] if isinstance(work, dict) else work
+    for name, (p20, p50, p80) in quantiles.items():
+        if only is not None and name not in only:
+            continue
+        mine, found = work[name] if isinstance(work, dict) else work, times[name]
         row = {"subject": subject, "provider": name, "case": case, "shape": shape}
         row |= {"dtype": dtype[name] if isinstance(dtype, dict) else dtype}
         row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": base / p50}
         row |= {"error": errors[name], "flops": mine.flops, "bytes": mine.bytes, "repeats": repeats}
-        if memory:
+        row |= {"timed": found.timed, "host_us": None if found.host is None else found.host * 1e6}
+        row |= {"gpu_ms": None if found.gpu is None else found.gpu * 1e3}
+        if whole:
             row["peak_mib"], row["forward_mib"] = peaks[name]
         rows.append(row)
     context.emit(subject, rows)
     return rows
+
+
+def _warm(context, calls):
+    """Call once what compiles something: ours, and what torch.compile makes."""
+    failed = []
+    for name, call in calls.items():
+        if name.startswith(OURS) or "compile" in name:
+            try:
+                call()
+                context.sync()
+            except Exception as error:
+                failed.append(f"{name}: {type(error).__name__}: {str(error).strip()[:200]}")
+                context.sync()
+    if failed:
+        raise RuntimeError("; ".join(failed))
+    return []
 
 
 def _flat(result):
@@ -81,19 +121,29 @@ def _peak_memory(context, before):
 
 
 def interleaved(context, calls, whole=False):
-    """({name: (p20, p50, p80) in seconds}, rounds): as many rounds as fit the time of a group, 5 to 200."""
+    """({name: Times}, rounds): as many rounds as fit the time of a group, 5 to 200."""
     if not calls:
         return {}, 0
-    rounds = 1
+    gpu, rounds = context.device.type == "cuda", 1
     if not context.dry:
-        once = min(_all(context, calls) for _ in range(3))
+        once = min(_all(context, calls) for _ in range(3)) + (0 if whole else 1.2 * NAP * len(calls))
         rounds = max(5, min(200, round(context.seconds * len(calls) / max(once, 1e-6))))
-    if context.device.type == "cuda" and not whole:
-        times = _between_events(calls, rounds)
-    else:
-        finished = {name: lambda call=call: (call(), context.sync()) for name, call in calls.items()}
-        times = report.interleave(finished, rounds, warmup=0)
-    return {name: report.quantiles(values) for name, values in times.items()}, rounds
+    if whole or not gpu:
+        finished, hosts = {}, {name: [] for name in calls}
+        for name, call in calls.items():
+            finished[name] = partial(_to_result, context, call, hosts[name])
+        values = report.interleave(finished, rounds, warmup=0)
+        busy = {name: statistics.median(_queued(call, 5)[0]) if gpu else None for name, call in calls.items()}
+        times = {n: Times(values[n], "wall", statistics.median(hosts[n]), busy[n]) for n in calls}
+        return times, rounds
+    return _on_the_gpu(context, calls, rounds), rounds
+
+
+def _to_result(context, call, hosts):
+    start = time.perf_counter()
+    call()
+    hosts.append(time.perf_counter() - start)
+    context.sync()
 
 
 def _all(context, calls):
@@ -105,35 +155,75 @@ def _all(context, calls):
     return time.perf_counter() - start
 
 
-def _between_events(calls, rounds):
+def _on_the_gpu(context, calls, rounds):
+    replays, hosts, naps = {}, {}, {}
     flush = torch.empty(2 * torch.cuda.get_device_properties().L2_cache_size, dtype=torch.int8, device="cuda")
-    marks = {name: [] for name in calls}
+    for name, call in calls.items():
+        hosts[name] = statistics.median(_queued(call, 20)[1])
+        try:
+            replays[name] = Recording(call, torch.device("cuda", torch.cuda.current_device()), None)
+        except Exception:  # it waits for the host, or takes memory in a way of its own: it is timed as it is
+            context.sync()
+        naps[name] = max(NAP, 3 * hosts[name])
+    values = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            flush.zero_()
-            pair[0].record()
-            call()
-            pair[1].record()
-            marks[name].append(pair)
+            run = replays[name].replay if name in replays else call
+            values[name].append(_between_events(run, naps[name], flush))
         torch.cuda.synchronize()
-    return {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in marks.items()}
+    times = {}
+    for name in calls:
+        seconds = [a.elapsed_time(b) / 1e3 for a, b in values[name]]
+        how = "graph" if name in replays else "sleep"
+        times[name] = Times(seconds, how, hosts[name], statistics.median(seconds))
+    return times
+
+
+def _between_events(run, nap, flush=None):
+    """Two events around what `run` launches, behind a sleep in which it is queued."""
+    pair = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    if flush is not None:
+        flush.zero_()
+    torch.cuda._sleep(int(nap * CYCLES))
+    pair[0].record()
+    run()
+    pair[1].record()
+    return pair
+
+
+def _queued(call, rounds):
+    """(GPU seconds, host seconds) of a call made while the GPU sleeps, one each a round."""
+    busy, hosts = [], []
+    for _ in range(rounds):
+
+        def timed():
+            start = time.perf_counter()
+            call()
+            hosts.append(time.perf_counter() - start)
+
+        pair = _between_events(timed, max(NAP, 3 * max(hosts, default=0)))
+        torch.cuda.synchronize()
+        busy.append(pair[0].elapsed_time(pair[1]) / 1e3)
+    return busy, hosts
 
 
 # --- ceilings ---------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def ceilings(context):
     """A large copy, large matrix products, and what a launch costs; ceilings.csv, and ceilings.json for the floors."""
+    context.item("all", torch.inference_mode()(partial(_ceilings, context)), 3.0, 60.0)
+
+
+def _ceilings(context):
     found, rows = {}, []
 
     def add(name, dtype, call, flops=0, moved=0):
         times, repeats = interleaved(context, {name: call})
-        p20, p50, p80 = times[name]
+        p20, p50, p80 = report.quantiles(times[name].values)
         row = {"subject": "ceilings", "provider": "torch", "case": name, "shape": "", "dtype": dtype, "ratio": 1.0}
         row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "flops": flops, "bytes": moved}
-        rows.append(row | {"error": None, "repeats": repeats})
+        rows.append(row | {"error": None, "repeats": repeats, "timed": times[name].timed})
         return p50
 
     source = torch.randn(1 << (12 if context.dry else 28), device=context.device)
@@ -150,21 +240,39 @@ def ceilings(context):
         product = lambda: torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)  # noqa: E731
         product()
         found["float8"] = 2 * n**3 / add("matmul", "float8", product, flops=2 * n**3)
-    small, launches = torch.zeros(1, device=context.device), 1000
+    found |= _launches(context)
+    path = context.out / "ceilings.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(known | {context.common["device"]: found}, indent=1) + "\n", encoding="utf-8")
+    context.emit("ceilings", rows)
+    context.note(", ".join(f"{name} {value:.4g}" for name, value in found.items()))
 
-    def enqueue():
+
+def _launches(context):
+    """Seconds: "launch", of one among many; "latency", of one alone until its result; on a GPU also "replay", of a
+    graph of one until its result, and "node", of one among many within a graph."""
+    small, many = torch.zeros(1, device=context.device), 1000
+
+    def enqueue(launches):
         for _ in range(launches):
             small.add_(1)
 
-    enqueue()
+    def median(call, rounds=20):
+        return statistics.median(_seconds(context, call) for _ in range(rounds))
+
+    found = {"launch": median(partial(enqueue, many), 3) / many, "latency": median(partial(enqueue, 1))}
+    if context.device.type == "cuda":
+        one, all_of_them = (Recording(partial(enqueue, n), small.device, None).replay for n in (1, many))
+        found |= {"replay": median(one), "node": median(all_of_them, 3) / many}
+    return found
+
+
+def _seconds(context, call):
     context.sync()
     start = time.perf_counter()
-    enqueue()
+    call()
     context.sync()
-    found["launch"] = (time.perf_counter() - start) / launches
-    (context.out / "ceilings.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    context.emit("ceilings", rows)
-    context.note(", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+    return time.perf_counter() - start
 
 
 # --- NVML -------------------------------------------------------------------------------------------------------------

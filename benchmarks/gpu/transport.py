@@ -1,4 +1,4 @@
-"""Optimal transport on a GPU: the loop that ViLT and UNITER run, the loop in a CUDA graph, and our backends.
+"""Optimal transport on a GPU: the loop that ViLT and UNITER run, and our backends; the loop too is timed in a graph.
 
 64 pairs of 40 words and 240 patches, `full` and with the lengths of the mixed batch, 50 iterations, beta 0.5: plans
 (`ipot`), and hidden states to distances with their gradients (`word_patch_distance`).
@@ -17,21 +17,20 @@ from ..transport import BETA, original_ipot
 from . import checks, timing
 
 
-def alignment(context):
-    """The CUDA kernels, which were not built yet when all else was checked, against float64; then times."""
-    wrong = []
+def transport(context):
+    """The CUDA kernels, which were not built yet when all else was checked: their tests, and float64; then times."""
     if context.device.type == "cuda":
         for op in ("ipot", "sinkhorn", "word_patch_distance"):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                wrong += checks.check(context, op, "cuda", dtype)
-    for kind in ("full", "mixed"):
+                if checks.applies(op, dtype):
+                    name = f"{op}, cuda, {str(dtype).removeprefix('torch.')}"
+                    context.item(name, partial(checks.check, context, op, "cuda", dtype))
+    for kind in ("mixed",) if context.dry else ("full", "mixed"):
         words, patches = lengths(context, kind)
-        if context.enough(f"ipot, {kind}", 4):
-            _ipot(context, kind, words, patches)
-        if context.enough(f"word_patch_distance, {kind}", 4):
-            _distance(context, kind, words, patches)
-    if wrong:
-        raise AssertionError("; ".join(wrong))
+        context.item(f"ipot, {kind}", partial(_ipot, context, kind, words, patches), 4.0)
+        context.item(f"word_patch_distance, {kind}", partial(_distance, context, kind, words, patches), 4.0)
+    if context.device.type == "cuda" and not context.warm and not registry.why_unavailable("ipot", "cuda"):
+        context.item("tests", partial(checks.pytest, context, ["-m", "gpu", *checks.OF_THE_LIBRARY]), 10.0, 600.0)
 
 
 def lengths(context, kind):
@@ -66,34 +65,6 @@ def _inputs(context, words, patches):
     return [t.to(context.device) for t in given]
 
 
-def graphed(context, call, warm=3):
-    """A replay of `call` in a CUDA graph. The result is always the same tensor."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warm):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
-
-
-def _with_graph(context, calls):
-    if context.device.type == "cuda":
-        try:
-            calls["loop_in_a_graph"] = graphed(context, calls["loop"])
-        except RuntimeError as error:
-            context.note(f"the loop in a CUDA graph: {error}", incomplete=True)
-    return calls
-
-
 def _backends(context, op, **facts):
     """Our backends for this device, where they can run."""
     found = [name for name in registry.backends(op) if name == "triton" or name == context.device.type]
@@ -109,11 +80,11 @@ def _ipot(context, kind, words, patches):
     text, image, text_pad, image_pad = _inputs(context, words, patches)
     cost = 1 - F.normalize(text, dim=-1) @ F.normalize(image, dim=-1).transpose(1, 2)
     cost = cost.masked_fill(text_pad.unsqueeze(2) | image_pad.unsqueeze(1), 0)
-    calls = _with_graph(context, {"loop": partial(original_ipot, cost, text_pad, image_pad, context.iterations)})
+    calls = {"loop": partial(original_ipot, cost, text_pad, image_pad, context.iterations)}
     options = {"beta": BETA, "iterations": context.iterations}
     for backend in _backends(context, "ipot"):
         calls[backend] = partial(functional.ipot, cost, text_pad, image_pad, **options, backend=backend)
-    truth = original_ipot(cost.double(), text_pad, image_pad, context.iterations)
+    truth = partial(original_ipot, cost.double(), text_pad, image_pad, context.iterations)
     shape = f"b{len(words)} {max(words)}x{max(patches)}"
     work = counts.ipot(words, patches, context.iterations)
     timing.group(context, "alignment", f"ipot {kind}", shape, "float32", calls, truth, work)
@@ -139,12 +110,12 @@ def _distance(context, kind, words, patches):
     forward = counts.word_patch_distance(words, patches, context.iterations, context.config.hidden_size)
     work = forward._replace(products=3 * forward.products, bytes=3 * forward.bytes)
     shape = f"b{len(words)} {max(words)}x{max(patches)}"
-    truth = gradients(loop, torch.float64)()
+    truth = gradients(loop, torch.float64)
     timing.group(context, "alignment", f"distance and gradient {kind}", shape, "float32", calls, truth, work)
     with torch.no_grad():
         given = text, image, text_pad, image_pad
-        calls = _with_graph(context, {"loop": partial(loop, *given)})
+        calls = {"loop": partial(loop, *given)}
         for backend in _backends(context, "word_patch_distance"):
             calls[backend] = partial(functional.word_patch_distance, *given, **options, backend=backend)
-        truth = loop(text.double(), image.double(), text_pad, image_pad)
+        truth = partial(loop, text.double(), image.double(), text_pad, image_pad)
         timing.group(context, "alignment", f"distance {kind}", shape, "float32", calls, truth, forward)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import ViltConfig, ViltModel
 
-from benchmarks import cases, destination, host, measure, ops, plot, providers, run
+from benchmarks import cases, destination, host, measure, ops, plot, providers, run, table
 from vilt_fast.commands import report
 from vilt_fast.commands.samples import token_counts
 
@@ -110,16 +110,16 @@ def test_a_run_writes_every_column(tiny, tmp_path, capsys):
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["provider"] for row in rows] == [p.name for p in providers.chosen(report.PRECISIONS, peers=False)]
-    assert tuple(rows[0]) == run.FIELDS
+    assert tuple(rows[0]) == table.FIELDS
     optional = {"peak_mib", "forward_mib", "peak_gflops", "commit"}
-    assert all(row[field] for row in rows for field in run.FIELDS if field not in optional)
+    assert all(row[field] for row in rows for field in table.FIELDS if field not in optional)
     backends = {row["provider"]: row["backend"].split() for row in rows}
     assert backends["hf_eager"] == ["torch"] and all("cpp" in b for p, b in backends.items() if p.startswith("ours"))
     assert float(rows[0]["ratio"]) == 1
     assert float(rows[0]["error"]) < 1e-5
     by_name = {row["provider"]: row for row in rows}
     assert int(by_name["ours_float32"]["flops"]) < int(by_name["hf_eager"]["flops"])
-    plot.draw(destination.read(out), tmp_path / "model.png")
+    plot.draw(table.read(out), tmp_path / "model.png")
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- figures -->\nold\n<!-- /figures -->\nafter\n")
@@ -133,14 +133,14 @@ def test_a_run_writes_every_column(tiny, tmp_path, capsys):
 
 
 def test_the_readme_has_a_place_for_figures():
-    figures = plot.markdown(destination.read(measure.ROOT / "benchmarks" / "results" / "model.csv"))
+    figures = plot.markdown(table.read(measure.ROOT / "benchmarks" / "results" / "model.csv"))
     assert figures in plot.put((measure.ROOT / "README.md").read_text(), figures)
     with pytest.raises(ValueError, match="exactly one"):
         plot.put("no marks", "")
 
 
 def test_a_part_of_the_figures_drops_nothing_of_the_readme(tmp_path, capsys):
-    whole = destination.read(measure.ROOT / "benchmarks" / "results" / "model.csv")
+    whole = table.read(measure.ROOT / "benchmarks" / "results" / "model.csv")
     text = plot.put("<!-- figures --><!-- /figures -->", plot.markdown(whole))
     assert plot.put(text, plot.markdown(whole)) == text
     for what, part in (
@@ -149,7 +149,7 @@ def test_a_part_of_the_figures_drops_nothing_of_the_readme(tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=f"has {what}, which these figures have not"):
             plot.put(text, plot.markdown(part))
-    destination.write(tmp_path / "part.csv", part, list(part[0]))
+    table.write(tmp_path / "part.csv", part, list(part[0]))
     (tmp_path / "README.md").write_text(text)
     with pytest.raises(SystemExit):
         plot.main([str(tmp_path / "part.csv"), "--readme", str(tmp_path / "README.md")])
@@ -187,7 +187,7 @@ def test_committed_figures_want_a_quiet_machine_and_to_be_named(capsys, monkeypa
     committed = destination.RESULTS / "model.csv"
     common = ["model", "--cases", "small", "--dtypes", "float32", "--repeats", "1"]
     assert run.main([*common, "--update"]) == 0
-    assert len(destination.read(committed)) == 2
+    assert len(table.read(committed)) == 2
     assert "pass --update" in refused(capsys, run.main, *common, "--out", str(committed))
     assert "one of them" in refused(capsys, run.main, *common, "--update", "--out", "x.csv")
     assert "leave --model" in refused(capsys, run.main, "model", "--update", "--shapes", "64x64+3")
@@ -206,10 +206,10 @@ def test_fewer_rows_do_not_replace_the_committed_ones(tiny, capsys):
     assert destination.put(committed, rows, run.KEYS, run.KEYS) == 0
     assert destination.put(committed, rows[:2], run.KEYS, run.KEYS) == 1
     assert "openvino_f32 b1 float32" in capsys.readouterr().err
-    assert destination.read(committed) == rows
-    assert [destination.read(path) for path in destination.NEW.iterdir()] == [rows[:2]]
+    assert table.read(committed) == rows
+    assert [table.read(path) for path in destination.NEW.iterdir()] == [rows[:2]]
     assert destination.put(committed, [], run.KEYS, run.KEYS) == 2
-    assert destination.read(committed) == rows
+    assert table.read(committed) == rows
 
 
 def test_ones_own_shapes_and_model(quiet, tmp_path, capsys, monkeypatch):
@@ -217,7 +217,7 @@ def test_ones_own_shapes_and_model(quiet, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "_trunk", lambda checkpoint=None: (asked.append(checkpoint), real())[1])
     options = ["--repeats", "1", "--dtypes", "float32", "--model", "mine", "--shapes", "64x96+6", "40x64+3"]
     assert run.main(["model", *options, "--out", str(tmp_path / "own.csv")]) == 0
-    rows = destination.read(tmp_path / "own.csv")
+    rows = table.read(tmp_path / "own.csv")
     assert {(r["case"], r["shape"], r["model"]) for r in rows} == {("own", "b2 6 text + 64x96", "mine")}
     assert asked == ["mine"] and all(float(row["error"]) < 1e-5 for row in rows)
     for shape in ("64", "64x8+1", "64x64+0", "64x64+41", "64x64", "64x64+3+4", "9" * 40):
@@ -234,7 +234,7 @@ def test_a_peer_that_breaks_is_left_out(quiet, tmp_path, capsys, monkeypatch):
     options = ["--cases", "small", "--repeats", "1", "--dtypes", "float32", "--peers", "--out", str(tmp_path / "o.csv")]
     assert run.main(["model", *options]) == 0
     assert "compile_float32 is left out: RuntimeError: no compiler" in capsys.readouterr().err
-    assert [row["provider"] for row in destination.read(tmp_path / "o.csv")] == ["hf_eager", "ours_float32"]
+    assert [row["provider"] for row in table.read(tmp_path / "o.csv")] == ["hf_eager", "ours_float32"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -261,7 +261,7 @@ def test_kernel_rows(subject, tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(cases.CASES, "b8", cases.CASES["small"])
     out = tmp_path / "rows.csv"
     assert run.main([subject, "--dtypes", "float32", "--repeats", "2", "--out", str(out)]) == 0
-    rows = destination.read(out)
+    rows = table.read(out)
     assert {row["backend"] for row in rows if row["provider"] == "ours"} == {"cpp"}
     assert {row["provider"] for row in rows} >= {"hf_layer" if subject == "block" else "torch", "ours"}
     assert all(float(row["error"]) < 1e-5 for row in rows)
@@ -269,5 +269,5 @@ def test_kernel_rows(subject, tiny, tmp_path, monkeypatch):
 
 def test_a_csv_that_cannot_be_drawn(tmp_path, capsys):
     assert "benchmarks.run model" in refused(capsys, plot.main, "/nowhere.csv")
-    (tmp_path / "empty.csv").write_text(",".join(run.FIELDS) + "\n")
+    (tmp_path / "empty.csv").write_text(",".join(table.FIELDS) + "\n")
     assert "no rows of a model" in refused(capsys, plot.main, str(tmp_path / "empty.csv"))

@@ -1,0 +1,103 @@
+"""Configurations of our kernels that may win where what ships does not, timed beside it in the same run.
+
+A variant replaces the function that a launcher asks for its configuration while the launcher runs: the launch is
+another, and so is what a CUDA graph records of it; the host's time is not what is compared.
+"""
+
+import contextlib
+from functools import partial
+from unittest import mock
+
+from vilt_fast.kernels import add_layer_norm, attention, linear, patch_embed
+
+from .. import table
+
+
+def _tiles(rows):
+    """Another table of linear.py for bfloat16 through descriptors, whatever the size."""
+
+    def config(own, kind, M, N, **more):
+        if kind != "tma":
+            return own(kind, M, N, **more)
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
+        return own(kind, M, N, **more) | dict(zip(names, rows, strict=True))
+
+    return linear, "_config", config
+
+
+def _norm(warps, rows=None):
+    def config(own, N, D):
+        found = own(N, D)
+        return found | {"num_warps": warps} | ({} if rows is None else {"ROWS": rows})
+
+    return add_layer_norm, "_config", config
+
+
+def _online(tiles):
+    """Online softmax whatever the length; with dropout and in float32 what ships."""
+
+    def config(own, arch, itemsize, width, longest_q, longest_k, pairs, processors, dropout=False):
+        if itemsize != 2 or width > 64 or dropout:
+            return own(arch, itemsize, width, longest_q, longest_k, pairs, processors, dropout)
+        return attention.options(tiles, BLOCK_N2=0, SINGLE=False)
+
+    return attention, "_forward_config", config
+
+
+def _patches(**tiles):
+    def config(own, n, dtype, little):
+        found = own(n, dtype, little)
+        return found if dtype.itemsize != 2 or found["SPLITS"] != 1 else found | tiles
+
+    return patch_embed, "fwd_config", config
+
+
+#: {op of the CSV: {variant: (module, name of its function, function(own, *arguments))}}
+VARIANTS = {
+    "linear_gelu": {
+        "128x256": _tiles((128, 256, 64, 4, 8, 4, 1)),
+        "128x128x2": _tiles((128, 128, 64, 4, 8, 3, 2)),
+    },
+    "add_layer_norm": {"4 warps": _norm(4), "8 warps": _norm(8), "4 rows 4 warps": _norm(4, 4)},
+    "attention": {"online 64x64": _online((64, 64, 4, 2)), "online 128x64": _online((128, 64, 4, 3))},
+    "patch_embed": {
+        "128x256": _patches(BLOCK_N=256, num_stages=3),
+        "64x256": _patches(BLOCK_M=64, BLOCK_N=256, num_stages=3),
+    },
+}
+
+
+def of(context, case, op, call):
+    """{"ours <variant>": call} of an op; in a dry run at the smallest batch only."""
+    if context.dry and case.batch > min(context.batches):
+        return {}
+    return {f"ours {name}": partial(_under, [VARIANTS[op][name]], call) for name in VARIANTS.get(op, ())}
+
+
+def _under(changes, call, *arguments):
+    with contextlib.ExitStack() as stack:
+        for module, name, change in changes:
+            own = getattr(module, name)
+            stack.enter_context(mock.patch.object(module, name, partial(change, own)))
+        return call(*arguments)
+
+
+def winners(results):
+    """{op: variant} of those that beat what ships by 2 % at the largest batch that kernels.csv has."""
+    groups = {}
+    for row in table.read(results / "kernels.csv"):
+        op, _, case = row["case"].rpartition(" ")
+        if op in VARIANTS and row["provider"].startswith("ours"):
+            groups.setdefault(op, {}).setdefault(int(case.removeprefix("b")), {})[row["provider"]] = row
+    found = {}
+    for op, cases in groups.items():
+        rows = cases[max(cases)]
+        best = min(rows.values(), key=lambda row: float(row["p50_ms"]))
+        if "ours" in rows and float(best["p50_ms"]) < 0.98 * float(rows["ours"]["p50_ms"]):
+            found[op] = best["provider"].removeprefix("ours ")
+    return found
+
+
+def chosen(won, call):
+    """`call` with the variants that won, {op: variant}."""
+    return partial(_under, [VARIANTS[op][name] for op, name in won.items()], call)
