@@ -14,7 +14,7 @@ from . import process
 
 PARTS = ("checks:correctness", "models:models", "models:compiled", "kernels:kernels", "models:training",
          "transport:transport")  # fmt: skip
-MOST = 16  # processes: each takes half a gigabyte of the GPU
+MOST = 12  # processes: each takes some gigabytes of the GPU
 
 
 def compilation(context):
@@ -33,7 +33,7 @@ def _all(context):
         """Every n-th item of each part, from the k-th on."""
 
         def start():
-            workers[k] = process.Worker(context.out, cache, context.dry)
+            workers[k] = process.Worker(context.out, cache, context.dry, within=True)
             return workers[k]
 
         def heard(line):

@@ -19,9 +19,10 @@ GRACE = 10.0  # seconds a part may take to notice that its time is over, before 
 
 class Worker:
     """The process in which parts run (benchmarks.gpu.worker); what it prints goes to log.txt. Compiled kernels are kept
-    in `cache`."""
+    in `cache`. `within`: one of many that another worker has started, and is to take along when it ends."""
 
-    def __init__(self, out, cache, dry):
+    def __init__(self, out, cache, dry, within=False):
+        self.within = within
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
         environment |= {
@@ -29,6 +30,8 @@ class Worker:
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
             "TRITON_STORE_BINARY_ONLY": "1",  # a tenth of the bytes
         }
+        if within:
+            environment |= {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "1"}
         if dry:
             environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         else:
@@ -37,7 +40,7 @@ class Worker:
         with open(out / "log.txt", "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                start_new_session=True,
+                start_new_session=not within,
             )  # fmt: skip
 
     def run(self, patience, heard, **request):
@@ -79,7 +82,7 @@ class Worker:
     def kill(self):
         """End the process and all that it started."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.kill() if self.within else os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()

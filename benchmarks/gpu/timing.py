@@ -30,8 +30,13 @@ class Times(NamedTuple):
 
     values: list
     timed: str
-    host: float | None
+    host: float
     gpu: float | None
+
+    def columns(self):
+        """What a row says of them besides the quantiles."""
+        gpu = None if self.gpu is None else self.gpu * 1e3
+        return {"timed": self.timed, "host_us": self.host * 1e6, "gpu_ms": gpu}
 
 
 def group(context, subject, case, shape, dtype, calls, truth, work, *, whole=False, uncompared=(), only=None):
@@ -74,8 +79,7 @@ def group(context, subject, case, shape, dtype, calls, truth, work, *, whole=Fal
         row |= {"dtype": dtype[name] if isinstance(dtype, dict) else dtype}
         row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": base / p50}
         row |= {"error": errors[name], "flops": mine.flops, "bytes": mine.bytes, "repeats": repeats}
-        row |= {"timed": found.timed, "host_us": None if found.host is None else found.host * 1e6}
-        row |= {"gpu_ms": None if found.gpu is None else found.gpu * 1e3}
+        row |= found.columns()
         if whole:
             row["peak_mib"], row["forward_mib"] = peaks[name]
         rows.append(row)
@@ -223,7 +227,7 @@ def _ceilings(context):
         p20, p50, p80 = report.quantiles(times[name].values)
         row = {"subject": "ceilings", "provider": "torch", "case": name, "shape": "", "dtype": dtype, "ratio": 1.0}
         row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "flops": flops, "bytes": moved}
-        rows.append(row | {"error": None, "repeats": repeats, "timed": times[name].timed})
+        rows.append(row | {"error": None, "repeats": repeats} | times[name].columns())
         return p50
 
     source = torch.randn(1 << (12 if context.dry else 28), device=context.device)

@@ -25,10 +25,11 @@ def _tiles(rows):
     return linear, "_config", config
 
 
-def _norm(warps, rows=None):
+def _norm(rows, warps):
+    """As many warps as rows: a row is one warp's, and no sum crosses shared memory."""
+
     def config(own, N, D):
-        found = own(N, D)
-        return found | {"num_warps": warps} | ({} if rows is None else {"ROWS": rows})
+        return own(N, D) | {"ROWS": rows, "num_warps": warps}
 
     return add_layer_norm, "_config", config
 
@@ -58,7 +59,7 @@ VARIANTS = {
         "128x256": _tiles((128, 256, 64, 4, 8, 4, 1)),
         "128x128x2": _tiles((128, 128, 64, 4, 8, 3, 2)),
     },
-    "add_layer_norm": {"4 warps": _norm(4), "8 warps": _norm(8), "4 rows 4 warps": _norm(4, 4)},
+    "add_layer_norm": {"4 rows 4 warps": _norm(4, 4), "8 rows 8 warps": _norm(8, 8)},
     "attention": {"online 64x64": _online((64, 64, 4, 2)), "online 128x64": _online((128, 64, 4, 3))},
     "patch_embed": {
         "128x256": _patches(BLOCK_N=256, num_stages=3),
