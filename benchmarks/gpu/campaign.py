@@ -156,6 +156,10 @@ def _run(records, parts, native, start, end, say):
                 continue
             items = {} if part.every else dict(earlier.get("items", {}))
             worker = _part(records, name, part, items, min(part.most, left), make, worker, record)
+            if name == "environment" and records.parts[name]["status"] not in DONE:
+                say("Nothing else is tried: there is no device to try it on")
+                end = 0.0
+                break
         if build:
             record(NATIVE, build.finish(end - time.monotonic(), records.cache))
             build = None

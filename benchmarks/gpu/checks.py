@@ -305,16 +305,22 @@ def _word_patch_distance(context):
     return states, lambda backend, *given: functional.word_patch_distance(*given, *pads, **options, backend=backend)
 
 
+def _plan(context, function, pads, backend, cost):
+    more = {"iterations": 2} if context.tiny else {}
+    found = function(cost.detach(), *pads, backend=backend, **more)
+    return found if isinstance(found, torch.Tensor) else found.plan
+
+
 def _ipot(context):
     words, patches, pads = _pairs(context)
     cost = [_random(context, len(words), max(words), max(patches)).sigmoid()]
-    return cost, lambda backend, given: functional.ipot(given.detach(), *pads, backend=backend)
+    return cost, partial(_plan, context, functional.ipot, pads)
 
 
 def _sinkhorn(context):
     words, patches, pads = _pairs(context)
     cost = [_random(context, len(words), max(words), max(patches)).sigmoid()]
-    return cost, lambda backend, given: functional.sinkhorn(given.detach(), *pads, backend=backend).plan
+    return cost, partial(_plan, context, functional.sinkhorn, pads)
 
 
 OPS = {

@@ -56,7 +56,9 @@ def draw(rows, path, title):
             if floor:
                 axis.plot([floor] * 2, [i - 0.33, i + 0.33], color="#c0392b", linewidth=1.5)
         axis.set_xscale("log")
-        axis.set_xlim(right=axis.get_xlim()[1] * 12)
+        axis.minorticks_off()
+        left, right = axis.get_xlim()
+        axis.set_xlim(right=left * (right / left) ** 1.9)  # the other half is for what is written beside the bars
         names = [f"{row['provider']} ({row['dtype']})" for row in chosen]
         axis.set_yticks(range(len(chosen)), names, fontsize=7.5)
         axis.set_title(f"{case}: {chosen[0]['shape']}", fontsize=8.5, loc="left")
@@ -65,7 +67,7 @@ def draw(rows, path, title):
     for axis in axes[len(cases) :]:
         axis.set_visible(False)
     last = rows[-1]
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title, fontsize=11, y=1 - 0.2 / high)
     figure.supxlabel(
         "milliseconds, median; red: the floor at the ceilings measured in the same run\n"
         f"{last['device']}; {last['versions']}; commit {last['commit'] or 'none'}, {last['date']}",

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+IN_VAIN = 3  # processes lost one after the other, none of which came to the end of an item
 GRACE = 10.0  # seconds a part may take to notice that its time is over, before its process is ended
 
 
@@ -99,12 +100,14 @@ def through(start, worker, function, seconds, heard, *, skip=(), share=None):
     Returns:
         (the Worker that is left, or None; the part's last answer)
     """
-    end, skip = time.monotonic() + seconds, set(skip)
+    end, skip, in_vain = time.monotonic() + seconds, set(skip), 0
     while True:
-        worker, began, tried = worker or start(), time.monotonic(), set()
+        worker, began, tried, good = worker or start(), time.monotonic(), set(), []
 
-        def listen(line, tried=tried):
+        def listen(line, tried=tried, good=good):
             tried.add(line.get("begin"))
+            if line.get("status") in ("ok", "incomplete"):
+                good.append(line["end"])
             heard(line)
 
         left = max(end - began, 0)
@@ -117,7 +120,9 @@ def through(start, worker, function, seconds, heard, *, skip=(), share=None):
             status = "cut" if answer["status"] == "cut" else "failed"
             heard({"end": answer["item"], "status": status, "seconds": None, "notes": answer["notes"]})
         skip |= tried - {None}
-        if not tried or time.monotonic() >= end:  # lost outside of an item: it would be lost again
+        in_vain = 0 if good else in_vain + 1
+        # Lost outside of an item, it would be lost again; lost at every item, the device is.
+        if not tried or in_vain == IN_VAIN or time.monotonic() >= end:
             return None, answer
 
 

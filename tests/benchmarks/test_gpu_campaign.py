@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +198,13 @@ def breaks(context):
     for name in ("first", "breaks", "last"):
         context.item(name, lost if name == "breaks" else lambda name=name: say(context, name))
 
+def gone(context):
+    def lost():
+        context.sync = lost
+        raise RuntimeError("no device")
+    for name in range(9):
+        context.item(str(name), lost)
+
 def hangs(context):
     for name, most in {"first": 60, "hangs": 0.5, "last": 60}.items():
         context.item(name, lambda name=name: time.sleep(600) if name == "hangs" else say(context, name), most=most)
@@ -288,6 +296,14 @@ def test_what_takes_its_process_along_is_gone_on_with_in_another(made_up, part, 
         assert pids["first"] != pids["last"]
 
 
+def test_a_device_that_is_gone_is_given_up(made_up):
+    found, said = campaign(made_up, parts(gone=60, good=60))
+    assert statuses(found["gone"]) == dict.fromkeys("012", "failed") and found["good"]["status"] == "ok"
+    missing = {"environment": gpu_campaign.Part("campaign_parts:outside", 0, 60, "", True)} | parts(items=60)
+    found, said = campaign(made_up.parent / "another", missing)
+    assert set(found) == {"environment"} and "Nothing else is tried" in said
+
+
 def test_a_part_that_does_not_end_is_cut_and_what_it_wrote_stays(made_up):
     found, _ = campaign(made_up, parts(slow=1.5, good=60))
     assert [record["status"] for record in found.values()] == ["cut", "ok"]
@@ -322,6 +338,7 @@ def test_a_second_call_goes_on_with_what_is_missing(made_up, tmp_path):
 CALL = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from benchmarks.gpu import campaign
 campaign.OFTEN = 0.0
 parts = {"good": campaign.Part("campaign_parts:good", 0, 60, ""), "cut": campaign.Part("campaign_parts:cut", 0, 60, "")}
@@ -378,6 +395,7 @@ def test_the_cache_comes_along_in_volumes_and_is_found_where_it_is_unpacked(tmp_
 COMPILE = """
 import shutil, sys
 from pathlib import Path
+from types import SimpleNamespace
 import triton
 import triton.language as tl
 from triton import knobs
@@ -483,6 +501,40 @@ def test_the_gpu_is_asleep_while_the_host_makes_a_call(monkeypatch):
     assert busy == [7e-3] * 2 and hosts == pytest.approx([2e-3] * 2)
     slept = [entry[1] / timing.CYCLES for entry in log if not isinstance(entry, str)]
     assert slept[0] >= 1e-3 and slept[1] >= 2 * 2e-3  # and longer than the host is known to need
+
+
+def test_a_call_is_timed_by_replay_and_by_itself_where_it_cannot_be_captured(monkeypatch, tmp_path):
+    made, ran, empty = [], [], torch.empty
+
+    class Recording:
+        def __init__(self, function, device, pool):
+            if function is stubborn:
+                raise RuntimeError("it waits for the host")
+            made.append(function)
+            self.replay = lambda: ran.append("replay")
+
+    def plain():
+        ran.append("plain")
+
+    def stubborn():
+        ran.append("stubborn")
+
+    seconds = iter(range(1, 1000))
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda other: next(seconds))
+    for name, fake in {
+        "Event": lambda enable_timing: event, "_sleep": lambda cycles: None, "synchronize": lambda: None,
+        "current_device": lambda: 0, "get_device_properties": lambda: SimpleNamespace(L2_cache_size=8),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "empty", lambda *size, device, **more: empty(*size, **more))
+    monkeypatch.setattr(timing, "Recording", Recording)
+    context = worker.Context(tmp_path, True)
+    context.device = torch.device("cuda")  # dry, so one round
+    times, rounds = timing.interleaved(context, {"plain": plain, "stubborn": stubborn})
+    assert rounds == 1 and made == [plain] and ran[-2:] == ["replay", "stubborn"]
+    assert ran.count("plain") == 20  # made by the host, for the host's time
+    assert (times["plain"].timed, times["stubborn"].timed) == ("graph", "sleep")
+    assert all(found.gpu == found.values[0] and found.host > 0 for found in times.values())
 
 
 def test_items_are_dealt_out_over_processes_each_once(tmp_path):

@@ -158,9 +158,8 @@ def test_a_recording_is_made_on_one_stream_of_the_tensors_own_device(monkeypatch
     kinds = [kind for kind, *_ in played.log]
     assert kinds == ["waits", "launches", "launches", "waits", "captures", "launches"] * 3
     assert [what for kind, what, *_ in played.log if kind == "launches"] == [first] * 3 + [second] * 6
-    assert [what for kind, what in [e for e in played.log if len(e) == 2] if kind == "captures"] == ["pool"] * 3
-    waits = [(a, b) for kind, a, *b in played.log if kind == "waits"]
-    assert all(a.device == b[0].device for a, b in waits)
+    assert [what for kind, what, *_ in played.log if kind == "captures"] == ["pool"] * 3
+    assert all(entry[1].device == entry[2].device for entry in played.log if entry[0] == "waits")
 
 
 # --- right ------------------------------------------------------------------------------------------------------------
