@@ -164,7 +164,7 @@ def _time(context, subject, run, name, batch):
     if "compile" in name:
         context.note(f"first call {time.perf_counter() - start:.1f} s")
     calls = {name: partial(call, inputs)}
-    if name != BASE:
+    if name != BASE and not context.warm:
         calls = {BASE: partial(_call(context, run, BASE, batch), inputs)} | calls
     dtypes = {each: run[each].dtype for each in calls}
     work = {each: work_of(context, case, run[each].padded, run[each].size) for each in calls}
