@@ -22,9 +22,12 @@ def keep_results(out, folder):
 
 
 def keep_cache(out, folder):
-    """Replace the volumes by what is in `folder`; how many files found no room. A folder's files stay together."""
+    """Replace the volumes by what is in `folder`; how many files found no room.
+
+    A folder's files stay together, and what torch.compile made comes last.
+    """
     units = {}
-    for path in _files(folder):
+    for path in sorted(_files(folder), key=lambda path: path.relative_to(folder).parts[0] == "inductor"):
         if not any(part.startswith("tmp.") for part in path.parts) and path.name != "lock":
             units.setdefault(path.parent, []).append(path)
     volumes, size, left_out = [[]], 0, 0

@@ -376,11 +376,13 @@ def test_the_cache_comes_along_in_volumes_and_is_found_where_it_is_unpacked(tmp_
         (folder / "kernel.json").write_text("{}")
         names = {name: str(folder / name) for name in ("kernel.cubin", "kernel.json")}
         (folder / "__grp__kernel.json").write_text(json.dumps({"child_paths": names}))
+    (cache / "inductor").mkdir()
+    (cache / "inductor" / "graph").write_bytes(os.urandom(3000))
     (cache / "triton" / "key0" / "tmp.pid_1").mkdir()
     (cache / "triton" / "key0" / "tmp.pid_1" / "kernel.cubin").write_text("half of it")
     monkeypatch.setattr(archive, "VOLUME", 10000)
     monkeypatch.setattr(archive, "VOLUMES", 2)
-    assert archive.keep_cache(home, cache) == 6  # files of two folders found no room
+    assert archive.keep_cache(home, cache) == 7  # files of two kernels and a graph found no room
     volumes = sorted(path.name for path in home.iterdir())
     assert volumes == ["cache-0.zip", "cache-1.zip"]
     assert all((home / name).stat().st_size <= 10000 for name in volumes)
