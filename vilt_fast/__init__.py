@@ -14,8 +14,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from . import functional
     from .alignment.align import Alignment, align
     from .errors import InputError
+    from .explanation import Explanation, explain
     from .models.vilt.plan import SequencePlan
-    from .swap import accelerate, refresh, restore, sequence_plan
+    from .swap import accelerate, refresh, restore, restored, sequence_plan
 
 __version__ = "0.1.0"  #: the only place of it; pyproject.toml reads it here
 
@@ -34,8 +35,8 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "Alignment", "InputError", "SequencePlan", "accelerate", "align", "functional", "refresh", "restore",
-    "sequence_plan",
+    "Alignment", "Explanation", "InputError", "SequencePlan", "accelerate", "align", "explain", "functional",
+    "refresh", "restore", "restored", "sequence_plan",
 ]  # fmt: skip
 
 

@@ -83,9 +83,12 @@ def emulated(library, monkeypatch):
     bind("word_patch_distance", pointer, pointer, integer, integer, *[pointer] * 3, real, integer, integer)
     monkeypatch.setattr(_C, "cuda_word_patch_scratch", lambda M, N: bool(library.scratch_needed(M, N)), raising=False)
     monkeypatch.setattr(_cuda, "stream", lambda device: contextlib.nullcontext(0))
+    monkeypatch.setattr(_cuda, "problem", lambda device, dtype, rows, columns: "")
+    registry._remembered.cache_clear()
     library.set_shared_limit(SHARED)
     yield library.set_shared_limit
     library.set_shared_limit(SHARED)
+    registry._remembered.cache_clear()
 
 
 @pytest.mark.parametrize("limit", [SHARED, 20000])

@@ -31,6 +31,9 @@ def _right(op):
     q, cu = torch.randn(9, 2, 8), offsets([4, 5])
     if op == "linear_gelu":
         return dict(x=torch.randn(7, 12), weight=torch.randn(9, 12), bias=torch.randn(9))
+    if op == "linear_int8":
+        weight = functional.quantize_linear(torch.randn(9, 12))
+        return dict(x=torch.randn(7, 12), weight=weight, bias=torch.randn(9), out_features=9, gelu=False)
     if op == "attention":
         return dict(
             q=q, k=q + 1, v=q + 2, cu_seqlens_q=cu, cu_seqlens_k=cu.clone(), max_seqlen_q=5, max_seqlen_k=5,
@@ -40,10 +43,13 @@ def _right(op):
         parameters = encoder_parameters(2, 16, 24)
         if op == "encoder int8":
             parameters = [functional.quantize_linear(p) if p.dim() == 2 else p for p in parameters]
+        wanted = dict(wanted=None, cu_wanted=None)
+        if op == "encoder wanted":
+            wanted = dict(wanted=torch.tensor([0, 3, 5]), cu_wanted=offsets([2, 1]))
         return dict(
             x=torch.randn(9, 16), parameters=parameters, cu_seqlens=cu, seqused_k=torch.tensor([4, 3], dtype=INT),
             max_seqlen=5, num_heads=2, eps=[1e-6] * 4, compute="int8" if op == "encoder int8" else "float32",
-            return_hidden=True,
+            return_hidden=op != "encoder wanted", **wanted,
         )  # fmt: skip
     if op == "patch_embed":
         index = packing_indices([2, 1], [(2, 2), (1, 2)], canvas=(2, 2), table=(2, 2))
@@ -70,12 +76,13 @@ def _right(op):
 
 
 NAMES = (
-    "linear_gelu", "attention", "encoder", "encoder int8", "patch_embed", "ipot", "sinkhorn", "word_patch_distance",
-    "word_patch_distance_bwd",
+    "linear_gelu", "linear_int8", "attention", "encoder", "encoder int8", "encoder wanted", "patch_embed", "ipot",
+    "sinkhorn", "word_patch_distance", "word_patch_distance_bwd",
 )  # fmt: skip
 #: (op, argument, dimension) that may have another size, and which a smaller one of is no mistake.
 FREE = {
-    ("linear_gelu", "x", 0), ("linear_gelu", "x", 1), ("patch_embed", "pixels", 2), ("patch_embed", "pixels", 3),
+    ("linear_gelu", "x", 0), ("linear_gelu", "x", 1), ("linear_int8", "x", 0), ("patch_embed", "pixels", 2),
+    ("patch_embed", "pixels", 3),
     ("patch_embed", "position", 0), ("patch_embed", "modality", 0), ("encoder", "parameters", 0),
     ("word_patch_distance_bwd", "state", 0),
 }  # fmt: skip

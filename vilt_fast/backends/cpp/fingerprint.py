@@ -5,7 +5,7 @@ import torch
 from . import _native
 
 
-def supports(*, device=None):
+def supports(*, device=None, dtype=None):
     return _native.problem(device)
 
 
