@@ -48,7 +48,7 @@ def _compiled(dtype):
         import torch._inductor.config as inductor
 
         inductor.freezing = True
-        return _caller(torch.compile(copy.deepcopy(model).to(dtype)))
+        return _caller(torch.compile(copy.deepcopy(model).to(dtype), dynamic=False))
 
     return build
 
@@ -61,7 +61,7 @@ def _torchao(model):
     quantized = copy.deepcopy(model)
     quantize_(quantized, Int8DynamicActivationInt8WeightConfig())
     inductor.freezing = True
-    return _caller(torch.compile(quantized))
+    return _caller(torch.compile(quantized, dynamic=False))  # the second size would be compiled for any
 
 
 def _exported(model):

@@ -354,26 +354,6 @@ def _gradients(outputs, given, sources):
     return torch.autograd.grad(outputs, sources, given, create_graph=torch.is_grad_enabled(), allow_unused=True)
 
 
-class _Once(torch.autograd.Function):
-    """The identity; what it is the gradient of cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, op, gradient, *sources):
-        ctx.op = op
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(_TWICE.format(ctx.op))
-
-
-def _differentiable_once(op, sources, gradients):
-    sources = [s for s in sources if isinstance(s, Tensor)]
-    if not _check.needs_grad(*sources):
-        return gradients
-    return tuple(None if g is None else _Once.apply(op, g.detach(), *sources) for g in gradients)
-
-
 def _for_schema(annotation):
     """torch 2.6 reads lists in their old spelling only."""
     return typing.List[typing.get_args(annotation)] if typing.get_origin(annotation) is list else annotation  # noqa: UP006

@@ -24,7 +24,7 @@ from .given import check_tensors
 from .inputs import Inputs, joined
 from .options import ViltOptions
 from .plan import SequencePlan
-from .trunk import TRACED, Trunk, TrunkForward, activation_kind, chosen, extras, is_known, traced
+from .trunk import Trunk, TrunkForward, activation_kind, chosen, extras, is_known, why_own_now
 
 
 def find(model: nn.Module) -> list[Part]:
@@ -81,13 +81,7 @@ class TaskForward(Swapped):
         check_tensors(labels=labels)
         if labels is not None and isinstance(model.vilt.__dict__.get("forward"), TrunkForward):
             self.look_at(labels, given.get("attention_mask"), model.vilt.forward.options.padding)
-        why = self.why_own()
-        if not why:
-            plan = {"sequence_plan": sequence_plan}
-            why = release.NOT_UNDERSTOOD if given is None else self.why_transformed(given | plan)
-        if not why and sequence_plan is None and traced(model.vilt):
-            why = TRACED
-        if why:
+        if why := why_own_now(self, given, sequence_plan, model.vilt):
             result = self.own(*args, **kwargs)
             self.say_own(why)
             return result

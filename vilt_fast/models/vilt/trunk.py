@@ -19,7 +19,7 @@ from ...engine.blocks import Attention, Block, FeedForward, is_tokenwise
 from ...engine.genuine import own_methods, why_not_own
 from ...engine.listeners import any_hooked, has_hooks, is_plain, runs_own_code, why_hooked, why_not_plain
 from ...engine.quantization import WeightCache
-from ..base import Features, SwappedTrunk
+from ..base import Features, Swapped, SwappedTrunk
 from . import features, release
 from .inputs import Inputs
 from .known import draws_its_patches, patch_size, why_not_known
@@ -57,13 +57,7 @@ class TrunkForward(SwappedTrunk):
 
     def compute(self, *args, sequence_plan=None, **kwargs):
         given = release.understood(self.module, _ARGUMENTS, args, kwargs)
-        why = self.why_own()
-        if not why:
-            plan = {"sequence_plan": sequence_plan}
-            why = release.NOT_UNDERSTOOD if given is None else self.why_transformed(given | plan)
-        if not why and sequence_plan is None and traced(self.module):
-            why = TRACED
-        if why:
+        if why := why_own_now(self, given, sequence_plan, self.module):
             self.say_own(why)
             return self.own(*args, **kwargs)
         config = self.module.config
@@ -203,6 +197,17 @@ def _is_exporting() -> bool:
 
 
 TRACED = "the calls of modules are being recorded: pass sequence_plan=vilt_fast.sequence_plan(model, **inputs)"
+
+
+def why_own_now(swapped: Swapped, given: dict | None, sequence_plan, trunk: hf.ViltModel) -> str:
+    """Why the module's own method has to answer a call with these arguments, or ""."""
+    if why := swapped.why_own():
+        return why
+    if given is None:
+        return release.NOT_UNDERSTOOD
+    if why := swapped.why_transformed(given | {"sequence_plan": sequence_plan}):
+        return why
+    return TRACED if sequence_plan is None and traced(trunk) else ""
 
 
 def chosen(given, default):
