@@ -41,12 +41,13 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_its_python(home, capsys):
-    """Every block after the other, in one session. Options that only a GPU has are left out on a CPU."""
+def test_its_python(home, capsys, caplog):
+    """Every block after the other, in one interpreter. Options that only a GPU has are left out on a CPU."""
     import logging
 
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) >= 4 and "accelerate(model)  # <-- the one line" in blocks[0]
+    caplog.set_level(logging.WARNING, logger="vilt_fast")  # which is put back, whatever README's lines set it to
     names = {"logging": logging}
     for block in blocks:
         if not torch.cuda.is_available():
