@@ -145,7 +145,7 @@ def test_a_part_of_the_figures_drops_nothing_of_the_readme(tmp_path, capsys):
     assert plot.put(text, plot.markdown(whole)) == text
     for what, part in (
         ("b8", [row for row in whole if row["case"] != "b8"]),
-        ("vilt_fast int8", [row for row in whole if row["dtype"] != "int8"]),
+        ("vilt_fast int8", [row for row in whole if row["provider"] != "ours_int8"]),
     ):
         with pytest.raises(ValueError, match=f"has {what}, which these figures have not"):
             plot.put(text, plot.markdown(part))
