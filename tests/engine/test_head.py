@@ -38,6 +38,7 @@ def classifier(dtype=torch.float32):
 
 
 def close(got, want, share=0.05):
+    """Of the same weights, which 8 bits blur; how much they may is what the tests of the ops say."""
     return (got.double() - want.double()).norm() < share * want.double().norm()
 
 

@@ -128,7 +128,7 @@ def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps, wanted: S
     stream = rows if weight.dtype == torch.float32 else rows.to(weight.dtype)
     branch, eps = None, iter(eps)
 
-    def normed(weight, bias):
+    def norm(weight, bias):
         if branch is None:
             return stream, F.layer_norm(stream, stream.shape[-1:], weight, bias, next(eps))
         return functional.add_layer_norm(branch, stream, weight, bias, next(eps))
@@ -136,7 +136,7 @@ def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps, wanted: S
     layers = LayerParameters.layers([t if t.numel() else None for t in parameters])
     for number, p in enumerate(layers):
         here = wanted if number + 1 == len(layers) else None
-        stream, x = normed(p.norm1_weight, p.norm1_bias)
+        stream, x = norm(p.norm1_weight, p.norm1_bias)
         stream, asking = chosen(stream, here), chosen(x, here)
         sides = (
             (asking, p.query_weight, p.query_bias),
@@ -146,7 +146,7 @@ def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps, wanted: S
         query, key, value = (F.linear(*side).unflatten(-1, (num_heads, -1)) for side in sides)
         context = attend(query, key, value, spans, here)
         branch = F.linear(context.flatten(-2), p.out_weight, p.out_bias)
-        stream, x = normed(p.norm2_weight, p.norm2_bias)
+        stream, x = norm(p.norm2_weight, p.norm2_bias)
         branch = F.linear(functional.linear_gelu(x, p.fc1_weight, p.fc1_bias), p.fc2_weight, p.fc2_bias)
     return stream + branch
 
@@ -188,11 +188,11 @@ def checkpointed(checkpoint, step):
         x, branch, probabilities = step(x, None)
         return added(x, branch), *(probabilities if isinstance(probabilities, list) else [probabilities])
 
-    def recomputed(x):
+    def again(x):
         x, *parts = checkpoint(whole, x)
         return x, parts if len(parts) > 1 else parts[0]
 
-    return recomputed
+    return again
 
 
 def side_by_side(block: Block) -> dict[str, tuple[nn.Module, ...]]:

@@ -65,8 +65,8 @@ def _validate_wanted(wanted, cu_wanted, cu_seqlens, return_hidden):
     _check.dtypes("encoder", (torch.int32,), cu_wanted=cu_wanted)
     _check.offsets("encoder", "cu_wanted", cu_wanted, len(wanted))
     if len(wanted) and _check.readable(wanted) and _check.readable(cu_seqlens):
-        counts = (cu_wanted[1:] - cu_wanted[:-1]).long()
-        low, high = (ends.long().repeat_interleave(counts) for ends in (cu_seqlens[:-1], cu_seqlens[1:]))
+        counts = cu_wanted.diff()
+        low, high = (ends.repeat_interleave(counts) for ends in (cu_seqlens[:-1], cu_seqlens[1:]))
         if not bool(((wanted >= low) & (wanted < high)).all()):
             raise ValueError("encoder: wanted lists a row of another sample than cu_wanted says.")
 
