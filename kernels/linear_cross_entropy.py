@@ -247,8 +247,10 @@ def _linear_cross_entropy_bwd_scatter_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def supports(*, device=None, dtype=None, requires_grad=False):
+def supports(*, device=None, dtype=None, soft=False, requires_grad=False):
     """ "" when Triton can run this, else why not."""
+    if soft:
+        return "it takes labels that are classes; probabilities belong to the reference."
     return _device.problem(device, x=dtype)
 
 

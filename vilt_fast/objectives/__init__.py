@@ -1,1 +1,45 @@
-"""The losses ViLT is trained with, on the ops of `vilt_fast.functional`."""
+"""The losses ViLT is trained with, on the ops of `vilt_fast.functional`.
+
+Each takes a model, accelerated or not, and a batch, a dict of tensors with HuggingFace's names where it has one:
+
+    input_ids, attention_mask, token_type_ids [B, T]; pixel_values [B, 3, H, W], pixel_mask [B, H, W]
+    mlm_input_ids [B, T], labels [B, T]               masked text, and what it was (-100 where it is as it was)
+    false_pixel_values [B, 3, H', W'], false_pixel_mask    an image that is not the text's
+    false_input_ids [B, N, T], false_attention_mask        texts that are not the image's (retrieval, N = 15)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
+    from .itm import itm_labels, itm_loss
+    from .mlm import mlm_loss
+    from .pretraining import PretrainingOutput, ViltForPreTraining, pretraining_loss
+    from .wpa import wpa_loss
+
+_PUBLIC = {
+    "PretrainingOutput": "pretraining",
+    "ViltForPreTraining": "pretraining",
+    "itm_labels": "itm",
+    "itm_loss": "itm",
+    "mlm_loss": "mlm",
+    "pretraining_loss": "pretraining",
+    "wpa_loss": "wpa",
+}
+
+__all__ = [
+    "PretrainingOutput", "ViltForPreTraining", "itm_labels", "itm_loss", "mlm_loss", "pretraining_loss", "wpa_loss",
+]  # fmt: skip
+
+
+def __getattr__(name):
+    """Public names are imported when they are first used: `objectives.wpa` needs no transformers."""
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -13,6 +13,7 @@ _NAME = "linear_cross_entropy"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts(registry.Facts):
+    soft: bool = False  #: labels are probabilities
     requires_grad: bool = False
 
 
@@ -31,12 +32,14 @@ def _fake_backward(
 
 
 def _validate(x, weight, bias, labels, ignore_index):
-    sizes = _check.shapes(_NAME, x=(x, "R D"), weight=(weight, "V D"), bias=(bias, "V"), labels=(labels, "R"))
+    soft = isinstance(labels, Tensor) and labels.is_floating_point()
+    shape = "R V" if soft else "R"
+    sizes = _check.shapes(_NAME, x=(x, "R D"), weight=(weight, "V D"), bias=(bias, "V"), labels=(labels, shape))
     _check.dtypes(_NAME, _check.FLOATS, x=x, weight=weight, bias=bias)
     _check.same_dtype(_NAME, x=x, weight=weight, bias=bias)
-    _check.dtypes(_NAME, (torch.int64,), labels=labels)
+    _check.dtypes(_NAME, _check.FLOATS if soft else (torch.int64,), labels=labels)
     _check.same_device(_NAME, x=x, weight=weight, bias=bias, labels=labels)
-    if _check.readable(labels):
+    if not soft and _check.readable(labels):
         bad = (labels != ignore_index) & ((labels < 0) | (labels >= sizes["V"]))
         if bad.any():
             raise IndexError(
@@ -45,8 +48,8 @@ def _validate(x, weight, bias, labels, ignore_index):
             )
 
 
-def _facts(x, requires_grad):
-    return Facts(device=x.device.type, dtype=x.dtype, requires_grad=requires_grad)
+def _facts(x, labels, requires_grad):
+    return Facts(device=x.device.type, dtype=x.dtype, soft=labels.is_floating_point(), requires_grad=requires_grad)
 
 
 _OP = Op(
@@ -70,7 +73,8 @@ def linear_cross_entropy(
 
     Args:
         x: [R, D]; weight: [V, D]; bias: [V] or None; one floating dtype.
-        labels: [R] int64 in 0..V-1 or ``ignore_index``.
+        labels: [R] int64 in 0..V-1 or ``ignore_index``; or floating [R, V], probabilities that each row is held
+            against (the reference alone; no gradient in them).
         reduction: "mean" (over labelled rows; NaN when there is none, as torch), "sum" or "none" ([R], 0 if ignored).
 
     Returns:
@@ -83,7 +87,7 @@ def linear_cross_entropy(
     _validate(x, weight, bias, labels, ignore_index)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{_NAME}: reduction is {reduction!r}, expected 'mean', 'sum' or 'none'.")
-    name = _OP.resolve(backend, _facts(x, _check.needs_grad(x, weight, bias)))
+    name = _OP.resolve(backend, _facts(x, labels, _check.needs_grad(x, weight, bias)))
     arguments = dict(x=x, weight=weight, bias=bias, labels=labels, ignore_index=ignore_index)
     if name in registry.PLAIN:
         return _OP.plain(name, **arguments, reduction=reduction)

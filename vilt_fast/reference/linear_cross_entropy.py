@@ -1,6 +1,7 @@
 """Cross entropy of a linear head on the labelled rows only: loss_r = LSE_v(x_r W^T + b) - (x_r W^T + b)[label_r].
 
-Shapes: x [R, D]; weight [V, D]; bias [V] or None; labels [R] int64, `ignore_index` where there is none.
+Shapes: x [R, D]; weight [V, D]; bias [V] or None; labels [R] int64, `ignore_index` where there is none;
+or floating [R, V], probabilities, and then every row has a label: loss_r = -sum_v label_rv log softmax(x_r W^T + b)_v.
 Rows without a label are never read. The rest go through in chunks of at most CHUNK logits, recomputed in the backward,
 so that [R, V] logits never exist at once. Reduction "mean" divides by the number of labelled rows: NaN when there is
 none, as in torch; "sum" gives 0; "none" gives [R] with 0 on the ignored rows.
@@ -16,11 +17,17 @@ CHUNK = 1 << 24  # logits alive at once
 
 def _losses(x, weight, bias, labels):
     logits = F.linear(x, weight, bias)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if labels.is_floating_point():
+        labels = labels.detach().to(logits.dtype)
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def linear_cross_entropy(x, weight, bias, labels, *, ignore_index=-100, reduction="mean"):
-    kept = (labels != ignore_index).nonzero().squeeze(1)
+    if labels.is_floating_point():
+        kept = torch.arange(len(labels), device=labels.device)
+    else:
+        kept = (labels != ignore_index).nonzero().squeeze(1)
     rows = max(1, CHUNK // weight.shape[0])
     chunks = [
         checkpoint(_losses, x[part], weight, bias, labels[part], use_reentrant=False) for part in kept.split(rows)

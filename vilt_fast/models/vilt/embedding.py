@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from ... import functional
 from ...engine.listeners import is_plain, live
@@ -134,6 +135,42 @@ def with_patches(
         return rows(pixels, weight, *(rest if bias is not None else (None, *rest)))
 
     return recomputed(fast, exact, pixels, [t for t in (weight, bias, *given) if t is not None])
+
+
+def with_shared_patches(
+    tables: Tables,
+    plan: SequencePlan,
+    text: torch.Tensor,
+    pixels: torch.Tensor,
+    image_of: torch.Tensor,
+    modality: torch.Tensor,
+) -> torch.Tensor:
+    """Packed rows [N, D] of samples that share images: a patch is projected once, whoever has it.
+
+    `pixels` is [images, C, H, W] and `image_of` [B] int64. Dropout and the modality come after: each sample has its
+    own, as if its image were nobody else's.
+    """
+    weight = tables.projection.weight
+    if not pixels.is_floating_point():
+        pixels = pixels.to(weight.dtype)
+    wide, images = torch.promote_types(weight.dtype, torch.float32), len(pixels)
+    area = plan.patch_grid[0] * plan.patch_grid[1]
+    source = image_of.index_select(0, plan.patch_sample) * area + plan.patch_source % area
+    distinct, which = torch.unique(source, return_inverse=True)
+    # Any sample that has a patch says where it lies, and all say the same.
+    at = torch.empty_like(distinct).index_copy(0, which, torch.arange(len(which), device=which.device))
+    embedded = functional.patch_embed(
+        pixels, weight, tables.projection.bias, tables.cls_token.reshape(-1), tables.image_position[0], None, None,
+        None, distinct, images + torch.arange(len(distinct), device=at.device), distinct // area,
+        plan.pos_index.index_select(0, at), plan.pos_weight.index_select(0, at),
+        torch.arange(images, device=at.device), None, images + len(distinct), out_dtype=wide,
+    )  # fmt: skip
+    image = embedded.index_select(0, torch.cat([image_of, images + which]))
+    image = F.dropout(image, live(tables.image_dropout))
+    row = torch.cat([modality, modality.index_select(0, plan.patch_sample)])
+    image = image + tables.modality.weight.to(wide).index_select(0, row)
+    rows = image.new_zeros(plan.total_rows, image.shape[1]).index_copy(0, plan.text_rows, text.to(wide))
+    return rows.index_copy(0, torch.cat([plan.cls_rows, plan.patch_rows]), image).to(weight.dtype)
 
 
 def with_image_embeds(

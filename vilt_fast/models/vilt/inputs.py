@@ -29,6 +29,7 @@ class Inputs:
     inputs_embeds: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     modality: int = 1
+    image_of: tuple[int, ...] | None = None  #: which image each sample has, where several share one
 
     @staticmethod
     def among(given: dict) -> dict:
@@ -46,14 +47,16 @@ class Inputs:
         return tuple(self.text.shape[:2])
 
     @staticmethod
-    def checked(model: hf.ViltModel, *, modality: int | None = None, **given) -> Inputs:
+    def checked(
+        model: hf.ViltModel, *, modality: int | None = None, image_of: tuple[int, ...] | None = None, **given
+    ) -> Inputs:
         """The inputs of `ViltModel.forward`, after every check that needs no plan.
 
         Raises:
             InputError: (a `ValueError`, `RuntimeError` and `IndexError`) naming what was given and what to do.
             TypeError: an input is no tensor.
         """
-        inputs = Inputs(**given, modality=1 if modality is None else modality)
+        inputs = Inputs(**given, modality=1 if modality is None else modality, image_of=image_of)
         check_tensors(input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds)
         known = takes_what_is_given(model.embeddings)
         if known:
@@ -90,6 +93,8 @@ class Inputs:
         if pixels is None and embeds is None:
             raise InputError("You have to specify either pixel_values or image_embeds.")
         texts, images = len(self.text), len(pixels if pixels is not None else embeds)
+        if self.image_of is not None:
+            images = len(self.image_of)
         if images != texts:
             raise InputError(
                 f"The text inputs and image inputs need to have the same batch size: got {texts} texts and "
@@ -140,6 +145,14 @@ class Inputs:
         if not 0 <= self.modality < modalities:
             raise InputError(f"image_token_type_idx must be in [0, {modalities}), got {self.modality}.")
 
+    def one_image_each(self) -> Inputs:
+        """The same with the shared images repeated: what a module that knows nothing of sharing is given."""
+        if self.image_of is None:
+            return self
+        of = torch.tensor(self.image_of, device=self.pixel_values.device)
+        mask = None if self.pixel_mask is None else self.pixel_mask[of]
+        return dataclasses.replace(self, pixel_values=self.pixel_values[of], pixel_mask=mask, image_of=None)
+
     def layout(self, model: hf.ViltModel, images: int = 1) -> tuple:
         """What a `SequencePlan` for a sample's so many images like this one has as its `layout`."""
         batch, length = self.text_shape
@@ -172,6 +185,7 @@ class Inputs:
             padding=options.padding,
             cells=cells,
             position_dtype=_position_dtype(embeddings.position_embeddings),
+            image_of=self.image_of,
             device=self.text.device,
         )
 

@@ -69,6 +69,10 @@ class SequencePlan(Packing):
         """[m] position of each row of `texts` in the flattened [B * T] text."""
         return self.text_source.index_select(0, self.shown_text)
 
+    def texts_of(self, samples: int) -> int:
+        """How many of `texts` are those of so many samples, from the first on; known on the host on a CPU alone."""
+        return len(self.text_places) if samples == self.batch else int(self.text_starts[samples])
+
     def __getstate__(self):
         # On a GPU they are views of one storage, of several dtypes, which torch does not save.
         return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
@@ -128,6 +132,7 @@ class SequencePlan(Packing):
         padding: str = "zero",
         cells: tuple[Sequence[np.ndarray], Sequence[np.ndarray]] | None = None,
         position_dtype: torch.dtype = torch.float32,
+        image_of: Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ) -> SequencePlan:
         """Plan for text and pixels.
@@ -137,7 +142,7 @@ class SequencePlan(Packing):
             pixel_mask: [B, h, w] at any resolution, 1 on the image (a rectangle from the top left corner) and 0
                 elsewhere; it is sampled once per patch, as the reference does (nearest). None for no padding.
             text_shape: (B, T).
-            pixel_shape: (B, C, H, W) of the pixel tensor.
+            pixel_shape: (B, C, H, W) of the pixel tensor, or (images, C, H, W) with `image_of`.
             patch_size: (patch height, patch width).
             position_grid: side G of the square position table.
             max_image_length: a positive number keeps at most so many patches of an image, drawn without replacement;
@@ -150,6 +155,8 @@ class SequencePlan(Packing):
             cells: y * gw + x of the kept patches of each image, in order, where they are already drawn, and of those
                 beside it.
             position_dtype: of the bilinear weights, float64 for a float64 model and float32 otherwise.
+            image_of: which image each of the B samples has, where several share one; `patch_source` counts samples
+                all the same.
             device: of the index tensors; that of the masks by default.
 
         Raises:
@@ -165,6 +172,8 @@ class SequencePlan(Packing):
                 "resize the image."
             )
         grids = patches.patch_grids(pixel_mask, batch, grid)
+        if image_of is not None:
+            grids = tuple(grids[image] for image in image_of)
         if cells is None:
             fill = padding == "reference"
             cells = patches.choose_patches(grids, grid, max_image_length, patch_order, generator, fill)

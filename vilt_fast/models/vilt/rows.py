@@ -33,7 +33,7 @@ def embed(
     """
     first = images[0]
     if not is_known(model.embeddings):
-        rows, plan = _embed_padded(model, first, options)
+        rows, plan = _embed_padded(model, first.one_image_each(), options)
         if record.listened():
             record.say("padded", why_not_known(model.embeddings), ("embedding", model.embeddings))
         return rows, plan
@@ -55,6 +55,9 @@ def embed(
     if first.pixel_values is None:
         image = _stacked([i.image_embeds for i in images])
         rows = embedding.with_image_embeds(tables, plan, text, image, modality)
+    elif first.image_of is not None:
+        image_of = torch.tensor(first.image_of, device=text.device)
+        rows = embedding.with_shared_patches(tables, plan, text, first.pixel_values, image_of, modality)
     else:
         image = _stacked([i.pixel_values for i in images])
         rows = embedding.with_patches(tables, plan, text, image, modality, weights)

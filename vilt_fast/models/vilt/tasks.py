@@ -204,17 +204,7 @@ class MaskedLMForward(TextForward):
     head = "mlm_score"
 
     def why_not_packable(self):
-        head = self.module.mlm_score
-        if any_hooked(head) or not is_plain(head, hf.ViltMLMHead):
-            return why_hooked(head) or why_not_plain(head, hf.ViltMLMHead)
-        transform = head.transform
-        if not is_plain(transform, hf.ViltPredictionHeadTransform):
-            return why_not_plain(transform, hf.ViltPredictionHeadTransform)
-        if not is_plain(transform.LayerNorm, nn.LayerNorm):
-            return why_not_plain(transform.LayerNorm, nn.LayerNorm)
-        if activation_kind(transform.transform_act_fn) is None:
-            return "which tokens its activation looks at is not known"
-        return next(filter(None, map(_why_not_tokenwise, (transform.dense, head.decoder))), "")
+        return why_head_not_packable(self.module.mlm_score)
 
     def logits(self, trunk, images):
         return _text_logits(self.module.mlm_score, trunk)
@@ -306,6 +296,20 @@ class ImagesAndTextForward(TaskForward):
     @staticmethod
     def as_tuple(logits, hidden_states, attentions):
         return logits, hidden_states, attentions
+
+
+def why_head_not_packable(head: nn.Module) -> str:
+    """Why a masked LM's head may look at more than one token at once, or has to be called itself; or ""."""
+    if any_hooked(head) or not is_plain(head, hf.ViltMLMHead):
+        return why_hooked(head) or why_not_plain(head, hf.ViltMLMHead)
+    transform = head.transform
+    if not is_plain(transform, hf.ViltPredictionHeadTransform):
+        return why_not_plain(transform, hf.ViltPredictionHeadTransform)
+    if not is_plain(transform.LayerNorm, nn.LayerNorm):
+        return why_not_plain(transform.LayerNorm, nn.LayerNorm)
+    if activation_kind(transform.transform_act_fn) is None:
+        return "which tokens its activation looks at is not known"
+    return next(filter(None, map(_why_not_tokenwise, (transform.dense, head.decoder))), "")
 
 
 def _why_not_tokenwise(linear) -> str:

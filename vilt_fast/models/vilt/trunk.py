@@ -26,6 +26,7 @@ from .known import draws_its_patches, patch_size, why_not_known
 from .known import is_known as embedding_is_known
 from .options import ViltOptions
 from .plan import SequencePlan
+from .reads import Reads
 from .rows import embed
 
 
@@ -34,13 +35,15 @@ class Trunk:
     """What the trunk computed of what is read, with the plan of each image."""
 
     sequence: torch.Tensor | None  #: padded [B, L, D] after the final norm, if everything is read
-    texts: torch.Tensor | None  #: [m, D] the rows of `plan.texts` after the final norm, if these are read
+    texts: torch.Tensor | None  #: [m, D] the rows of `plan.texts`, or of a `Reads`, after the final norm
     pooled: torch.Tensor | None  #: [B, D], if it is read or the pooler may do more than that
     plan: SequencePlan
     dtype: torch.dtype  #: of the residual stream in the reference
     hidden_states: list[torch.Tensor]  #: padded [B, L, D], in whatever dtype they were computed
     attentions: list[torch.Tensor]  #: padded [B, H, L, L]
     weights: WeightCache | None  #: int8 copies that a head may compute with too
+    places: torch.Tensor | None = None  #: [m] those of `texts` in the flattened text, of a `Reads`
+    others: torch.Tensor | None = None  #: [W, D] the rows of the samples that a `Reads` reads otherwise
 
 
 _ARGUMENTS = frozenset(
@@ -118,18 +121,28 @@ class TrunkForward(SwappedTrunk):
         return Features(text, image, text_real, image_real, checked.input_ids, plan.grids, cells, size)
 
     def run(
-        self, images: list[Inputs], plan=None, want_hidden=False, want_attention=False, reads: str | None = None
+        self,
+        images: list[Inputs],
+        plan=None,
+        want_hidden=False,
+        want_attention=False,
+        reads: str | Reads | None = None,
     ) -> Trunk:
         """Embed, encode, normalise and pool; several images share one text and run as one packed batch.
 
-        `reads` says what is read of the result, so that the last block can leave out the rest: "pooled", "texts"; None
-        for everything. Who wants hidden states or attentions, or listens to a part after the blocks, gets all rows.
+        `reads` says what is read of the result, so that the last block can leave out the rest: "pooled", "texts", or of
+        some samples this and of others that (`Reads`); None for everything. Who wants hidden states or attentions, or
+        listens to a part after the blocks, gets all rows.
         """
         model = self.module
         weights = engine.in_force(self.weights, model, want_hidden, want_attention)
         rows, plan = embed(model, images, plan, self.options, weights)
         few = reads is not None and not (want_hidden or want_attention) and _is_plain_around_blocks(model)
-        wanted = getattr(plan, reads) if few else None
+        places = mixed = None
+        if isinstance(reads, Reads):
+            places = reads.places(plan)
+            mixed = reads.selection(plan, places)
+        wanted = None if not few else getattr(plan, reads) if mixed is None else mixed
         if why := _why_encoder_padded(model.encoder):
             encoded = _call_encoder(model.encoder, rows, plan, want_hidden, want_attention)
             self.say_without("padded", why, "blocks", model.encoder)
@@ -139,15 +152,24 @@ class TrunkForward(SwappedTrunk):
                 want_hidden=want_hidden, want_attention=want_attention, wanted=wanted,
             )  # fmt: skip
         normed = engine.final_norm(model.layernorm, encoded.rows, plan)
-        sequence = texts = pooled = None
-        if reads is None:
+        sequence = texts = pooled = others = None
+        if mixed is not None:
+            selected = normed if few else normed.index_select(0, mixed.rows)
+            texts, others = selected.tensor_split([len(places)])
+        elif reads is None:
             sequence, normed = engine.shown(normed, plan)
         elif reads == "texts":
             texts = normed if few else normed.index_select(0, plan.texts.rows)
-        if model.pooler is not None and not (few and reads == "texts"):
+        text_only = reads == "texts" or (mixed is not None and reads.texts == plan.batch)
+        if model.pooler is not None and not (few and text_only):
             first_only = is_plain(model.pooler, hf.ViltPooler)
+            if few and mixed is not None:
+                normed = others.index_select(0, reads.pool_rows(plan)) if reads.whole else others
             pooled = engine.pool(model.pooler, normed, plan, first_only=first_only, selected=few)
-        return Trunk(sequence, texts, pooled, plan, rows.dtype, encoded.hidden_states, encoded.attentions, weights)
+            if mixed is not None and not few:
+                pooled = pooled[reads.texts :]
+        extra = encoded.hidden_states, encoded.attentions
+        return Trunk(sequence, texts, pooled, plan, rows.dtype, *extra, weights, places, others)
 
 
 def _is_plain_around_blocks(model: hf.ViltModel) -> bool:
