@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from . import functional
     from .alignment.align import Alignment, align
+    from .checkpoints.original import load_original, save_original
     from .errors import InputError
     from .explanation import Explanation, explain
     from .models.vilt.plan import SequencePlan
@@ -28,6 +29,8 @@ _PUBLIC = {
     "sequence_plan": "swap",
     "explain": "explanation",
     "Explanation": "explanation",
+    "load_original": "checkpoints.original",
+    "save_original": "checkpoints.original",
     "align": "alignment.align",
     "Alignment": "alignment.align",
     "SequencePlan": "models.vilt.plan",
@@ -36,7 +39,7 @@ _PUBLIC = {
 
 __all__ = [
     "Alignment", "Explanation", "InputError", "SequencePlan", "accelerate", "align", "explain", "functional",
-    "refresh", "restore", "restored", "sequence_plan",
+    "load_original", "refresh", "restore", "restored", "save_original", "sequence_plan",
 ]  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints of the original repository, read into HuggingFace's classes and written back."""
