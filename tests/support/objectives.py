@@ -73,7 +73,7 @@ def hidden(trunk, ids, types, pixels, pixel_mask, modality=None):
         pixel_mask=torch.ones(1, height, width), image_token_type_idx=modality,
     )  # fmt: skip
     text, image = out.last_hidden_state[0].tensor_split([len(ids)])
-    return text, image, out.pooler_output[0]
+    return text, image, None if out.pooler_output is None else out.pooler_output[0]
 
 
 def of_sample(trunk, given, b, *, ids="input_ids", image="pixel"):

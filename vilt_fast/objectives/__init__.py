@@ -6,6 +6,8 @@ Each takes a model, accelerated or not, and a batch, a dict of tensors with Hugg
     mlm_input_ids [B, T], labels [B, T]               masked text, and what it was (-100 where it is as it was)
     false_pixel_values [B, 3, H', W'], false_pixel_mask    an image that is not the text's
     false_input_ids [B, N, T], false_attention_mask        texts that are not the image's (retrieval, N = 15)
+
+`labels` are soft scores [B, answers] for question answering, and classes [B] for NLVR2, whose samples have two images.
 """
 
 from __future__ import annotations
@@ -16,7 +18,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from .itm import itm_labels, itm_loss
     from .mlm import mlm_loss
+    from .nlvr2 import nlvr2_loss
     from .pretraining import PretrainingOutput, ViltForPreTraining, pretraining_loss
+    from .retrieval import retrieval_loss, retrieval_scores
+    from .token_classification import token_classification_loss
+    from .vqa import vqa_loss
     from .wpa import wpa_loss
 
 _PUBLIC = {
@@ -25,12 +31,18 @@ _PUBLIC = {
     "itm_labels": "itm",
     "itm_loss": "itm",
     "mlm_loss": "mlm",
+    "nlvr2_loss": "nlvr2",
     "pretraining_loss": "pretraining",
+    "retrieval_loss": "retrieval",
+    "retrieval_scores": "retrieval",
+    "token_classification_loss": "token_classification",
+    "vqa_loss": "vqa",
     "wpa_loss": "wpa",
 }
 
 __all__ = [
-    "PretrainingOutput", "ViltForPreTraining", "itm_labels", "itm_loss", "mlm_loss", "pretraining_loss", "wpa_loss",
+    "PretrainingOutput", "ViltForPreTraining", "itm_labels", "itm_loss", "mlm_loss", "nlvr2_loss", "pretraining_loss",
+    "retrieval_loss", "retrieval_scores", "token_classification_loss", "vqa_loss", "wpa_loss",
 ]  # fmt: skip
 
 

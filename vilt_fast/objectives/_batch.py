@@ -48,3 +48,9 @@ def classes(batch: Mapping, name: str, shape: Sequence[int | None], count: int) 
 def wide(logits: torch.Tensor) -> torch.Tensor:
     """In at least float32, which losses are computed in."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def of_forward(batch: Mapping) -> dict:
+    """What a HuggingFace task's forward takes of a batch, without labels."""
+    names = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask")
+    return {name: batch[name] for name in names if batch.get(name) is not None}

@@ -18,9 +18,9 @@ from ..errors import InputError
 from ..models.vilt.reads import Reads
 from ..models.vilt.states import States, compact, states, trunk_of
 from ..models.vilt.tasks import why_head_not_packable
+from . import _tokens
 from ._batch import tensor, wide
-
-IGNORED = -100  #: the label of a token that is as it was
+from ._tokens import IGNORED
 
 
 def mlm_loss(model: nn.Module, batch: Mapping, *, num_items: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -77,34 +77,22 @@ def of_states(
     num_items: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The loss of the text states that were read."""
-    flat = labels.flatten()
-    own = flat.to(found.places.device).index_select(0, found.places)
-    labelled = (flat != IGNORED).sum()
-    if compact(labels) and (own != IGNORED).sum() != labelled:
-        raise ValueError(
-            "labels name padding (attention_mask 0), which is not computed: label it -100, or compute it, with "
-            "vilt_fast.accelerate(model, padding='reference')."
-        )
-    if why_head_not_packable(head):
-        rows = _padded(found, labels.shape)
-        logits = head(rows).flatten(0, 1).index_select(0, found.places)
-        total = _cross_entropy(logits, own, soft_labels)
-    elif type(head.decoder) is nn.Linear:
-        rows, decoder = head.transform(found.texts), head.decoder
-        target = own if soft_labels is None else _soft(own, soft_labels)
+    own, count = _tokens.of_read(found, labels)
+    tokenwise = not why_head_not_packable(head)
+    if tokenwise and type(head.decoder) is nn.Linear:
+        rows, target, decoder = found.texts, own, head.decoder
         if soft_labels is not None:
-            rows = rows[own != IGNORED]
-        total = functional.linear_cross_entropy(rows, decoder.weight, decoder.bias, target, reduction="sum")
+            rows, target = rows[own != IGNORED], _soft(own, soft_labels)
+        weights = decoder.weight, decoder.bias
+        total = functional.linear_cross_entropy(head.transform(rows), *weights, target, reduction="sum")
     else:
-        total = _cross_entropy(head(found.texts), own, soft_labels)
-    if num_items is None:
-        num_items = labelled.clamp(min=1).to(total.device)
-    return total / num_items
-
-
-def _padded(found, shape):
-    rows = found.texts.new_zeros(shape.numel(), found.texts.shape[1])
-    return rows.index_copy(0, found.places, found.texts).view(*shape, -1)
+        logits = _tokens.logits(head, found, labels.shape, tokenwise)
+        if soft_labels is None:
+            total = _tokens.summed(logits, own)
+        else:
+            target = _soft(own, soft_labels)
+            total = F.cross_entropy(wide(logits[own != IGNORED]), target.to(wide(logits).dtype), reduction="sum")
+    return total / (count if num_items is None else num_items)
 
 
 def _soft(own, soft_labels):
@@ -115,11 +103,3 @@ def _soft(own, soft_labels):
             f"{soft_labels.dtype} {list(soft_labels.shape)}."
         )
     return soft_labels.to(own.device)
-
-
-def _cross_entropy(logits, own, soft_labels):
-    if soft_labels is not None:
-        return F.cross_entropy(wide(logits[own != IGNORED]), wide(_soft(own, soft_labels)), reduction="sum")
-    if compact(own) and ((own != IGNORED) & ((own < 0) | (own >= logits.shape[1]))).any():
-        raise IndexError(f"labels must be {IGNORED} or in [0, {logits.shape[1]}).")
-    return F.cross_entropy(wide(logits), own, ignore_index=IGNORED, reduction="sum")

@@ -217,12 +217,7 @@ class TokenClassificationForward(TextForward):
     reads = "texts"
 
     def why_not_packable(self):
-        dropout, classifier = self.module.dropout, self.module.classifier
-        if any_hooked(dropout) or any_hooked(classifier):
-            return why_hooked(dropout) or why_hooked(classifier)
-        if not is_plain(dropout, nn.Dropout, nn.Identity):
-            return why_not_plain(dropout, nn.Dropout)
-        return _why_not_tokenwise(classifier)
+        return why_classifier_not_packable(self.module)
 
     def logits(self, trunk, images):
         model = self.module
@@ -310,6 +305,16 @@ def why_head_not_packable(head: nn.Module) -> str:
     if activation_kind(transform.transform_act_fn) is None:
         return "which tokens its activation looks at is not known"
     return next(filter(None, map(_why_not_tokenwise, (transform.dense, head.decoder))), "")
+
+
+def why_classifier_not_packable(model: nn.Module) -> str:
+    """The same of the head of a `ViltForTokenClassification`."""
+    dropout, classifier = model.dropout, model.classifier
+    if any_hooked(dropout) or any_hooked(classifier):
+        return why_hooked(dropout) or why_hooked(classifier)
+    if not is_plain(dropout, nn.Dropout, nn.Identity):
+        return why_not_plain(dropout, nn.Dropout)
+    return _why_not_tokenwise(classifier)
 
 
 def _why_not_tokenwise(linear) -> str:
