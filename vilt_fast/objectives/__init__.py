@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from .itm import itm_labels, itm_loss
     from .mlm import mlm_loss
+    from .mpp import MaskedPatchHead, mpp_loss
     from .nlvr2 import nlvr2_loss
     from .pretraining import PretrainingOutput, ViltForPreTraining, pretraining_loss
     from .retrieval import retrieval_loss, retrieval_scores
@@ -26,11 +27,13 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from .wpa import wpa_loss
 
 _PUBLIC = {
+    "MaskedPatchHead": "mpp",
     "PretrainingOutput": "pretraining",
     "ViltForPreTraining": "pretraining",
     "itm_labels": "itm",
     "itm_loss": "itm",
     "mlm_loss": "mlm",
+    "mpp_loss": "mpp",
     "nlvr2_loss": "nlvr2",
     "pretraining_loss": "pretraining",
     "retrieval_loss": "retrieval",
@@ -41,8 +44,9 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "PretrainingOutput", "ViltForPreTraining", "itm_labels", "itm_loss", "mlm_loss", "nlvr2_loss", "pretraining_loss",
-    "retrieval_loss", "retrieval_scores", "token_classification_loss", "vqa_loss", "wpa_loss",
+    "MaskedPatchHead", "PretrainingOutput", "ViltForPreTraining", "itm_labels", "itm_loss", "mlm_loss", "mpp_loss",
+    "nlvr2_loss", "pretraining_loss", "retrieval_loss", "retrieval_scores", "token_classification_loss", "vqa_loss",
+    "wpa_loss",
 ]  # fmt: skip
 
 

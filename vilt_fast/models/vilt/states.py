@@ -20,7 +20,7 @@ from .known import draws_its_patches, patch_size
 from .reads import Reads
 from .trunk import TRACED, TrunkForward, is_known, traced
 
-_NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask")
+_NAMES = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask", "image_embeds")
 
 
 @dataclasses.dataclass(slots=True)
@@ -84,7 +84,7 @@ def states(trunk: hf.ViltModel, given: dict, reads: Reads, image_of: tuple[int, 
 
     Args:
         given: input_ids [S, T], pixel_values [images, C, H, W], and optionally attention_mask, token_type_ids,
-            pixel_mask.
+            pixel_mask; or image_embeds [S, I, D] with a pixel_mask [S, I].
         image_of: which image each sample has; None for one each.
 
     Raises:
@@ -92,7 +92,8 @@ def states(trunk: hf.ViltModel, given: dict, reads: Reads, image_of: tuple[int, 
     """
     given = {name: given.get(name) for name in _NAMES}
     check_tensors(**given)
-    missing = [name for name in ("input_ids", "pixel_values") if given[name] is None]
+    image = "pixel_values" if given["image_embeds"] is None else "image_embeds"
+    missing = [name for name in ("input_ids", image) if given[name] is None]
     if missing:
         raise InputError(f"the batch has no {' and no '.join(missing)}.")
     if why := why_own(trunk, given):
@@ -113,7 +114,7 @@ def _by_the_module(trunk, given, reads, image_of) -> States:
     if image_of is not None:
         of = torch.tensor(image_of, device=pixels.device)
         given["pixel_values"], given["pixel_mask"] = pixels[of], None if mask is None else mask[of]
-    if mask is None:  # the module would take it for one of its own image_size
+    if mask is None and pixels is not None:  # the module would take it for one of its own image_size
         given["pixel_mask"] = torch.ones(
             (len(given["pixel_values"]), *pixels.shape[2:]), dtype=torch.long, device=pixels.device
         )
@@ -130,7 +131,10 @@ def _by_the_module(trunk, given, reads, image_of) -> States:
         attention = given["attention_mask"]
         real = torch.ones_like(ids) if attention is None else attention
         found.text_real = real[reads.texts :].bool()
-        found.image_real = _real_patches(trunk, given, found.image.shape[1])[reads.texts :]
+        if pixels is None:
+            found.image_real = mask[reads.texts :].bool()
+        else:
+            found.image_real = _real_patches(trunk, given, found.image.shape[1])[reads.texts :]
     return found
 
 
