@@ -19,10 +19,13 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cu
 OLD = $$($(BIN)/python -c 'import sys; print({10: "4.30.2", 11: "4.30.2", 12: "4.38.2"}.get(sys.version_info[1], "4.46.3"))') 4.57.6
 CORE = -m pytest -n $(WORKERS) -q -m core
 
-.PHONY: demo test core wheel types sanitize races hf-suite lint format bench plot info clean
+.PHONY: demo train-demo test core wheel types sanitize races hf-suite lint format bench plot info clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vilt-fast demo $(if $(MODEL),--model "$(MODEL)")
+
+train-demo: $(VENV)/.installed
+	$(BIN)/vilt-fast train-demo $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)

@@ -1,4 +1,4 @@
-"""The command `vilt-fast`, a file a subcommand: info, demo, check, align, bench.
+"""The command `vilt-fast`, a file a subcommand: info, demo, train-demo, check, align, bench.
 
 Exit status: 0 fine; 1 an error budget is broken; 2 bad arguments, or a checkpoint, file or setting that cannot be used.
 """
@@ -8,17 +8,18 @@ import os
 import sys
 
 from .. import __version__
-from . import align, bench, check, demo, info
+from . import align, bench, check, demo, info, train_demo
 from .checkpoint import BadCheckpoint
 
-COMMANDS = (info, demo, check, align, bench)
+COMMANDS = (info, demo, train_demo, check, align, bench)
+_NAMES = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
 
 
 def main(argv=None):
     """Run one subcommand; returns the exit status."""
     parser = argparse.ArgumentParser(prog="vilt-fast", description="Fast ViLT with the same answers.")
     parser.add_argument("--version", action="version", version=f"vilt-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="info | demo | check | align | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(_NAMES))
     for command in COMMANDS:
         command.add(commands)
     arguments, rest = parser.parse_known_args(argv)

@@ -5,7 +5,7 @@ So a run is the same whatever the number of workers, the batches or the order in
 
 import numpy as np
 
-AUGMENT, NEGATIVE, MASK, ORDER = range(4)  #: purposes: each has numbers of its own
+AUGMENT, NEGATIVE, MASK, ORDER, SCENE = range(5)  #: purposes: each has numbers of its own
 
 
 def generator(seed: int, epoch: int, index: int, purpose: int) -> np.random.Generator:
