@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from .checkpoints.original import load_original, save_original
     from .errors import InputError
     from .explanation import Explanation, explain
+    from .images.processor import ImageProcessor
     from .models.vilt.plan import SequencePlan
     from .swap import accelerate, refresh, restore, restored, sequence_plan
 
@@ -33,13 +34,14 @@ _PUBLIC = {
     "save_original": "checkpoints.original",
     "align": "alignment.align",
     "Alignment": "alignment.align",
+    "ImageProcessor": "images.processor",
     "SequencePlan": "models.vilt.plan",
     "InputError": "errors",
 }
 
 __all__ = [
-    "Alignment", "Explanation", "InputError", "SequencePlan", "accelerate", "align", "explain", "functional",
-    "load_original", "refresh", "restore", "restored", "save_original", "sequence_plan",
+    "Alignment", "Explanation", "ImageProcessor", "InputError", "SequencePlan", "accelerate", "align", "explain",
+    "functional", "load_original", "refresh", "restore", "restored", "save_original", "sequence_plan",
 ]  # fmt: skip
 
 
