@@ -42,9 +42,10 @@ class ImageProcessor(Reference):
 
     Args:
         decode: "exact", or "fast": a JPEG that nobody has decoded (a path, bytes, an unread PIL image) is decoded at
-            1/2, 1/4 or 1/8 of its size, by the decoder's own scaling, and other images are first reduced by whole
-            factors, to no less than twice the result. Where an image is not reduced, nothing changes; else pixels do,
-            by how much "Images" in benchmarks/NOTES.md says and `python -m benchmarks.run images` measures.
+            1/2, 1/4 or 1/8 of its size, by the decoder's own scaling, which leaves no less than 1.5 times the result,
+            and any image is first reduced by whole factors, to no less than twice the result. Where an image is not
+            reduced, nothing changes; else pixels do, by how much "Images" in benchmarks/NOTES.md says and
+            `python -m benchmarks.run images` measures.
         **options: those of the reference, with its defaults.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 LARGE = 2**20  #: pixels from which on a single image is resized in bands
 GAP = 2.0  #: what `decode="fast"` leaves to the filter: an image is reduced to no less than this times the target
+LEFT = 1.5  #: and what a JPEG's decoder leaves; from 1 on, pixels that differ twice as much (benchmarks/NOTES.md)
 
 
 def exact(image: Image.Image, size: tuple[int, int], resample: int, threads: int) -> Image.Image:
@@ -54,11 +56,11 @@ def _probed():
 
 
 def smaller(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """Have a JPEG's decoder give a smaller image, no smaller than `size` (height, width).
+    """Have a JPEG's decoder give a smaller image, no smaller than `LEFT` times `size` (height, width).
 
     Returns where in it the whole image lies, as Pillow's `box`; None for what is no JPEG or would not shrink.
     """
-    drafted = image.draft(None, size[::-1])
+    drafted = image.draft(None, tuple(math.ceil(LEFT * side) for side in size[::-1]))
     return drafted and drafted[1]
 
 
