@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run model | linear | attention | block | transport`: medians, ratios, errors, floors, to CSV.
+"""`python -m benchmarks.run model | linear | attention | block | transport | images`: medians, ratios, floors, to CSV.
 
 A speed-up is a ratio of medians of interleaved runs in one process, against HuggingFace's eager float32 on the same
 input. The floor is what the counted FLOPs and bytes need at the matmul peak and the copy bandwidth measured in the same
@@ -20,7 +20,7 @@ from vilt_fast.commands.arguments import whole
 from vilt_fast.commands.checkpoint import BadCheckpoint
 
 from . import cases as shapes
-from . import destination, measure, ops, providers, transport
+from . import destination, images, measure, ops, providers, transport
 from .table import FIELDS
 
 KEYS = ("provider", "case", "dtype")  #: what a row is known by
@@ -31,6 +31,7 @@ OPTIONS = {  # which options do something
     "linear": ("dtypes",),
     "attention": ("dtypes",),
     "transport": (),
+    "images": (),
 }
 
 
@@ -77,6 +78,8 @@ def _timed(arguments):
             rows = model_rows(model, cases, arguments, step)
         elif arguments.what == "transport":
             rows = transport.rows(arguments.repeats, step)
+        elif arguments.what == "images":
+            rows = images.rows(_answering(), arguments.repeats, step)
         else:
             rows = ops.rows(arguments.what, arguments.dtypes, arguments.repeats, step)
         # What else ran meanwhile cannot make a machine faster: the better of two measurements is the nearer one.
@@ -148,6 +151,12 @@ def _trunk(checkpoint=None):
     from vilt_fast.commands import checkpoint as checkpoints
 
     return report.trunk(checkpoints.load(checkpoint) if checkpoint else checkpoints.random_vqa())
+
+
+def _answering():
+    from vilt_fast.commands import checkpoint as checkpoints
+
+    return checkpoints.random_vqa()
 
 
 def model_rows(model, cases, arguments, step=lambda what: None):

@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from support import pictures
 
 from vilt_fast import ImageProcessor, InputError
+from vilt_fast.commands.samples import photograph
 from vilt_fast.images import sources
 from vilt_fast.images.reference import CONVERTS, Reference
 
@@ -31,7 +32,7 @@ def png(height, width):
 
 
 def jpeg(height, width, **options):
-    return pictures.encoded(pictures.photograph(np.random.default_rng(0), height, width), "RGB", "JPEG", **options)
+    return pictures.encoded(photograph(0, height, width), "RGB", "JPEG", **options)
 
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])
@@ -91,7 +92,7 @@ def test_images_without_pixels_and_modes_that_are_refused():
     with pytest.raises(InputError, match="must have pixels"):
         processor(np.zeros((0, 20, 3), np.uint8), **SMALL)
     for mode in ("L", "P", "RGBA", "LA", "CMYK", "I;16", "1"):
-        image = pictures.in_mode(pictures.photograph(np.random.default_rng(0), 40, 50), mode)
+        image = pictures.in_mode(photograph(0, 40, 50), mode)
         with pytest.raises(InputError, match=rf'mode {mode}, .*convert\("RGB"\)'):
             processor([Image.new("RGB", (40, 40)), image], **SMALL)
         assert processor(image.convert("RGB"), **SMALL)["pixel_values"].shape[1] == 3
@@ -100,7 +101,7 @@ def test_images_without_pixels_and_modes_that_are_refused():
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_an_animation_the_first_picture(kind):
     """Of a file; of an image that somebody has wound on, that one, as the reference takes it."""
-    frames = [Image.fromarray(pictures.photograph(np.random.default_rng(i), 60, 80)) for i in range(3)]
+    frames = [Image.fromarray(photograph(i, 60, 80)) for i in range(3)]
     file = io.BytesIO()
     frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=40)
     image = Image.open(io.BytesIO(file.getvalue()))

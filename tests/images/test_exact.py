@@ -11,6 +11,7 @@ from support import pictures
 from transformers.image_utils import load_image
 
 from vilt_fast import ImageProcessor
+from vilt_fast.commands.samples import photograph
 from vilt_fast.images import resize
 from vilt_fast.images.reference import CONVERTS, Reference
 
@@ -56,7 +57,7 @@ def test_two_hundred_odd_images(tmp_path, computed):
     fast, plain = ImageProcessor(), Reference()
     answered = 0
     for number in range(200):
-        picture = pictures.photograph(rng, *pictures.size(rng))
+        picture = photograph(rng, *pictures.size(rng))
         options = {"return_tensors": "pt"}
         if CONVERTS and number % 3 == 0:
             options["do_convert_rgb"] = True
@@ -110,7 +111,7 @@ def test_options(name, tensors, computed):
     """Of a call, and of the processor itself."""
     options = {**OPTIONS, **LEFT_TO_THE_REFERENCE}[name]
     rng = np.random.default_rng(3)
-    images = [Image.fromarray(pictures.photograph(rng, *sides)) for sides in ((90, 120), (150, 70), (90, 120))]
+    images = [Image.fromarray(photograph(rng, *sides)) for sides in ((90, 120), (150, 70), (90, 120))]
     assert_same(
         outcome(ImageProcessor(), images, return_tensors=tensors, **options),
         outcome(Reference(), images, return_tensors=tensors, **options),
@@ -125,7 +126,7 @@ def test_options(name, tensors, computed):
 
 
 def test_all_equal_without_padding(computed):
-    images = [Image.fromarray(pictures.photograph(np.random.default_rng(i), 60, 80)) for i in range(3)]
+    images = [Image.fromarray(photograph(i, 60, 80)) for i in range(3)]
     for tensors in ("pt", "np", None):
         given = {"do_pad": False, "size": {"shortest_edge": 64}, "return_tensors": tensors}
         assert_same(ImageProcessor()(images, **given), Reference()(images, **given))
@@ -134,7 +135,7 @@ def test_all_equal_without_padding(computed):
 
 def kinds_of_input():
     rng = np.random.default_rng(5)
-    last = [pictures.photograph(rng, 50, 70), pictures.photograph(rng, 80, 40)]
+    last = [photograph(rng, 50, 70), photograph(rng, 80, 40)]
     first = [np.ascontiguousarray(one.transpose(2, 0, 1)) for one in last]
     images = [Image.fromarray(one) for one in last]
     return {
@@ -181,7 +182,7 @@ def test_threads_change_nothing(monkeypatch, computed):
     monkeypatch.setattr(resize, "LARGE", 2**12)
     rng = np.random.default_rng(7)
     plain = {"size": {"shortest_edge": 64}, "return_tensors": "pt"}
-    drawn = [pictures.photograph(rng, *sides) for sides in ((300, 211), (197, 300), (320, 230), (64, 64), (200, 190))]
+    drawn = [photograph(rng, *sides) for sides in ((300, 211), (197, 300), (320, 230), (64, 64), (200, 190))]
     images = [Image.fromarray(one) for one in drawn]
     file = io.BytesIO(pictures.encoded(drawn[0], "RGB", "JPEG"))
     for threads, count in itertools.product((1, 2, 5), (1, 2, 5)):
@@ -231,7 +232,7 @@ def test_a_pillow_of_another_order_is_found_out(monkeypatch):
 
 def test_methods_of_ones_own_are_called(computed):
     """On a subclass, or on an instance."""
-    image = Image.fromarray(pictures.photograph(np.random.default_rng(1), 40, 50))
+    image = Image.fromarray(photograph(1, 40, 50))
 
     class Darker(ImageProcessor):
         def rescale(self, image, scale, **options):

@@ -10,19 +10,18 @@ from PIL import Image
 from support import pictures
 
 from vilt_fast import ImageProcessor
+from vilt_fast.commands import samples
 from vilt_fast.images.reference import Reference
 
 SMALL = {"size": {"shortest_edge": 64}, "return_tensors": "np"}
 
 
-@functools.cache
-def photograph(height, width, seed=0):
-    return pictures.photograph(np.random.default_rng(seed), height, width)
+drawn = functools.cache(samples.photograph)
 
 
 @functools.cache
 def jpeg(height, width, orientation=None, mode="RGB"):
-    return pictures.encoded(photograph(height, width), mode, "JPEG", orientation)
+    return pictures.encoded(drawn(0, height, width), mode, "JPEG", orientation)
 
 
 def pixels(image, **options):
@@ -101,7 +100,7 @@ def test_an_image_of_somebody_else_stays_as_it_is(tmp_path):
 @pytest.mark.core
 def test_the_first_of_several_pictures_in_a_file():
     """MPO, as telephones write it; and not the first where another was chosen."""
-    frames = [Image.fromarray(photograph(600, 800, i)) for i in range(2)]
+    frames = [Image.fromarray(drawn(i, 600, 800)) for i in range(2)]
     file = io.BytesIO()
     frames[0].save(file, "MPO", save_all=True, append_images=frames[1:])
     first, second = Image.open(file), Image.open(io.BytesIO(file.getvalue()))

@@ -13,7 +13,7 @@ from transformers.image_utils import load_image
 
 import vilt_fast
 from vilt_fast import ImageProcessor
-from vilt_fast.commands.samples import word_tokenizer
+from vilt_fast.commands.samples import photograph, word_tokenizer
 from vilt_fast.images.reference import Reference
 
 pytestmark = pytest.mark.core
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.core
 @pytest.fixture
 def photo(tmp_path):
     path = tmp_path / "photo.jpg"
-    path.write_bytes(pictures.encoded(pictures.photograph(np.random.default_rng(0), 300, 420), "RGB", "JPEG", 6))
+    path.write_bytes(pictures.encoded(photograph(0, 300, 420), "RGB", "JPEG", 6))
     return path
 
 
@@ -80,7 +80,7 @@ def test_from_the_reference():
     """Every option, also one assigned later; nobody else's class."""
     plain = Reference(do_pad=False)
     plain.image_std = [0.1, 0.2, 0.3]
-    image = Image.fromarray(pictures.photograph(np.random.default_rng(0), 70, 90))
+    image = Image.fromarray(photograph(0, 70, 90))
     ours = ImageProcessor.from_reference(plain, decode="fast")
     assert ours.decode == "fast"
     got, expected = (one(image, return_tensors="np") for one in (ours, plain))

@@ -1,4 +1,4 @@
-"""Odd images: drawn like photographs, in all sizes, modes and files that people have."""
+"""Odd images: drawn photographs in all sizes, modes and files that people have."""
 
 import io
 
@@ -14,19 +14,6 @@ FILES = (
     ("RGB", "TIFF"), ("CMYK", "TIFF"), ("F", "TIFF"), ("1", "TIFF"), ("RGB", "PPM"),
 )  # fmt: skip
 MODES = ("RGB", "L", "1", "P", "RGBA", "LA", "CMYK", "I;16", "I", "F", "YCbCr", "HSV")
-
-
-def photograph(rng, height, width):
-    """uint8 [height, width, 3]: soft shapes at several scales, edges and grain, as a lens and a sensor make them."""
-    total = np.zeros((height, width, 3))
-    for cells, weight in ((3, 1.0), (9, 0.5), (40, 0.25)):
-        coarse = rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
-        total += weight * np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), float)
-    for _ in range(6):
-        (top, bottom), (left, right) = (np.sort(rng.integers(0, side + 1, 2)) for side in (height, width))
-        total[top:bottom, left:right] += rng.normal(0, 60, 3)
-    grain = rng.normal(0, 3, (height, width, 1))
-    return np.clip((total - total.mean()) / (total.std() + 1e-9) * 55 + 120 + grain, 0, 255).astype(np.uint8)
 
 
 def in_mode(picture, mode):

@@ -117,7 +117,7 @@ class ImageProcessor(Reference):
         images = _loaded(images)
         try:
             return super().preprocess(images, *args, **kwargs)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             modes = _modes(images) - {"RGB"}
             if not modes or isinstance(error, InputError):
                 raise
@@ -142,8 +142,11 @@ class ImageProcessor(Reference):
                     error.add_note(f"This was one of {len(images)} images{named}.")
                 raise
 
-        with ThreadPoolExecutor(min(threads, len(different))) as pool:
-            read_once = dict(zip(different, pool.map(read, different.values()), strict=True))
+        if len(different) == 1:
+            read_once = {one: read(image) for one, image in different.items()}
+        else:
+            with ThreadPoolExecutor(min(threads, len(different))) as pool:
+                read_once = dict(zip(different, pool.map(read, different.values()), strict=True))
         if any(one is None for one in read_once.values()):
             return None
         return [read_once[id(image)] for image in images]
