@@ -1,6 +1,6 @@
 """From a JPEG to pixels, and with a question to its answer: HuggingFace's way, ours exact, ours with `decode="fast"`.
 
-Photographs are drawn (`samples.photograph`), JPEGs of quality 90, read from memory. `*_answer`: processor, tokenizer and
+Photographs are drawn (`samples.photograph`), JPEGs of quality 90 in memory. `*_answer`: processor, tokenizer and
 `ViltForQuestionAnswering`; the base of its ratios is HuggingFace's processor with its eager float32 model. `*_pixels`:
 the image processor alone, against HuggingFace's. `error` is the pooled output's against HuggingFace's model in float64
 on HuggingFace's pixels (relative), or the mean difference of pixels, which lie in -1 to 1.

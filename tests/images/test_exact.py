@@ -204,8 +204,10 @@ def test_bands_are_the_whole(resample, monkeypatch):
     for _ in range(60):
         (height, width), wanted = rng.integers(1, 200, 2), tuple(map(int, rng.integers(1, 90, 2)))
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        got = resize.exact(image, wanted, resample, int(rng.integers(1, 9)))
-        assert got.tobytes() == image.resize(wanted[::-1], resample).tobytes()
+        edges = sorted(rng.uniform(0, width, 2)), sorted(rng.uniform(0, height, 2))
+        box = [None, (*(low for low, _ in edges), *(high for _, high in edges))][int(rng.integers(0, 2))]
+        got = resize.exact(image, wanted, resample, int(rng.integers(1, 9)), box)
+        assert got.tobytes() == image.resize(wanted[::-1], resample, box=box).tobytes()
     assert bool(banded) == (resample != 0)
 
 

@@ -29,7 +29,7 @@ def pixels(image, options: Options, threads: int) -> np.ndarray | None:
     if options.fast and options.shorter is not None:
         jpeg = sources.unread_jpeg(image, encoded)
         if jpeg is not None:
-            return _of_smaller_jpeg(jpeg, encoded, options)
+            return _of_smaller_jpeg(jpeg, encoded, options, threads)
     if encoded:
         image = sources.upright(image)
     else:
@@ -57,7 +57,7 @@ def _checked(size, options):
     return not {*size, *wanted} & {*AMBIGUOUS}
 
 
-def _of_smaller_jpeg(jpeg, encoded, options):
+def _of_smaller_jpeg(jpeg, encoded, options, threads):
     """A JPEG that its decoder makes smaller: resized as it lies in the file, then turned."""
     turned = encoded and sources.is_turned(jpeg)
     size = jpeg.size if turned else jpeg.size[::-1]
@@ -65,12 +65,11 @@ def _of_smaller_jpeg(jpeg, encoded, options):
     wanted = wanted[::-1] if turned else wanted
     box = resize.smaller(jpeg, wanted)
     image = jpeg if jpeg.mode == "RGB" else jpeg.convert("RGB")
-    image = resize.reduced(image, wanted, options.resample, box)
+    image = resize.reduced(image, wanted, options.resample, threads, box)
     return np.asarray(ImageOps.exif_transpose(image) if encoded else image)
 
 
 def _resized(image, options, threads):
     wanted = target_size(image.height, image.width, options.shorter, options.divisor)
-    if options.fast:
-        return np.asarray(resize.reduced(image, wanted, options.resample))
-    return np.asarray(resize.exact(image, wanted, options.resample, threads))
+    way = resize.reduced if options.fast else resize.exact
+    return np.asarray(way(image, wanted, options.resample, threads))

@@ -9,33 +9,35 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-LARGE = 2**20  #: pixels from which on a single image is resized in bands
+LARGE = 2**18  #: pixels from which on a single image is resized in bands
 GAP = 2.0  #: what `decode="fast"` leaves to the filter: an image is reduced to no less than this times the target
 LEFT = 1.5  #: and what a JPEG's decoder leaves; from 1 on, pixels that differ twice as much (benchmarks/NOTES.md)
 
 
-def exact(image: Image.Image, size: tuple[int, int], resample: int, threads: int) -> Image.Image:
-    """`image.resize`, bit for bit, with up to `threads` threads; `size` is (height, width)."""
+def exact(image: Image.Image, size: tuple[int, int], resample: int, threads: int, box=None) -> Image.Image:
+    """`image.resize`, bit for bit, with up to `threads` threads; `size` is (height, width), `box` Pillow's."""
     height, width = size
     known = resample != Image.Resampling.NEAREST and _rows_come_first(image.size, (width, height)) and _probed()
     if threads > 1 and image.width * image.height >= LARGE and known:
-        return _in_bands(image, size, resample, threads)
-    return image.resize((width, height), resample)
+        return _in_bands(image, size, resample, threads, box)
+    return image.resize((width, height), resample, box=box)
 
 
-def _in_bands(image, size, resample, bands):
+def _in_bands(image, size, resample, bands, box=None):
     """Pillow filters rows, rounds to bytes, then filters columns: so each band of rows can be filtered on its own."""
+    left, upper, right, lower = box or (0, 0, *image.size)
     bands = min(bands, image.height)
     edges = [image.height * i // bands for i in range(bands + 1)]
 
     def rows(top, bottom):
-        return image.crop((0, top, image.width, bottom)).resize((size[1], bottom - top), resample)
+        band = image.crop((0, top, image.width, bottom))
+        return band.resize((size[1], bottom - top), resample, box=(left, 0, right, bottom - top))
 
     narrow = Image.new(image.mode, (size[1], image.height))
     with ThreadPoolExecutor(bands) as pool:
         for top, band in zip(edges, pool.map(rows, edges, edges[1:]), strict=False):
             narrow.paste(band, (0, top))
-    return narrow.resize(size[::-1], resample)
+    return narrow.resize(size[::-1], resample, box=(0, upper, size[1], lower))
 
 
 def _rows_come_first(given, wanted):
@@ -64,6 +66,8 @@ def smaller(image: Image.Image, size: tuple[int, int]) -> tuple[float, float, fl
     return drafted and drafted[1]
 
 
-def reduced(image: Image.Image, size: tuple[int, int], resample: int, box=None) -> Image.Image:
-    """`image.resize` after a reduction by whole factors; `size` is (height, width)."""
+def reduced(image: Image.Image, size: tuple[int, int], resample: int, threads: int, box=None) -> Image.Image:
+    """`image.resize` after a reduction by whole factors, where there is room for one; arguments as of `exact`."""
+    if min(image.height / size[0], image.width / size[1]) < 2 * GAP:
+        return exact(image, size, resample, threads, box)
     return image.resize(size[::-1], resample, box=box, reducing_gap=GAP)
