@@ -10,7 +10,7 @@ A block is an attention and a feed-forward sublayer in a row, or more of them, e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -194,23 +194,49 @@ def is_tokenwise(module: nn.Module) -> bool:
     )
 
 
+class Described:
+    """Blocks, each described when it is first looked at."""
+
+    def __init__(self, modules: Sequence[nn.Module], describe: Callable[[nn.Module], Block]):
+        self.modules = list(modules)
+        self._describe = describe
+        self._known = [None] * len(self.modules)
+
+    def anew(self) -> Described:
+        """The same, and nothing looked at yet."""
+        return Described(self.modules, self._describe)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def __getitem__(self, place: int) -> Block:
+        block = self._known[place]
+        if block is None:
+            block = self._known[place] = self._describe(self.modules[place])
+        return block
+
+
 _NO_BIAS = torch.empty(0)
 
 
-def layer_parameters(block: Block) -> LayerParameters:
-    """The tensors of a plain block, as `functional.encoder` takes them."""
-
-    def pair(module):
-        return module.weight, _NO_BIAS if module.bias is None else module.bias
-
-    attention, feed_forward = block.sublayers
+def layer_parameters(sublayers: Sequence[Attention | FeedForward]) -> LayerParameters:
+    """The tensors of a plain block of these sublayers, as `functional.encoder` takes them."""
+    attention, feed_forward = sublayers
     if len(attention.projections) == 3:
-        projections = [t for module in attention.projections for t in pair(module)]
+        query, key, value = attention.projections
+        projections = *_pair(query), *_pair(key), *_pair(value)
     else:
-        (fused,) = attention.projections
-        biases = [_NO_BIAS] * 3 if fused.bias is None else fused.bias.chunk(3)
-        projections = [t for two in zip(fused.weight.chunk(3), biases, strict=True) for t in two]
+        weight, bias = _pair(*attention.projections)
+        biases = bias.chunk(3) if bias.numel() else [bias] * 3
+        projections = [t for two in zip(weight.chunk(3), biases, strict=True) for t in two]
     return LayerParameters(
-        *pair(attention.norm), *projections, *pair(attention.out),
-        *pair(feed_forward.norm), *pair(feed_forward.fc1), *pair(feed_forward.fc2),
+        *_pair(attention.norm), *projections, *_pair(attention.out),
+        *_pair(feed_forward.norm), *_pair(feed_forward.fc1), *_pair(feed_forward.fc2),
     )  # fmt: skip
+
+
+def _pair(module):
+    own = module._parameters  # what `module.weight` finds too, after a search that takes ten times as long
+    plain = "weight" in own and "bias" in own
+    weight, bias = (own["weight"], own["bias"]) if plain else (module.weight, module.bias)
+    return weight, _NO_BIAS if bias is None else bias

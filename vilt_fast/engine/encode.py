@@ -23,7 +23,7 @@ from .. import record
 from ..ops import registry
 from ..ops._check import transforming
 from . import graphs, native, packed, recomputed
-from .blocks import Block
+from .blocks import Block, Described
 from .listeners import any_hooked, has_hooks, is_plain, stamp, why_hooked, why_not_plain
 from .packing import Packing, Selection
 from .quantization import WeightCache, why_emulated
@@ -56,6 +56,7 @@ def encode(
     *,
     weights: WeightCache | None = None,
     captured: graphs.EncoderGraphs | None = None,
+    runs: native.Runs | None = None,
     want_hidden: bool = False,
     want_attention: bool = False,
     wanted: Selection | None = None,
@@ -63,10 +64,12 @@ def encode(
     """Run transformer blocks over packed rows [N, D].
 
     Args:
-        modules: the blocks; `describe` says what each is made of.
+        modules: the blocks; `describe` says what each is made of. What it says of the sublayers of a plain block may
+            depend on nothing but that block.
         weights: quantised copies to compute with in inference; None computes with the parameters. A block that cannot
             have them computes with its parameters, which is said once.
         captured: CUDA graphs to run plain blocks with, where no gradient is recorded.
+        runs: what was found of the blocks at earlier calls; None judges them anew.
         wanted: the rows that anybody reads, of which alone the last block computes more than keys and values; None:
             all, as hidden states and attentions want them.
     """
@@ -83,7 +86,7 @@ def encode(
         if replayed is not None:
             record.say("CUDA graph", "", *((f"block {i}", module) for i, module in enumerate(modules)))
             return Encoded(replayed, [], [])
-    blocks = list(map(describe, modules))
+    blocks = Described(modules, describe)
     if captured is not None:
         no_graph = no_graph or _why_not_replayed(blocks)
         captured.say_without("the stack of blocks", no_graph)
@@ -94,14 +97,15 @@ def encode(
     # A native run is the int8 way, and that of the parameters themselves; fp8 is a way of the packed block.
     never = at_once or ("attention probabilities are wanted" if want_attention else native.unavailable(rows))
     go_native = not never and fp8 is None
+    run_from = native.run_from if runs is None else runs.run_from
     spans = packing.spans
     branch = None  # of the last sublayer, not added to the stream yet
     i = 0
     while i < len(blocks):
-        block, reason = blocks[i], never
+        reason = never
         here = wanted if i + 1 == len(blocks) else None
         if go_native:
-            run, reason = native.run_from(blocks, i, weights)
+            run, reason = run_from(blocks, i, weights)
             if run.blocks:
                 last = i + run.blocks == len(blocks)
                 stream = run.encode(packed.added(result.rows, branch), packing, want_hidden, wanted if last else None)
@@ -111,9 +115,10 @@ def encode(
                     stream = stream[-1]
                 result.rows = stream
                 way = "native" if weights is None else "native int8"
-                record.say(way, "", *((f"block {n}", blocks[n].module) for n in range(i, i + run.blocks)))
+                record.say(way, "", *((f"block {n}", blocks.modules[n]) for n in range(i, i + run.blocks)))
                 i += run.blocks
                 continue
+        block = blocks[i]
         if block.packable:
             copies = None if fp8 is None or _why_not_fp8(block) else fp8
             if copies is not None and (emulated := why_emulated(rows)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from .genuine import own_methods, why_not_own
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to the calls of `module`, or of all modules."""
-    return _has_own_hooks(module.__dict__) or _all_are_hooked()
+    return _has_own_hooks(module.__dict__) or all_are_hooked()
 
 
 def any_hooked(module: nn.Module, known: Callable[[nn.Module], bool] = lambda _: False) -> bool:
@@ -22,9 +22,9 @@ def any_hooked(module: nn.Module, known: Callable[[nn.Module], bool] = lambda _:
 
     Where hooks are `known`, somebody does for them what they do.
     """
-    return _all_are_hooked() or any(
+    return all_are_hooked() or any(
         (_has_own_hooks(inner.__dict__) and not known(inner)) or "forward" in inner.__dict__
-        for inner in _inside([module])
+        for inner in inside([module])
     )
 
 
@@ -100,11 +100,11 @@ def stamp(modules: Iterable[nn.Module]) -> tuple | None:
 
     None where that cannot be told by looking: hooks, training, parameters that are no ordinary tensors.
     """
-    if _all_are_hooked():
+    if all_are_hooked():
         return None
     found = []
     kinds = set()
-    for module in _inside(modules):
+    for module in inside(modules):
         own = module.__dict__
         if _has_own_hooks(own) or "forward" in own or own["training"]:
             return None
@@ -141,7 +141,7 @@ def _has_own_hooks(own: dict) -> bool:
     )
 
 
-def _all_are_hooked() -> bool:
+def all_are_hooked() -> bool:
     """Whether somebody listens to all modules. torch < 2.8 has no function that says so."""
     return bool(
         module_internals._global_forward_hooks
@@ -151,7 +151,7 @@ def _all_are_hooked() -> bool:
     )
 
 
-def _inside(modules):
+def inside(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """Each module and all within it; `Module.modules()` takes five times as long."""
     waiting = list(modules)
     while waiting:

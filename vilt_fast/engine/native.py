@@ -6,18 +6,20 @@ Where gradients are recorded, in evaluation mode, a run is one node of the graph
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import weakref
 
 import torch
+from torch import nn
 
 from .. import functional
 from ..functional import LayerParameters
 from ..ops import registry
 from . import listeners, packed
-from .blocks import Block, layer_parameters
+from .blocks import Block, Described, layer_parameters
 from .packing import Packing, Selection
 from .quantization import WeightCache
 from .recomputed import recomputed, why_not_of
+from .snapshot import Snapshot
 
 _COMPUTE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -28,6 +30,7 @@ class Run:
 
     parameters: list[torch.Tensor] = dataclasses.field(default_factory=list)
     eps: list[float] = dataclasses.field(default_factory=list)
+    sublayers: list[tuple] = dataclasses.field(default_factory=list)  #: of each block
     compute: str = ""
     num_heads: int = 0
     blocks: int = 0
@@ -66,13 +69,18 @@ class Run:
             return self.weights.encoder(self.first, *given, **options)
         return functional.encoder(*given, **options, compute=self.compute)
 
+    def again(self, weights: WeightCache | None) -> Run:
+        """The same blocks with the tensors that they have now."""
+        parameters = [t for sublayers in self.sublayers for t in layer_parameters(sublayers)]
+        return dataclasses.replace(self, parameters=parameters, weights=weights)
+
     def _part(self, start, end):
         """Some of the blocks."""
         layer = len(LayerParameters._fields)
         tensors = slice(start * layer, end * layer)
         return dataclasses.replace(
-            self, parameters=self.parameters[tensors], eps=self.eps[2 * start : 2 * end], blocks=end - start,
-            first=self.first + start,
+            self, parameters=self.parameters[tensors], eps=self.eps[2 * start : 2 * end],
+            sublayers=self.sublayers[start:end], blocks=end - start, first=self.first + start,
         )  # fmt: skip
 
 
@@ -92,7 +100,7 @@ def why_not(block: Block) -> str:
         return reason.rstrip(".")
     if attention.out.in_features != attention.out.out_features:
         return "its heads are together not as wide as the stream"
-    parameters = layer_parameters(block)
+    parameters = layer_parameters(block.sublayers)
     if not listeners.plain_parameters(parameters):
         return "its parameters are no ordinary tensors"
     if not all(t.is_contiguous() for t in parameters):
@@ -112,23 +120,63 @@ def why_not_now(block: Block) -> str:
     return why_not_of(block.module) or why_not(block)
 
 
-def run_from(blocks: Sequence[Block], first: int, weights: WeightCache | None) -> tuple[Run, str]:
+def run_from(blocks: Described, first: int, weights: WeightCache | None) -> tuple[Run, str]:
     """(the longest run of blocks from `first` on, maybe an empty one, and why it ends there)."""
     run, reason = Run(weights=weights, first=first), ""
-    for block in blocks[first:]:
-        reason = why_not_now(block)
-        if reason:
+    for place in range(first, len(blocks)):
+        block = blocks[place]
+        if reason := why_not_now(block):
             break
-        parameters = layer_parameters(block)
+        parameters = layer_parameters(block.sublayers)
         attention, feed_forward = block.sublayers
         compute = _compute_type(parameters)
         if run.blocks and (compute, attention.num_heads) != (run.compute, run.num_heads):
             break
         run.compute, run.num_heads = compute, attention.num_heads
+        run.sublayers.append(block.sublayers)
         run.parameters += parameters
         run.eps += [attention.norm.eps, feed_forward.norm.eps]
         run.blocks += 1
     return run, reason
+
+
+class Runs:
+    """Runs of blocks as they were found, for as long as a `Snapshot` of their modules holds.
+
+    Kept are those that end with the last block: what a shorter one ends at may change by itself. Of the modules'
+    tensors nothing is kept, and of the modules nothing once their model is gone.
+    """
+
+    def __init__(self):
+        self._kept: dict[tuple, tuple[Snapshot, Run]] = {}
+        self._life = None  # calls back when the model is gone
+
+    def run_from(self, blocks: Described, first: int, weights: WeightCache | None) -> tuple[Run, str]:
+        """`run_from`, of what is known where that still holds."""
+        if torch.compiler.is_compiling():
+            return run_from(blocks, first, weights)
+        asked = first, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        modules = blocks.modules[first:]
+        snapshot, kept = self._kept.get(asked, (None, None))
+        if snapshot is not None and snapshot.holds(modules):
+            return kept.again(weights), ""
+        self._kept.pop(asked, None)
+        run, reason = run_from(blocks, first, weights)
+        if run.blocks == len(modules) and (snapshot := Snapshot.of(modules)):
+            # Once more, of what the snapshot has seen: another thread may have been at work meanwhile.
+            run, reason = run_from(blocks.anew(), first, weights)
+            if run.blocks == len(modules):
+                self._kept[asked] = snapshot, dataclasses.replace(run, parameters=[], weights=None)
+        return run, reason
+
+    def live_with(self, model: nn.Module) -> None:
+        """Forget all when `model` is gone, for whoever holds this longer than that."""
+        if self._life is None or self._life() is not model:
+            kept = self._kept
+            self._life = weakref.ref(model, lambda _: kept.clear())
+
+    def __reduce__(self):
+        return Runs, ()
 
 
 def _compute_type(parameters) -> str | None:

@@ -178,7 +178,7 @@ def recomputed_step(block: Block, step, spans: Spans, stream, wanted: Selection 
     def exact(x, *parameters):
         return of_parameters(x, parameters, spans, attention.num_heads, eps, wanted)
 
-    return recomputed(fast, exact, stream, layer_parameters(block))
+    return recomputed(fast, exact, stream, layer_parameters(block.sublayers))
 
 
 def checkpointed(checkpoint, step):

@@ -53,8 +53,7 @@ class WeightCache(Asked):
         result, size = list(parameters), len(LayerParameters._fields)
         matrices = [start + place for start in range(0, len(parameters), size) for place in _PLACES]
         for at, mark in zip(matrices, _marks([parameters[at] for at in matrices]), strict=True):
-            make = functools.partial(functional.quantize_linear, parameters[at])
-            result[at] = self._copy(first_block * size + at, [mark], make)
+            result[at] = self._copy(first_block * size + at, [mark], [parameters[at]], functional.quantize_linear)
         return result
 
     def encoder(self, first_block: int, x, parameters, *spans, **options) -> torch.Tensor:
@@ -78,28 +77,30 @@ class WeightCache(Asked):
 
     def _fp8(self, place, weights, biases):
         sources = [*weights, *(bias for bias in biases if bias is not None)]
-        return self._copy(place, _marks(sources), functools.partial(_side_by_side, weights, biases))
+        return self._copy(place, _marks(sources), sources, lambda *_: _side_by_side(weights, biases))
 
     def blob(self, place: str, weight: torch.Tensor) -> torch.Tensor:
         """The int8 copy of a weight outside the blocks, as a matrix [N, the rest]; `place` names it in the model."""
         if torch.compiler.is_compiling():
             _refuse_export()
             return _blob(weight, self._number, place)
-        return self._copy(place, _marks([weight]), lambda: functional.quantize_linear(weight.detach().flatten(1)))
+        return self._copy(place, _marks([weight]), [weight], _as_matrix)
 
     def clear(self) -> None:
         """Forget all copies; the next call makes them anew."""
         self._copies.clear()
 
-    def _copy(self, place, marks, make):
+    def _copy(self, place, marks, sources, make):
         kept = self._copies.get(place)
         if kept is None or kept[0] != marks:
             # Copies that a call in either mode may write to.
             with record.unheard(), torch.inference_mode(False), torch.no_grad():
-                made = make()
+                made = make(*sources)
                 if kept is not None and any(isinstance(mark[-1], _Unknown) for mark in marks):
                     made = _renewed(kept[1], made)
-            kept = self._copies[place] = (marks, made)
+            # A weak reference keeps no memory alive, and no later storage is found at the place of this one.
+            storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in sources]
+            kept = self._copies[place] = (marks, made, storages)
         return kept[1]
 
     def __getstate__(self):
@@ -114,6 +115,10 @@ def why_emulated(rows: torch.Tensor) -> str:
     if not rows.is_cuda:
         return f"the tensors are on {rows.device}"
     return registry.why_unavailable("linear_fp8", "triton", device="cuda", dtype=rows.dtype).rstrip(".")
+
+
+def _as_matrix(weight):
+    return functional.quantize_linear(weight.detach().flatten(1))
 
 
 def _side_by_side(weights, biases):
@@ -138,14 +143,13 @@ class _Unknown:
 
 
 def _marks(tensors: Sequence[torch.Tensor]) -> list[tuple]:
-    """What tells each tensor from another one, and from itself with other values."""
+    """What tells each tensor from another one, and from itself with other values, while its storage is known."""
     return [_mark(*pair) for pair in zip(tensors, _bits(tensors), strict=True)]
 
 
 def _mark(tensor, bits):
-    # A weak reference knows a storage from a later one at the same address, and keeps no memory alive.
-    storage = StorageWeakRef(tensor.untyped_storage())
     version = None if tensor.is_inference() else tensor._version
+    storage = tensor.untyped_storage()._cdata
     return storage, tensor.storage_offset(), version, tensor.dtype, tensor.shape, tensor.stride(), bits
 
 
@@ -153,14 +157,13 @@ def _bits(tensors):
     """The fingerprint of each tensor; None where no bits are looked at."""
     check = os.environ.get("VILT_FAST_CHECK") == "1"
     whole = [check or tensor.is_inference() for tensor in tensors]
+    known = not fingerprint.why_unavailable("cpu")
+    if known and all(tensor.is_cpu for tensor in tensors):
+        return fingerprint.fingerprint(tensors, whole)
     bits = [_Unknown() if all_of_it else None for all_of_it in whole]
-    here = [i for i, tensor in enumerate(tensors) if tensor.device.type == "cpu"]
-    if here and fingerprint.why_unavailable("cpu"):
-        hashes = [_Unknown() for _ in here]
-    else:
-        hashes = fingerprint.fingerprint([tensors[i] for i in here], [whole[i] for i in here]) if here else []
-    for i, known in zip(here, hashes, strict=True):
-        bits[i] = known
+    for i, tensor in enumerate(tensors):
+        if tensor.is_cpu:
+            bits[i] = fingerprint.fingerprint([tensor], [whole[i]])[0] if known else _Unknown()
     return bits
 
 

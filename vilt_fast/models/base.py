@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from .. import record
 from ..engine import encode as engine
 from ..engine.graphs import EncoderGraphs
+from ..engine.native import Runs
 from ..engine.packing import Packing
 from ..engine.quantization import KINDS, WeightCache
 from ..ops import registry
@@ -331,12 +332,16 @@ class SwappedTrunk(Swapped):
         super().__init__(module, options)
         self.weights = WeightCache(options.quantize) if options.quantize else None
         self.graphs = EncoderGraphs() if options.cuda_graphs else None
+        self.runs = Runs()
 
     def encode(
         self, modules: Sequence[nn.Module], describe: Callable, rows: torch.Tensor, packing: Packing, **wanted
     ) -> engine.Encoded:
-        """`engine.encode` with the copies and graphs of this model."""
-        return engine.encode(modules, describe, rows, packing, weights=self.weights, captured=self.graphs, **wanted)
+        """`engine.encode` with the copies and graphs of this model, and what was found of its blocks before."""
+        self.runs.live_with(self.module)
+        return engine.encode(
+            modules, describe, rows, packing, weights=self.weights, captured=self.graphs, runs=self.runs, **wanted
+        )
 
     def foretell_blocks(self, modules: Sequence[nn.Module], describe: Callable) -> None:
         """`engine.foretell` with the copies and graphs of this model."""

@@ -42,7 +42,7 @@ def _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute, ret
         raise ValueError(f"encoder: compute is {compute!r}, expected one of {', '.join(COMPUTE)}.")
     if sizes["D"] % num_heads:
         raise ValueError(f"encoder: hidden size {sizes['D']} is not a multiple of num_heads {num_heads}.")
-    blobs = any(p.dtype == torch.uint8 for p in parameters)
+    blobs = torch.uint8 in {p.dtype for p in parameters}
     if blobs and compute != "int8":
         raise ValueError(f"encoder: compute is {compute!r} but the weights are quantised; use compute='int8'.")
     _check_parameters(parameters, sizes["D"], blobs)
@@ -65,10 +65,10 @@ def _validate_wanted(wanted, cu_wanted, cu_seqlens, return_hidden):
     _check.dtypes("encoder", (torch.int32,), cu_wanted=cu_wanted)
     _check.offsets("encoder", "cu_wanted", cu_wanted, len(wanted))
     if len(wanted) and _check.readable(wanted) and _check.readable(cu_seqlens):
-        counts = cu_wanted.diff()
-        low, high = (ends.repeat_interleave(counts) for ends in (cu_seqlens[:-1], cu_seqlens[1:]))
-        if not bool(((wanted >= low) & (wanted < high)).all()):
-            raise ValueError("encoder: wanted lists a row of another sample than cu_wanted says.")
+        rows, starts, firsts = wanted.tolist(), cu_seqlens.tolist(), cu_wanted.tolist()
+        for start, end, first, last in zip(starts, starts[1:], firsts, firsts[1:], strict=False):
+            if first < last and not (start <= min(rows[first:last]) and max(rows[first:last]) < end):
+                raise ValueError("encoder: wanted lists a row of another sample than cu_wanted says.")
 
 
 def _check_parameters(parameters, width, blobs):
@@ -76,37 +76,46 @@ def _check_parameters(parameters, width, blobs):
         raise ValueError(
             f"encoder: parameters holds {len(parameters)} tensors, expected 16 a layer (empty for a missing bias)."
         )
-    for layer, p in enumerate(LayerParameters.layers(parameters)):
+    shapes = [p.shape for p in parameters]
+    kinds = [p.dtype == torch.uint8 for p in parameters] if blobs else []
+    right = None  # the shapes of a layer that has been looked at: few models have two kinds
+    for start in range(0, len(parameters), _LAYER):
+        end = start + _LAYER
+        if (shapes[start:end], kinds[start:end]) != right:
+            _check_layer(start, LayerParameters(*parameters[start:end]), width, blobs)
+            right = shapes[start:end], kinds[start:end]
 
-        def refuse(name, expected, layer=layer, p=p):
-            place = layer * _LAYER + LayerParameters._fields.index(name)
-            given = list(getattr(p, name).shape)
-            raise ValueError(f"encoder: parameter {place} ({name}) has shape {given}, expected {expected}.")
 
-        for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"):
-            if getattr(p, name).shape != (width,):
-                refuse(name, f"[{width}] (LayerNorm)")
-        inner = None if blobs else p.fc1_weight.shape[0]
-        for name in MATRICES:
-            weight = getattr(p, f"{name}_weight")
-            if blobs:  # only the backend knows what is in them
-                if weight.dim() != 1 or weight.dtype != torch.uint8:
-                    refuse(
-                        f"{name}_weight", "a blob of quantize_linear: quantise all six weights of every layer, or none"
-                    )
-                continue
-            rows, columns = inner if name == "fc1" else width, inner if name == "fc2" else width
-            if weight.shape != (rows, columns):
-                refuse(f"{name}_weight", f"[{rows}, {columns}] ([out, in])")
-            if getattr(p, f"{name}_bias").shape not in ((rows,), (0,)):
-                refuse(f"{name}_bias", f"[{rows}], or [0] for none")
+def _check_layer(start, p, width, blobs):
+    def refuse(name, expected):
+        place = start + LayerParameters._fields.index(name)
+        given = list(getattr(p, name).shape)
+        raise ValueError(f"encoder: parameter {place} ({name}) has shape {given}, expected {expected}.")
+
+    for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias"):
+        if getattr(p, name).shape != (width,):
+            refuse(name, f"[{width}] (LayerNorm)")
+    inner = None if blobs else p.fc1_weight.shape[0]
+    for name in MATRICES:
+        weight = getattr(p, f"{name}_weight")
+        if blobs:  # only the backend knows what is in them
+            if weight.dim() != 1 or weight.dtype != torch.uint8:
+                refuse(f"{name}_weight", "a blob of quantize_linear: quantise all six weights of every layer, or none")
+            continue
+        rows, columns = inner if name == "fc1" else width, inner if name == "fc2" else width
+        if weight.shape != (rows, columns):
+            refuse(f"{name}_weight", f"[{rows}, {columns}] ([out, in])")
+        if getattr(p, f"{name}_bias").shape not in ((rows,), (0,)):
+            refuse(f"{name}_bias", f"[{rows}], or [0] for none")
 
 
 def _facts(x, parameters, num_heads, compute, requires_grad):
-    dtypes = frozenset(p.dtype for p in parameters if p.numel())
+    dtypes = {p.dtype for p in parameters}
+    if len(dtypes - {torch.uint8}) > 1:  # an empty tensor, which stands for no bias, is of no dtype
+        dtypes = {p.dtype for p in parameters if p.numel()}
     return Facts(
         device=x.device.type, dtype=x.dtype, compute=compute, head_dim=x.shape[1] // num_heads,
-        blobs=any(p.dtype == torch.uint8 for p in parameters), parameter_dtypes=dtypes - {torch.uint8},
+        blobs=torch.uint8 in dtypes, parameter_dtypes=frozenset(dtypes - {torch.uint8}),
         requires_grad=requires_grad,
     )  # fmt: skip
 

@@ -5,6 +5,11 @@ import torch
 from ...reference.encoder import MATRICES, LayerParameters
 from . import _native, quantize_linear
 
+_LAYER = len(LayerParameters._fields)
+#: Of each matrix: where its weight and bias are among the tensors of a layer.
+_PLACES = {
+    name: tuple(LayerParameters._fields.index(f"{name}_{kind}") for kind in ("weight", "bias")) for name in MATRICES
+}
 _COMPUTE = {"float32": "f32", "bfloat16": "bf16", "int8": "int8"}
 
 
@@ -31,32 +36,30 @@ def encoder_fwd(
     cu_seqlens, seqused_k = cu_seqlens.contiguous(), seqused_k.contiguous()
     if wanted is not None:
         wanted, cu_wanted = wanted.contiguous(), cu_wanted.contiguous()
-    held, inner = [], None  # held: keeps contiguous copies alive during the call
-    layers = LayerParameters.layers(parameters)
-    for number, layer in enumerate(layers):
-        layer, shapes = _opened(number, layer)
-        inner = shapes["fc1"][0] if inner is None else inner
-        for name, shape in shapes.items():
-            want = (inner if name == "fc1" else width, inner if name == "fc2" else width)
-            if shape != want:
+    held = [p if p.is_contiguous() else p.contiguous() for p in parameters]  # until the call is over
+    layers, inner = len(held) // _LAYER, _size(held, _PLACES["fc1"][0])[0]
+    for name, (weight, bias) in _PLACES.items():
+        want = inner if name == "fc1" else width, inner if name == "fc2" else width
+        for number in range(layers):
+            size = _size(held, number * _LAYER + weight)
+            if size != want:
                 raise ValueError(
-                    f"encoder: layer {number}: {name}_weight is {list(shape)}, expected {list(want)}; the native "
+                    f"encoder: layer {number}: {name}_weight is {list(size)}, expected {list(want)}; the native "
                     "encoder takes layers of one size."
                 )
-            bias = getattr(layer, f"{name}_bias")
-            if bias.shape not in ((want[0],), (0,)):
+            size = held[number * _LAYER + bias].shape
+            if size != want[:1] and size != (0,):
                 raise ValueError(
-                    f"encoder: layer {number}: {name}_bias has shape {list(bias.shape)}, expected [{want[0]}], or [0] "
-                    "for none."
+                    f"encoder: layer {number}: {name}_bias has shape {list(size)}, expected [{want[0]}], or [0] for "
+                    "none."
                 )
-        held += layer
     out = x.new_empty(rows if wanted is None else len(wanted), width)
-    hidden = x.new_empty(len(layers), rows, width) if return_hidden else None
+    hidden = x.new_empty(layers, rows, width) if return_hidden else None
     if len(out):
         x = x.contiguous()
         _C.encoder(
-            x.data_ptr(), out.data_ptr(), _native.address(hidden), rows, width, len(layers),
-            [_native.address(p) for p in held], [_native.NAMES[p.dtype] if p.numel() else "f32" for p in held], inner,
+            x.data_ptr(), out.data_ptr(), _native.address(hidden), rows, width, layers,
+            [p.data_ptr() for p in held], [_native.NAMES.get(p.dtype, "f32") for p in held], inner,
             num_heads, eps, cu_seqlens.data_ptr(), seqused_k.data_ptr(), len(seqused_k),
             _native.address(wanted), _native.address(cu_wanted), _COMPUTE[compute],
             torch.get_num_threads(),
@@ -64,13 +67,12 @@ def encoder_fwd(
     return (hidden if return_hidden else out,), ()
 
 
-def _opened(number, layer):
-    """A layer with dense parameters, and the (N, K) of its matrices, which a blob knows of itself."""
-    layer, shapes = layer._asdict(), {}
-    for name in MATRICES:
-        key = f"{name}_weight"
-        if layer[key].dtype == torch.uint8:
-            layer[key], shapes[name] = quantize_linear.opened(f"encoder: layer {number}: {key}", layer[key])
-        else:
-            shapes[name] = tuple(layer[key].shape)
-    return LayerParameters(**{key: tensor.contiguous() for key, tensor in layer.items()}), shapes
+def _size(held, place):
+    """(N, K) of a matrix, which a blob knows of itself; from here on that is aligned."""
+    matrix = held[place]
+    if matrix.dtype != torch.uint8:
+        return matrix.shape
+    held[place], size = quantize_linear.opened(
+        matrix, "encoder: layer {}: {}", place // _LAYER, LayerParameters._fields[place % _LAYER]
+    )
+    return size

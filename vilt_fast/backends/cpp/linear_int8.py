@@ -12,7 +12,7 @@ def supports(*, device=None, dtype=None):
 def linear_int8_fwd(*, x, weight, bias, out_features, gelu, keep):
     from vilt_fast import _C
 
-    weight, shape = quantize_linear.opened("linear_int8: weight", weight)
+    weight, shape = quantize_linear.opened(weight, "linear_int8: weight")
     if shape != (out_features, x.shape[-1]):
         raise ValueError(
             f"linear_int8: weight is a blob of a matrix {list(shape)}, expected [{out_features}, {x.shape[-1]}]."

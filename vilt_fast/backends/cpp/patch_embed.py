@@ -39,7 +39,7 @@ def patch_embed_fwd(
 
     width, (images, channels, height, columns) = len(cls_token), pixels.shape
     if weight.dtype == torch.uint8:
-        compute, (weight, shape) = "int8", quantize_linear.opened("patch_embed: weight", weight)
+        compute, (weight, shape) = "int8", quantize_linear.opened(weight, "patch_embed: weight")
         size = math.isqrt(shape[1] // channels)
         if shape != (width, channels * size**2):
             raise ValueError(

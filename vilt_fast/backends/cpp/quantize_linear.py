@@ -1,16 +1,21 @@
 """The blobs of int8 weights: csrc/cpu/quantize.cpp, followed by the sizes they were made from."""
 
+import ctypes
+import functools
+
 import torch
 
 from . import _native
 
 _ALIGNMENT = 64
+_Sizes = ctypes.c_int64 * 2
 
 
 def supports(*, device=None, dtype=None):
     return _native.problem(device, dtype=dtype)
 
 
+@functools.lru_cache(maxsize=64)
 def blob_size(rows, columns):
     """Bytes of the blob of a weight [rows, columns], its sizes in the last 16."""
     from vilt_fast import _C
@@ -31,10 +36,15 @@ def quantize_linear_fwd(*, weight, keep):
     return (blob,), ()
 
 
-def opened(name, blob):
-    """The blob as the library wants it, aligned, and the (N, K) it was made from; ValueError if it is none."""
-    rows, columns = blob[-16:].clone().view(torch.int64).tolist() if blob.numel() > 16 else (0, 0)
-    if min(rows, columns) < 1 or blob_size(rows, columns) != blob.numel():
-        raise ValueError(f"{name} is uint8 but no blob of quantize_linear; make one.")
-    blob = blob.contiguous()
-    return (blob.clone() if blob.data_ptr() % _ALIGNMENT else blob), (rows, columns)
+def opened(blob, name, *parts):
+    """The blob as the library wants it, aligned, and the (N, K) it was made from; ValueError if it is none.
+
+    `name` says whose it is, formatted with `parts` where that is wanted.
+    """
+    blob, size = blob.contiguous(), blob.numel()
+    address, rows, columns = blob.data_ptr(), 0, 0
+    if size > 16:
+        rows, columns = _Sizes.from_address(address + size - 16)
+    if min(rows, columns) < 1 or blob_size(rows, columns) != size:
+        raise ValueError(f"{name.format(*parts)} is uint8 but no blob of quantize_linear; make one.")
+    return (blob.clone() if address % _ALIGNMENT else blob), (rows, columns)
