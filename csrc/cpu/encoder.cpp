@@ -4,7 +4,9 @@
 // Rows are processed in chunks of whole samples, all layers of a chunk before the next, so that a chunk's activations
 // (about 14 MB at 896 rows in float32) stay in the last-level cache while the weights stream past once per chunk.
 // Either the whole team works on one chunk (a barrier after each phase), or, when the samples divide evenly enough,
-// every thread takes chunks of its own and never waits. Phases of a layer:
+// every thread takes chunks of its own and never waits. In int8, whose weights need no packing, a team that works on one
+// chunk shares out its rows: those of a thread stay in its cache through all products of a layer, and nobody waits but
+// for attention and for a buffer to be read. Phases of a layer:
 //   LN1 (+ quantise) | QKV | attention | (quantise) | O + residual | LN2 (+ quantise) | FC1 + GELU | (quantise) | FC2 + residual
 //
 // Residual stream and norms are float32. Operands between products: float32, or bf16 in bf16 and int8 mode, where the
@@ -22,6 +24,7 @@ namespace vf::VF_ISA {
 
 constexpr int64_t kChunkRows = 896;
 constexpr int kPhases = 10;
+constexpr int64_t kOwnRows = 64;  // of a thread, from which on they are worth the weights being read by each
 
 struct Buffers {  // for the rows of one chunk
   uint32_t *normed, *hidden_units;
@@ -100,45 +103,64 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
     if (kUnit != 1) to_units<T>(y, F32, D, row, (float*)to.scale + r, (float*)to.offset + r);
   };
   auto linear = [](const Affine& p, int64_t N, int64_t K) { return Weight{p.weight, p.bias, N, K}; };
-  auto requantise = [&](const char* rows, int64_t count, int64_t ldr, int64_t K, uint32_t* out) {
-    each_row(team, count, [&](int64_t r) {
-      to_units<T>(rows + r * ldr * size, dtype, K, out + r * ceil_div(K, kUnit), c.scale + r, c.offset + r);
-    });
-    team.barrier();
-  };
-
   // An operand of odd width ends in half a unit that is nobody's. Its weight is 0, but what lay there before may be NaN.
   auto close = [&](char* rows, int64_t ldr, int64_t K, int64_t r) {
     if (kUnit == 2 && K % 2) ((bf16*)(rows + r * ldr * size))[K] = 0;
   };
 
+  const bool shared_out = kUnit == 4 && team.size > 1 && team.size <= 4 && n >= kOwnRows * team.size;
+  Phase phase{};
+  Team alone{1, 0, &phase};
+
   for (int layer = 0; layer < a.layers; ++layer) {
     const Layer &p = a.layer[layer], &following = layer + 1 < a.layers ? a.layer[layer + 1] : p;
     float* copy = a.hidden ? a.hidden + ((int64_t)layer * a.N + base) * D : nullptr;
 
-    const bool some = a.wanted && layer + 1 == a.layers;
+    const bool some = a.wanted && layer + 1 == a.layers, own = shared_out && !some;
     const int64_t first = some ? a.cu_wanted[b0] : base, m = some ? a.cu_wanted[b1] - first : n;
     float* const stream = some ? a.out + first * D : all_rows;  // of the rows that go on
 
-    each_row(team, n + (some ? m : 0), [&](int64_t r) {
-      if (r < n) {
+    // Who takes which rows of those, with a barrier that all of the team need or only who shares them.
+    Team& by = own ? alone : team;
+    const int64_t from = own ? n * team.rank / team.size : 0, to = own ? n * (team.rank + 1) / team.size : m;
+    auto done = [&](bool everybody = false) {
+      by.barrier();
+      if (own && everybody) team.barrier();
+    };
+    auto rows = [&](const Rows& x) {
+      return Rows{x.data + from * x.ld, x.ld, x.scale ? x.scale + from : nullptr, x.offset ? x.offset + from : nullptr};
+    };
+    auto requantise = [&](const char* x, int64_t ldx, int64_t K, uint32_t* out) {
+      each_row(by, to - from, [&](int64_t i) {
+        const int64_t r = from + i;
+        to_units<T>(x + r * ldx * size, dtype, K, out + r * ceil_div(K, kUnit), c.scale + r, c.offset + r);
+      });
+      done(true);
+    };
+
+    if (some && shared_out && layer) team.barrier();
+    each_row(by, own ? to - from : n + (some ? m : 0), [&](int64_t i) {
+      if (i < n) {
+        const int64_t r = from + i;
         if (layer == 0) memcpy(all_rows + r * D, a.x + (base + r) * D, (size_t)D * 4);
         norm(all_rows + r * D, p.norm1, a.eps[2 * layer], normed, r);
         close(ctx, ld, D, r);
         return;
       }
-      const int64_t i = r - n, row = a.wanted[first + i];  // a copy of its own: who makes that row's may not be done
+      i -= n;
+      const int64_t row = a.wanted[first + i];  // a copy of its own: who makes that row's may not be done
       memcpy(stream + i * D, layer == 0 ? a.x + row * D : all_rows + (row - base) * D, (size_t)D * 4);
       norm(stream + i * D, p.norm1, a.eps[2 * layer], picked, i);
     });
-    team.barrier();
+    done();
 
     const Weight qkv[3] = {linear(p.query, D, D), linear(p.key, D, D), linear(p.value, D, D)};
     const Weight o = linear(p.out, D, D), fc1 = linear(p.fc1, a.inner, D), fc2 = linear(p.fc2, D, a.inner);
     const Weight next_q = linear(following.query, D, D);
-    const Store<Finish::kPlain> to_qkv[3] = {{c.wide, dtype, 3 * ld, nullptr},
-                                             {c.wide + ld * size, dtype, 3 * ld, nullptr},
-                                             {c.wide + 2 * ld * size, dtype, 3 * ld, nullptr}};
+    char* const q = c.wide + from * 3 * ld * size;
+    const Store<Finish::kPlain> to_qkv[3] = {{q, dtype, 3 * ld, nullptr},
+                                             {q + ld * size, dtype, 3 * ld, nullptr},
+                                             {q + 2 * ld * size, dtype, 3 * ld, nullptr}};
     if (some) {
       gemm<T>(team, normed, n, qkv + 1, to_qkv + 1, 2, qkv, ws);
       team.barrier();
@@ -147,32 +169,33 @@ static void run_chunk(Team& team, const EncoderArgs& a, int b0, int b1, const Bu
       attn.q = c.wide - first * 3 * ld * size;
       attn.out = ctx - first * ld * size;
     } else {
-      gemm<T>(team, normed, n, qkv, to_qkv, 3, &o, ws);
+      gemm<T>(by, rows(normed), to - from, qkv, to_qkv, 3, &o, ws);
     }
-    team.barrier();
+    done(true);
 
     attention_phase<Attn>(team, attn, b0, b1, space);
     team.barrier();
 
-    if (kUnit == 4) requantise(ctx, m, ld, D, c.normed);
-    const Store<Finish::kResidual> add{stream, F32, D, nullptr};
-    gemm<T>(team, operand(ctx, ld, c.normed, units), m, &o, &add, 1, &fc1, ws);
-    team.barrier();
+    if (kUnit == 4) requantise(ctx, ld, D, c.normed);
+    const Store<Finish::kResidual> add{stream + from * D, F32, D, nullptr};
+    gemm<T>(by, rows(operand(ctx, ld, c.normed, units)), to - from, &o, &add, 1, &fc1, ws);
+    done();
 
-    each_row(team, m, [&](int64_t r) {
-      norm(stream + r * D, p.norm2, a.eps[2 * layer + 1], normed, r);
-      close(c.wide, ld_inner, a.inner, r);
+    each_row(by, to - from, [&](int64_t i) {
+      norm(stream + (from + i) * D, p.norm2, a.eps[2 * layer + 1], normed, from + i);
+      close(c.wide, ld_inner, a.inner, from + i);
     });
-    team.barrier();
+    done();
 
-    const Store<Finish::kGelu> to_hidden{c.wide, dtype, ld_inner, nullptr};
-    gemm<T>(team, normed, m, &fc1, &to_hidden, 1, &fc2, ws);
-    team.barrier();
+    const Store<Finish::kGelu> to_hidden{c.wide + from * ld_inner * size, dtype, ld_inner, nullptr};
+    gemm<T>(by, rows(normed), to - from, &fc1, &to_hidden, 1, &fc2, ws);
+    done();
 
-    if (kUnit == 4) requantise(c.wide, m, ld_inner, a.inner, c.hidden_units);
-    const Store<Finish::kResidual> add_copy{stream, F32, D, copy};
-    gemm<T>(team, operand(c.wide, ld_inner, c.hidden_units, inner_units), m, &fc2, &add_copy, 1, &next_q, ws);
-    team.barrier();
+    if (kUnit == 4) requantise(c.wide, ld_inner, a.inner, c.hidden_units);
+    const Store<Finish::kResidual> add_copy{stream + from * D, F32, D, copy ? copy + from * D : nullptr};
+    gemm<T>(by, rows(operand(c.wide, ld_inner, c.hidden_units, inner_units)), to - from, &fc2, &add_copy, 1, &next_q,
+            ws);
+    done(layer + 1 == a.layers);
   }
 }
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import functional, record
-from ..backends.cpp.quantize_linear import blob_size
+from ..backends.cpp.quantize_linear import blob_size, gathered
 from ..ops import fingerprint, registry
 from ..reference.encoder import MATRICES, LayerParameters
 from .asked import Asked
@@ -52,8 +52,17 @@ class WeightCache(Asked):
         """`parameters` of whole blocks, the first of them `first_block`, with each matrix replaced by its int8 copy."""
         result, size = list(parameters), len(LayerParameters._fields)
         matrices = [start + place for start in range(0, len(parameters), size) for place in _PLACES]
+        made = []
         for at, mark in zip(matrices, _marks([parameters[at] for at in matrices]), strict=True):
-            result[at] = self._copy(first_block * size + at, [mark], [parameters[at]], functional.quantize_linear)
+            place = first_block * size + at
+            kept = self._copies.get(place)
+            result[at] = self._copy(place, [mark], [parameters[at]], functional.quantize_linear)
+            if kept is None or kept[1] is not result[at]:
+                made.append((at, place))
+        for (at, place), blob in zip(made, gathered([result[at] for at, _ in made]), strict=True):
+            marks, _, storages = self._copies[place]
+            self._copies[place] = marks, blob, storages
+            result[at] = blob
         return result
 
     def encoder(self, first_block: int, x, parameters, *spans, **options) -> torch.Tensor:
