@@ -172,6 +172,33 @@ def test_wanted_rows_are_those_of_all(case, chosen, compute, layers, monkeypatch
         assert torch.equal(got, whole[wanted["wanted"]])
 
 
+@pytest.mark.parametrize("lengths", [[129, 0], [70, 1, 190], [910, 40]])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("rows", ["hidden", "wanted"])
+@torch.no_grad()
+def test_rows_that_threads_share_out_are_those_of_one_thread(rows, layers, lengths):
+    """In int8 each takes its rows through several products before it waits for the others: the same bits."""
+    width, inner, n = 68, 90, sum(lengths)
+    given = dict(
+        x=torch.randn(n, width), parameters=_blobs(encoder_parameters(layers, width, inner)),
+        cu_seqlens=offsets(lengths), seqused_k=torch.tensor(lengths, dtype=torch.int32), max_seqlen=max(lengths),
+        num_heads=2, eps=[1e-6] * 2 * layers, compute="int8", return_hidden=rows == "hidden",
+    )  # fmt: skip
+    if rows == "wanted":
+        some = [n > 1 for n in lengths]  # the first and the last row of each that has them
+        starts, ends = given["cu_seqlens"][:-1][some], given["cu_seqlens"][1:][some] - 1
+        wanted = torch.stack([starts, ends], dim=1).flatten().long()
+        given |= dict(wanted=wanted, cu_wanted=offsets([2 * one for one in some]))
+    results = []
+    for threads in (1, 2, 2, 3, 4, 5):
+        torch.set_num_threads(threads)
+        try:
+            results.append(functional.encoder(**given))
+        finally:
+            torch.set_num_threads(2)
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @torch.no_grad()
 def test_wanted_rows_of_many_samples(threads):

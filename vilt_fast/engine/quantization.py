@@ -10,7 +10,6 @@ the comparison, and what is computed with the copies, are one op that knows its 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import weakref

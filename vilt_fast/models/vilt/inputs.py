@@ -12,7 +12,7 @@ from ...ops._check import readable
 from . import patches
 from .embedding import Tables
 from .given import check_tensors
-from .known import patch_size, position_grid, tables, takes_what_is_given
+from .known import known_tables, patch_size, position_grid, takes_what_is_given
 from .options import ViltOptions
 from .plan import SequencePlan
 
@@ -30,11 +30,12 @@ class Inputs:
     image_embeds: torch.Tensor | None = None
     modality: int = 1
     image_of: tuple[int, ...] | None = None  #: which image each sample has, where several share one
+    tables: Tables | None = None  #: of the embedding module, where it is known
 
     @staticmethod
     def among(given: dict) -> dict:
         """What `given` holds for `checked`, of the keyword arguments of a model's forward."""
-        return {name: value for name, value in given.items() if name in Inputs.__slots__}
+        return {name: value for name, value in given.items() if name in Inputs.__slots__ and name != "tables"}
 
     @property
     def text(self) -> torch.Tensor:
@@ -56,9 +57,10 @@ class Inputs:
             InputError: (a `ValueError`, `RuntimeError` and `IndexError`) naming what was given and what to do.
             TypeError: an input is no tensor.
         """
-        inputs = Inputs(**given, modality=1 if modality is None else modality, image_of=image_of)
+        found = known_tables(model.embeddings)
+        inputs = Inputs(**given, modality=1 if modality is None else modality, image_of=image_of, tables=found)
         check_tensors(input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds)
-        known = takes_what_is_given(model.embeddings)
+        known = takes_what_is_given(model.embeddings, found)
         if known:
             check_tensors(**given)
             pixels = inputs.pixel_values
@@ -69,7 +71,7 @@ class Inputs:
                 )
         inputs._check_both(model)
         if known:
-            inputs._check_text(tables(model.embeddings))
+            inputs._check_text(found)
             inputs._check_image(model.embeddings)
         return inputs
 
@@ -199,9 +201,9 @@ def _check_range(ids, table, name):
     if ids.numel() == 0 or not readable(ids):
         return
     size = len(table.weight)
-    low, high = torch.aminmax(ids)
+    low, high = (bound.item() for bound in torch.aminmax(ids))
     if low < 0 or high >= size:
-        raise InputError(f"{name} must be in [0, {size}), got values from {low.item()} to {high.item()}.")
+        raise InputError(f"{name} must be in [0, {size}), got values from {low} to {high}.")
 
 
 def joined(plans: list[SequencePlan]) -> SequencePlan:

@@ -6,13 +6,18 @@ from torch import nn
 from transformers.models.vilt import modeling_vilt as hf
 
 from ...engine.genuine import is_own, own_methods
-from ...engine.listeners import any_hooked, is_plain, why_hooked, why_not_plain
+from ...engine.listeners import any_hooked, inside, is_plain, why_hooked, why_not_plain
 from . import embedding
 
 
 def is_known(embeddings) -> bool:
     """Whether the tables tell all that the embedding module computes, but for what `only_records` says."""
-    return not any_hooked(embeddings, only_records) and _is_of_known_parts(embeddings)
+    return not is_listened_to(embeddings) and known_tables(embeddings) is not None
+
+
+def is_listened_to(embeddings) -> bool:
+    """Whether the module has to be called itself because somebody listens to it, but for what `only_records` says."""
+    return any_hooked(embeddings, only_records)
 
 
 def only_records(table) -> bool:
@@ -42,29 +47,32 @@ def why_not_known(embeddings) -> str:
     return "its tables, or what makes its patches, are of another make or size than ViLT's"
 
 
-def takes_what_is_given(embeddings) -> bool:
+def takes_what_is_given(embeddings, known: embedding.Tables | None) -> bool:
     """Whether the tables tell which inputs the module can take: what hooks put in their place, they alone know."""
-    return _is_of_known_parts(embeddings) and not any(m._forward_pre_hooks for m in embeddings.modules())
+    return known is not None and not any(m.__dict__["_forward_pre_hooks"] for m in inside([embeddings]))
 
 
-def _is_of_known_parts(embeddings) -> bool:
+def known_tables(embeddings) -> embedding.Tables | None:
+    """The tables, where they tell what the module computes unless somebody listens; else None."""
     if not is_plain(embeddings, hf.ViltEmbeddings):
-        return False
+        return None
     text, patches = embeddings.text_embeddings, embeddings.patch_embeddings
     if not is_plain(text, hf.TextEmbeddings) or not is_plain(patches, hf.ViltPatchEmbeddings):
-        return False
+        return None
     if getattr(text, "position_embedding_type", "absolute") != "absolute":  # transformers 4: none are added then
-        return False
-    return _is_row(text.position_ids) and _is_row(getattr(text, "token_type_ids", None)) and _fits(embeddings)
+        return None
+    if not _is_row(text.position_ids) or not _is_row(getattr(text, "token_type_ids", None)):
+        return None
+    found = tables(embeddings)
+    return found if _fits(embeddings, found) else None
 
 
 def _is_row(ids) -> bool:
     return ids is None or (ids.ndim == 2 and len(ids) == 1)
 
 
-def _fits(embeddings) -> bool:
+def _fits(embeddings, found: embedding.Tables) -> bool:
     """Whether the tables are plain, and of the sizes that the module's own arithmetic needs."""
-    found = tables(embeddings)
     if not found.plain:
         return False
     grid, width = position_grid(embeddings), found.cls_token.shape[-1]

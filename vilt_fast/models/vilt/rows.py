@@ -13,8 +13,7 @@ from ... import record
 from ...engine.quantization import WeightCache
 from . import embedding
 from .inputs import Inputs, check_plan, joined
-from .known import draws_its_patches, is_known, only_records, takes_what_is_given, why_not_known
-from .known import tables as tables_of
+from .known import draws_its_patches, is_listened_to, only_records, takes_what_is_given, why_not_known
 from .options import ViltOptions
 from .plan import SequencePlan
 
@@ -32,12 +31,12 @@ def embed(
     makes the rows of the one image that there is, and draws its own patches. `weights` are int8 copies, if any.
     """
     first = images[0]
-    if not is_known(model.embeddings):
+    tables = first.tables
+    if tables is None or is_listened_to(model.embeddings):
         rows, plan = _embed_padded(model, first.one_image_each(), options)
         if record.listened():
             record.say("padded", why_not_known(model.embeddings), ("embedding", model.embeddings))
         return rows, plan
-    tables = tables_of(model.embeddings)
     if plan is None:
         plan = joined([inputs.plan(model, options) for inputs in images])
     else:
@@ -124,7 +123,8 @@ def _embed_padded(model, inputs: Inputs, options):
     if pixel_mask is None:
         side = model.config.image_size
         pixel_mask = torch.ones((batch, side, side), device=inputs.text.device)
-    if takes_what_is_given(model.embeddings):  # the masks' checks, before the module sees them; nothing is drawn here
+    if takes_what_is_given(model.embeddings, inputs.tables):
+        # The masks' checks, before the module sees them; nothing is drawn here.
         inputs.plan(model, options, cells=([_NO_CELLS] * batch,) * 2)
     with _watched_patches(model.embeddings) as seen:
         returned = model.embeddings(
