@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from .explanation import Explanation, explain
     from .images.processor import ImageProcessor
     from .models.vilt.plan import SequencePlan
+    from .scoring.cross_encoder import CrossEncoder
+    from .scoring.matrix import Recall, ScoreMatrix, recall
+    from .scoring.score import score
     from .swap import accelerate, refresh, restore, restored, sequence_plan
 
 __version__ = "0.1.0"  #: the only place of it; pyproject.toml reads it here
@@ -37,11 +40,17 @@ _PUBLIC = {
     "ImageProcessor": "images.processor",
     "SequencePlan": "models.vilt.plan",
     "InputError": "errors",
+    "score": "scoring.score",
+    "ScoreMatrix": "scoring.matrix",
+    "recall": "scoring.matrix",
+    "Recall": "scoring.matrix",
+    "CrossEncoder": "scoring.cross_encoder",
 }
 
 __all__ = [
-    "Alignment", "Explanation", "ImageProcessor", "InputError", "SequencePlan", "accelerate", "align", "explain",
-    "functional", "load_original", "refresh", "restore", "restored", "save_original", "sequence_plan",
+    "Alignment", "CrossEncoder", "Explanation", "ImageProcessor", "InputError", "Recall", "ScoreMatrix",
+    "SequencePlan", "accelerate", "align", "explain", "functional", "load_original", "recall", "refresh", "restore",
+    "restored", "save_original", "score", "sequence_plan",
 ]  # fmt: skip
 
 

@@ -130,14 +130,14 @@ def align(
         inputs, sizes, images = image, None, None
     else:
         images, texts = _pairs(image, text)
-        processor = _checked(processor) if processor is not None else _saved_processor(trunk)
+        processor = _checked(processor) if processor is not None else saved_processor(trunk)
         inputs, sizes = _processed(processor, images, texts), [picture.size[::-1] for picture in images]
     tokenizer = getattr(processor, "tokenizer", None)
     if whole_words and tokenizer is None:
         raise InputError("align: whole_words needs a processor: its tokenizer knows which tokens are pieces of words.")
 
     device = next(trunk.parameters()).device
-    with _evaluating(trunk):
+    with evaluating(trunk):
         features = swapped.features(inputs, device)
     words, patches = _inner(features.text_real), features.image_real.clone()
     patches[:, 0] = False
@@ -194,7 +194,7 @@ def _trunk(model) -> SwappedTrunk:
 
 
 @contextlib.contextmanager
-def _evaluating(trunk):
+def evaluating(trunk):
     """Evaluation mode, and back to each module's own."""
     training = [module for module in trunk.modules() if module.training]
     for module in training:
@@ -253,15 +253,19 @@ def _checked(processor):
     return processor
 
 
-def _saved_processor(trunk):
-    """The processor that lies beside the weights of a HuggingFace model."""
+def saved_processor(trunk, who="align"):
+    """The processor that lies beside the weights of a HuggingFace model.
+
+    Raises:
+        InputError: there is none.
+    """
     where = getattr(getattr(trunk, "config", None), "_name_or_path", None)
     advice = (
         'Pass one, for example processor=transformers.ViltProcessor.from_pretrained("dandelin/vilt-b32-mlm"), or '
         "processed inputs in place of the image."
     )
     if not where:
-        raise InputError(f"align: {type(trunk).__name__} was not loaded from a checkpoint with a processor. {advice}")
+        raise InputError(f"{who}: {type(trunk).__name__} was not loaded from a checkpoint with a processor. {advice}")
     from transformers import ViltProcessor
 
     try:
@@ -269,9 +273,9 @@ def _saved_processor(trunk):
         known = len(processor.tokenizer) > len(processor.tokenizer.all_special_tokens)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"align: no processor can be read from {where!r}: {reason} {advice}") from error
+        raise InputError(f"{who}: no processor can be read from {where!r}: {reason} {advice}") from error
     if not known:  # a folder without a vocabulary gives a tokenizer that knows nothing but [UNK] and the like
-        raise InputError(f"align: {where!r} has no tokenizer with a vocabulary. {advice}")
+        raise InputError(f"{who}: {where!r} has no tokenizer with a vocabulary. {advice}")
     return processor
 
 

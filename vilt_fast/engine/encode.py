@@ -226,17 +226,25 @@ def final_norm(norm: nn.Module, rows: torch.Tensor, packing: Packing) -> torch.T
 
 
 def pool(
-    pooler: nn.Module, rows: torch.Tensor, packing: Packing, *, first_only: bool = True, selected: bool = False
+    pooler: nn.Module,
+    rows: torch.Tensor,
+    packing: Packing,
+    *,
+    first_only: bool = True,
+    selected: bool = False,
+    apart: bool = False,
 ) -> torch.Tensor:
     """The pooler's [B, D]; one that reads but the first token of a sample (`first_only`) is given just that.
 
-    With `selected`, the rows are those already, `packing.pooled`.
+    With `selected`, the rows are those already, `packing.pooled`. With `apart`, it is given one after the other: what a
+    library's product makes of a row depends on how many there are.
     """
     why = why_pooler_padded(pooler, first_only)
     record.say("padded" if why else "packed", why, ("pooler", pooler))
     if why:
         return pooler(packing.unpack(rows, query_rows=True))
-    return pooler((rows if selected else rows.index_select(0, packing.pool_rows))[:, None])
+    rows = (rows if selected else rows.index_select(0, packing.pool_rows))[:, None]
+    return torch.cat([pooler(row.clone()) for row in rows.split(1)]) if apart else pooler(rows)
 
 
 def why_norm_padded(norm: nn.Module) -> str:

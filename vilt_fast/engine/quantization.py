@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 
@@ -44,6 +45,7 @@ class WeightCache(Asked):
         super().__init__(kind)
         self.kind = kind
         self._copies: dict[tuple, tuple] = {}
+        self._making = threading.Lock()
         self._number = next(_numbers)
         _caches[self._number] = self
 
@@ -101,15 +103,20 @@ class WeightCache(Asked):
     def _copy(self, place, marks, sources, make):
         kept = self._copies.get(place)
         if kept is None or kept[0] != marks:
-            # Copies that a call in either mode may write to.
-            with record.unheard(), torch.inference_mode(False), torch.no_grad():
-                made = make(*sources)
-                if kept is not None and any(isinstance(mark[-1], _Unknown) for mark in marks):
-                    made = _renewed(kept[1], made)
-            # A weak reference keeps no memory alive, and no later storage is found at the place of this one.
-            storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in sources]
-            kept = self._copies[place] = (marks, made, storages)
+            with self._making:  # threads that come together make one copy
+                kept = self._copies.get(place)
+                if kept is None or kept[0] != marks:
+                    kept = self._copies[place] = self._made(kept, marks, sources, make)
         return kept[1]
+
+    def _made(self, kept, marks, sources, make):
+        # Copies that a call in either mode may write to.
+        with record.unheard(), torch.inference_mode(False), torch.no_grad():
+            made = make(*sources)
+            if kept is not None and any(isinstance(mark[-1], _Unknown) for mark in marks):
+                made = _renewed(kept[1], made)
+        # A weak reference keeps no memory alive, and no later storage is found at the place of this one.
+        return marks, made, [StorageWeakRef(tensor.untyped_storage()) for tensor in sources]
 
     def __getstate__(self):
         return {"kind": self.kind}

@@ -7,7 +7,8 @@ import sys
 from torch import nn
 
 from .base import Part
-from .vilt import original
+from .pairs import Pairs
+from .vilt import original, original_pairs
 
 
 def why_nothing(model: nn.Module) -> str:
@@ -26,3 +27,13 @@ def find(model: nn.Module) -> list[Part]:
 
         parts += tasks.find(model)
     return parts
+
+
+def find_pairs(model: nn.Module) -> Pairs | None:
+    """`model` as a task on pairs of a text and an image; None where it is none that is known here."""
+    found = original_pairs.find(model)
+    if found is None and "transformers.models.vilt.modeling_vilt" in sys.modules:
+        from .vilt import pairs  # imports transformers
+
+        found = pairs.find(model)
+    return found

@@ -81,11 +81,33 @@ def text_rows(
         position = tables.position_ids[0].index_select(0, position)
     if token_types is None and tables.token_type_ids is not None:
         token_types = tables.token_type_ids[:, :length]
-    rows = functional.text_embed(
-        None if ids is None else ids.reshape(-1).index_select(0, source),
-        None if embeds is None else embeds.reshape(batch * length, -1).index_select(0, source),
+    rows = text_tokens(
+        tables,
         position,
-        None if token_types is None else token_types.expand(batch, length).reshape(-1).index_select(0, source),
+        ids=None if ids is None else ids.reshape(-1).index_select(0, source),
+        embeds=None if embeds is None else embeds.reshape(batch * length, -1).index_select(0, source),
+        token_types=None
+        if token_types is None
+        else token_types.expand(batch, length).reshape(-1).index_select(0, source),
+    )
+    return rows if copies == 1 else rows.repeat(copies, 1)
+
+
+def text_tokens(
+    tables: Tables,
+    position: torch.Tensor,
+    *,
+    ids: torch.Tensor | None = None,
+    embeds: torch.Tensor | None = None,
+    token_types: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Embedded text tokens [n, D]; all are given a token: its row of the table of positions [n], its id [n] or its
+    embedding [n, D], its type [n]."""
+    return functional.text_embed(
+        ids,
+        embeds,
+        position,
+        token_types,
         tables.word.weight,
         tables.position.weight,
         tables.token_type.weight,
@@ -96,7 +118,6 @@ def text_rows(
         padding_idx=tables.word.padding_idx,
         dropout_p=live(tables.text_dropout),
     )
-    return rows if copies == 1 else rows.repeat(copies, 1)
 
 
 def with_patches(

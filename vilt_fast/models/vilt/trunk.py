@@ -18,6 +18,7 @@ from ...engine import encode as engine
 from ...engine.blocks import Attention, Block, FeedForward, is_tokenwise
 from ...engine.genuine import own_methods, why_not_own
 from ...engine.listeners import any_hooked, has_hooks, is_plain, runs_own_code, why_hooked, why_not_plain
+from ...engine.packing import Packing
 from ...engine.quantization import WeightCache
 from ..base import Features, Swapped, SwappedTrunk
 from . import features, release
@@ -37,7 +38,7 @@ class Trunk:
     sequence: torch.Tensor | None  #: padded [B, L, D] after the final norm, if everything is read
     texts: torch.Tensor | None  #: [m, D] the rows of `plan.texts`, or of a `Reads`, after the final norm
     pooled: torch.Tensor | None  #: [B, D], if it is read or the pooler may do more than that
-    plan: SequencePlan
+    plan: SequencePlan | Packing
     dtype: torch.dtype  #: of the residual stream in the reference
     hidden_states: list[torch.Tensor]  #: padded [B, L, D], in whatever dtype they were computed
     attentions: list[torch.Tensor]  #: padded [B, H, L, L]
@@ -134,9 +135,22 @@ class TrunkForward(SwappedTrunk):
         some samples this and of others that (`Reads`); None for everything. Who wants hidden states or attentions, or
         listens to a part after the blocks, gets all rows.
         """
+        weights = engine.in_force(self.weights, self.module, want_hidden, want_attention)
+        rows, plan = embed(self.module, images, plan, self.options, weights)
+        return self.run_rows(rows, plan, weights, want_hidden, want_attention, reads)
+
+    def run_rows(
+        self,
+        rows: torch.Tensor,
+        plan: Packing,
+        weights: WeightCache | None = None,
+        want_hidden=False,
+        want_attention=False,
+        reads: str | None = None,
+        apart=False,
+    ) -> Trunk:
+        """As `run`, from packed rows [N, D] that are embedded already; `apart` is that of `engine.pool`."""
         model = self.module
-        weights = engine.in_force(self.weights, model, want_hidden, want_attention)
-        rows, plan = embed(model, images, plan, self.options, weights)
         few = reads is not None and not (want_hidden or want_attention) and _is_plain_around_blocks(model)
         places = mixed = None
         if isinstance(reads, Reads):
@@ -165,7 +179,7 @@ class TrunkForward(SwappedTrunk):
             first_only = is_plain(model.pooler, hf.ViltPooler)
             if few and mixed is not None:
                 normed = others.index_select(0, reads.pool_rows(plan)) if reads.whole else others
-            pooled = engine.pool(model.pooler, normed, plan, first_only=first_only, selected=few)
+            pooled = engine.pool(model.pooler, normed, plan, first_only=first_only, selected=few, apart=apart)
             if mixed is not None and not few:
                 pooled = pooled[reads.texts :]
         extra = encoded.hidden_states, encoded.attentions

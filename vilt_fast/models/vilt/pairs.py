@@ -1,0 +1,114 @@
+"""HuggingFace's ViLT on pairs of a text and an image that are embedded on their own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+from transformers.models.vilt import modeling_vilt as hf
+
+from ... import record
+from ...engine import encode as engine
+from ...engine.genuine import own_methods, why_not_own
+from ...engine.head import run_head
+from ...engine.listeners import has_hooks, why_hooked
+from ..base import swap_of, wrapper_of
+from ..pairs import Pairs, packing
+from . import embedding, features
+from .inputs import Inputs
+from .known import patch_size, tables, why_not_known
+from .options import ViltOptions
+from .rows import embed
+from .trunk import TrunkForward
+
+#: heads that score a pair: the name in the model, and the class that has it (None: any that has a `ViltModel`)
+_HEADS = {
+    "rank_output": hf.ViltForImageAndTextRetrieval,
+    "classifier": hf.ViltForQuestionAnswering,
+    "itm_score": None,
+}
+
+
+def find(model: nn.Module) -> Pairs | None:
+    """`model` as a task on pairs; None where it is none that is known here."""
+    trunk = getattr(model, "vilt", None)
+    if not isinstance(trunk, hf.ViltModel):
+        return None
+    for name, kind in _HEADS.items():
+        if isinstance(getattr(model, name, None), nn.Module) and (kind is None or isinstance(model, kind)):
+            return TaskPairs(model, name)
+    return None
+
+
+class TaskPairs(Pairs):
+    """`ViltForImageAndTextRetrieval`, `ViltForQuestionAnswering`, or a `ViltModel` with a head `itm_score`."""
+
+    def __init__(self, model: nn.Module, head: str):
+        super().__init__(model)
+        self.head, self.trunk = head, model.vilt
+        self.answers = head == "classifier"
+        self.names = dict(model.config.id2label) if self.answers else {}
+        self.processor_at = getattr(model.config, "_name_or_path", "")
+        found = self.trunk.embeddings.text_embeddings
+        self.positions = found.position_embeddings.num_embeddings
+        self.vocabulary = found.word_embeddings.num_embeddings
+        swapped = swap_of(self.trunk)
+        if not isinstance(swapped, TrunkForward):
+            swapped = TrunkForward(self.trunk, ViltOptions())
+        self._swapped = features.in_raster_order(swapped)
+        self.patch_size = patch_size(self.trunk.embeddings) if not self.why_whole() else (model.config.patch_size,) * 2
+
+    def why_whole(self) -> str:
+        model, trunk = self.model, self.trunk
+        if record.disabled():
+            return record.DISABLED
+        for module in (model, trunk):
+            if has_hooks(module):
+                return f"of {type(module).__name__}: {why_hooked(module, inside=False)}"
+            if wrapper_of(module, "forward") is not None:
+                return f"something is wrapped around the forward of {type(module).__name__}"
+        for module in (trunk, *([model] if _HEADS[self.head] is not None else [])):
+            if not own_methods(type(module)):
+                return why_not_own(type(module))
+        return why_not_known(trunk.embeddings)
+
+    def text(self, ids):
+        found, length = tables(self.trunk.embeddings), len(ids)
+        types = found.token_type_ids
+        return embedding.text_tokens(
+            found,
+            found.position_ids[0, :length],
+            ids=ids,
+            token_types=None if types is None else types[0, :length],
+        )
+
+    def image(self, pixels, mask):
+        inputs = Inputs(input_ids=self._no_text(), pixel_values=pixels, pixel_mask=mask)
+        inputs._check_image(self.trunk.embeddings)
+        # Each image has the draws of one that comes first, so that none depends on those before it.
+        options = dataclasses.replace(self._swapped.options, generator=torch.Generator().manual_seed(0))
+        rows, _ = embed(self.trunk, [inputs], None, options, self._weights())
+        return rows
+
+    def pooled(self, texts, images):
+        places = packing([len(t) for t in texts], [len(i) for i in images], self.device)
+        rows = torch.cat([rows for pair in zip(texts, images, strict=True) for rows in pair])
+        apart = self.device.type == "cpu"
+        return self._swapped.run_rows(rows, places, self._weights(), reads="pooled", apart=apart).pooled
+
+    def whole(self, ids, pixels, mask):
+        given = dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], pixel_values=pixels)
+        given["pixel_mask"] = torch.ones_like(pixels[:, 0], dtype=torch.long) if mask is None else mask
+        if _HEADS[self.head] is not None:
+            return self.model(**given, return_dict=True).logits
+        return getattr(self.model, self.head)(self.trunk(**given, return_dict=True).pooler_output)
+
+    def logits(self, pooled):
+        return run_head(getattr(self.model, self.head), pooled, self._weights() if self.answers else None)
+
+    def _weights(self):
+        return engine.in_force(self._swapped.weights, self.trunk)
+
+    def _no_text(self):
+        return torch.zeros(1, 0, dtype=torch.long, device=self.device)

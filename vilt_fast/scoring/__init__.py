@@ -1,0 +1,1 @@
+"""Many texts with many images: scores of pairs, each text and image prepared once."""

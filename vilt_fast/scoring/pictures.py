@@ -1,0 +1,122 @@
+"""Images as the model takes them, from whatever they are given as; each is read when it is wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from ..alignment.picture import rgb
+from ..errors import InputError
+
+
+class Picture:
+    """One image: what it was given as, and what it is called."""
+
+    def __init__(self, source, place: int, processor):
+        """`processor()` gives what makes pixels of a PIL image, `processor()(image, return_tensors="pt")`.
+
+        Raises:
+            TypeError: no image is given like that.
+        """
+        self.source, self._processor = source, processor
+        if isinstance(source, str | os.PathLike):
+            self.name = os.fspath(source)
+        else:
+            self.name = f"image {place}"
+            kinds = bytes | bytearray | memoryview | np.ndarray | torch.Tensor | Mapping
+            if not isinstance(source, kinds) and not _is_pil(source):
+                raise TypeError(
+                    f"score: image {place} is a {type(source).__name__}; expected a path, the bytes of a file, a PIL "
+                    "image, an array or tensor [height, width, 3], or what a processor has made, as a mapping."
+                )
+
+    def key(self):
+        """Equal for images that are one: they are read once."""
+        return self.name if isinstance(self.source, str | os.PathLike) else id(self.source)
+
+    def pixels(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(pixels [1, C, H, W], mask [1, H, W], or None where all of them are real).
+
+        Turned as the camera says (EXIF), the first frame of an animation, colours as Pillow converts them to RGB.
+
+        Raises:
+            OSError, ValueError, ...: whatever the file makes Pillow and the processor raise.
+        """
+        if isinstance(self.source, Mapping):
+            made = self.source
+        else:
+            made = self._processor()(self.opened(), return_tensors="pt")
+        values, mask = made["pixel_values"], made.get("pixel_mask")
+        values = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
+        if values.ndim == 3:
+            values, mask = values[None], None if mask is None else mask[None]
+        if values.ndim != 4 or len(values) != 1:
+            raise InputError(f"pixel_values must be of one image, [1, C, H, W], got {list(values.shape)}.")
+        if mask is not None and bool((mask != 0).all()):
+            mask = None
+        return values, mask
+
+    def opened(self):
+        """The photograph as a PIL image in RGB."""
+        from PIL import Image, ImageOps
+
+        source = self.source
+        if isinstance(source, Mapping):
+            raise InputError("processed inputs hold no photograph.")
+        try:
+            if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
+                file = source if isinstance(source, str | os.PathLike) else io.BytesIO(source)
+                with Image.open(file) as picture:
+                    return rgb(ImageOps.exif_transpose(picture))
+            return rgb(ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else source)
+        except InputError as error:
+            raise InputError(str(error).removeprefix("align: ")) from None
+
+    def digest(self) -> str:
+        """Of all that `pixels` depends on but the processor; a file that cannot be read has one too."""
+        source, seen = self.source, hashlib.blake2b(digest_size=16)
+        if isinstance(source, str | os.PathLike):
+            try:
+                with open(source, "rb") as file:
+                    return hashlib.file_digest(file, lambda: seen).hexdigest()
+            except OSError as error:
+                return type(error).__name__
+        if isinstance(source, bytes | bytearray | memoryview):
+            seen.update(source)
+        elif _is_pil(source):
+            seen.update(f"{source.mode} {source.size} {source.getexif().get(0x0112)}".encode())
+            seen.update(source.tobytes())
+        else:
+            parts = source.items() if isinstance(source, Mapping) else [("", source)]
+            for name, part in parts:
+                part = part.detach().cpu() if isinstance(part, torch.Tensor) else torch.as_tensor(np.asarray(part))
+                seen.update(f"{name} {part.dtype} {list(part.shape)}".encode())
+                seen.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+        return seen.hexdigest()
+
+
+def _is_pil(source) -> bool:
+    import sys
+
+    image = sys.modules.get("PIL.Image")  # else nobody can have made one
+    return image is not None and isinstance(source, image.Image)
+
+
+def read(images, processor) -> list[Picture]:
+    """The images of a list, not opened yet.
+
+    Raises:
+        TypeError: it is no list, or holds something that is no image. InputError: it is empty.
+    """
+    if isinstance(images, str | bytes | os.PathLike) or _is_pil(images) or not isinstance(images, Sequence):
+        raise TypeError(
+            f"score: images must be a list (of paths, bytes, PIL images, arrays, tensors), got {type(images).__name__}."
+        )
+    if not images:
+        raise InputError("score: there are no images.")
+    return [Picture(source, place, processor) for place, source in enumerate(images)]
