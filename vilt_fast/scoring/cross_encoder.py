@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..models import find_pairs
+from .columns import Numbered
 from .score import score
 
 
@@ -68,7 +69,7 @@ class CrossEncoder:
         given = [_split(pair) for pair in ([sentences] if single else sentences)]
         if not given:
             return torch.zeros(0) if convert_to_tensor else np.zeros(0, np.float32) if convert_to_numpy else []
-        texts, images = _Numbered(), _Numbered()
+        texts, images = Numbered(), Numbered()
         pairs = [(texts.add(text), images.add(image)) for text, image in given]
         made = score(
             self.model, texts.all, images.all, pairs=pairs, progress=show_progress_bar, **self._options
@@ -112,20 +113,6 @@ class CrossEncoder:
             {"corpus_id": int(n), "score": float(scores[n])} | ({name: bare[n]} if return_documents else {})
             for n in order
         ]
-
-
-class _Numbered:
-    """Things in order, those that are the same once."""
-
-    def __init__(self):
-        self.all, self._numbers = [], {}
-
-    def add(self, thing) -> int:
-        key = thing if isinstance(thing, str | os.PathLike) else id(thing)
-        if key not in self._numbers:
-            self._numbers[key] = len(self.all)
-            self.all.append(thing)
-        return self._numbers[key]
 
 
 def _kind(thing, text="text") -> str:
