@@ -1,6 +1,10 @@
 """A run that somebody kills, or one of several ranks: a grid of a tiny model, streamed to a file."""
 
+import contextlib
 import multiprocessing
+import os
+import runpy
+import sys
 import warnings
 from pathlib import Path
 
@@ -32,12 +36,17 @@ def run(out, folder):
         journal._EVERY = often
 
 
-def start(*arguments):
-    """A process that does `work`. What they all import is imported once, by the process that they are forked from."""
+def start(*given, target=None):
+    """A process that does `work`, or `target`. What they import is imported once, by what they are forked from."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
-    process = processes.Process(target=work, args=arguments)
-    process.start()
+    process = processes.Process(target=target or work, args=given)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # what the first process looks for it in
+    try:
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
     return process
 
 
@@ -50,3 +59,14 @@ def work(out, folder, address=None, rank=0, world=1):
     if address is not None:
         np.save(f"{address}.{rank}.npy", found.scores)
         torch.distributed.destroy_process_group()
+
+
+def as_by_torchrun(path, arguments, rank, world, port, folder):
+    """A script as torchrun starts it, its output to a file."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+    os.environ.update({name: str(value) for name, value in meeting.items()})
+    sys.argv = [str(path), *map(str, arguments)]
+    with open(folder / f"{rank}.txt", "w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(path), run_name="__main__")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,21 @@ def here() -> tuple[int, int]:
     if not distributed.is_available() or not distributed.is_initialized():
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+@contextlib.contextmanager
+def started(device: str) -> Iterator[tuple[int, int]]:
+    """`here`, in a process that torchrun has started as one of several: they meet, and part again at the end."""
+    alone = int(os.environ.get("WORLD_SIZE", "1")) < 2 or distributed.is_initialized()
+    if not alone:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield here()
+    finally:
+        if not alone:
+            distributed.destroy_process_group()
 
 
 def tiles_of(tiling: Tiling, rank: int, world: int) -> Iterator[Tile]:
