@@ -1,4 +1,4 @@
-"""`python -m benchmarks.run model | linear | attention | block | transport | images`: medians, ratios, floors, to CSV.
+"""`python -m benchmarks.run model | linear | attention | block | transport | images | score`: medians, ratios, to CSV.
 
 A speed-up is a ratio of medians of interleaved runs in one process, against HuggingFace's eager float32 on the same
 input. The floor is what the counted FLOPs and bytes need at the matmul peak and the copy bandwidth measured in the same
@@ -20,7 +20,7 @@ from vilt_fast.commands.arguments import whole
 from vilt_fast.commands.checkpoint import BadCheckpoint
 
 from . import cases as shapes
-from . import destination, images, measure, ops, providers, transport
+from . import destination, images, measure, ops, providers, score, transport
 from .table import FIELDS
 
 KEYS = ("provider", "case", "dtype")  #: what a row is known by
@@ -32,6 +32,7 @@ OPTIONS = {  # which options do something
     "attention": ("dtypes",),
     "transport": (),
     "images": (),
+    "score": ("dtypes", "cases"),
 }
 
 
@@ -80,6 +81,8 @@ def _timed(arguments):
             rows = transport.rows(arguments.repeats, step)
         elif arguments.what == "images":
             rows = images.rows(_answering(), arguments.repeats, step)
+        elif arguments.what == "score":
+            rows = score.rows(arguments.cases or score.CASES[1:], arguments.dtypes, arguments.repeats, step)
         else:
             rows = ops.rows(arguments.what, arguments.dtypes, arguments.repeats, step)
         # What else ran meanwhile cannot make a machine faster: the better of two measurements is the nearer one.
@@ -91,7 +94,8 @@ def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=tuple(OPTIONS), help="what to time (memory: used internally)")
     parser.add_argument("--dtypes", nargs="+", choices=report.PRECISIONS, help="default: all")
-    parser.add_argument("--cases", nargs="+", choices=list(shapes.CASES), help="default: all, or --shapes alone")
+    named = [*dict.fromkeys([*shapes.CASES, *score.CASES])]
+    parser.add_argument("--cases", nargs="+", choices=named, help="default: all, or --shapes alone; score: grid, jpegs")
     parser.add_argument(
         "--shapes", nargs="+", metavar="HxW+T", help="one batch of your own: height, width, text tokens of each sample"
     )
@@ -117,6 +121,10 @@ def _arguments(argv):
         if getattr(arguments, option) is not None and option not in OPTIONS[arguments.what]:
             has = [what for what, options in OPTIONS.items() if option in options and what != "memory"]
             parser.error(f"--{option} does nothing for {arguments.what}; it is for {', '.join(has)}.")
+    known = score.CASES if arguments.what == "score" else tuple(shapes.CASES)
+    for case in arguments.cases or ():
+        if case not in known:
+            parser.error(f"--cases {case} is none of {arguments.what}, which has {', '.join(known)}.")
     if arguments.update and (arguments.model or arguments.shapes):
         parser.error("--update is for the committed model and cases: leave --model and --shapes out.")
     if arguments.what != "memory":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -50,7 +51,8 @@ class Picture:
         if isinstance(self.source, Mapping):
             made = self.source
         else:
-            made = self._processor()(self.opened(), return_tensors="pt")
+            processor = self._processor()
+            made = processor(self._for(processor), return_tensors="pt")
         values, mask = made["pixel_values"], made.get("pixel_mask")
         values = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
         if values.ndim == 3:
@@ -61,6 +63,16 @@ class Picture:
             mask = None
         return values, mask
 
+    def _for(self, processor):
+        """The photograph; unread where the processor may decode a JPEG smaller than it is."""
+        from PIL import Image
+
+        if _is_ours(processor) and isinstance(self.source, _ENCODED):
+            with Image.open(_file(self.source)) as header:
+                if header.format == "JPEG":
+                    return self.source
+        return self.opened()
+
     def opened(self):
         """The photograph as a PIL image in RGB."""
         from PIL import Image, ImageOps
@@ -69,9 +81,8 @@ class Picture:
         if isinstance(source, Mapping):
             raise InputError("processed inputs hold no photograph.")
         try:
-            if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
-                file = source if isinstance(source, str | os.PathLike) else io.BytesIO(source)
-                with Image.open(file) as picture:
+            if isinstance(source, _ENCODED):
+                with Image.open(_file(source)) as picture:
                     return rgb(ImageOps.exif_transpose(picture))
             return rgb(ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else source)
         except InputError as error:
@@ -100,9 +111,31 @@ class Picture:
         return seen.hexdigest()
 
 
-def _is_pil(source) -> bool:
-    import sys
+_ENCODED = str | os.PathLike | bytes | bytearray | memoryview
 
+
+def _file(source):
+    return source if isinstance(source, str | os.PathLike) else io.BytesIO(source)
+
+
+def _is_ours(processor) -> bool:
+    known = sys.modules.get("vilt_fast.images.processor")  # else nobody can have made one
+    return known is not None and isinstance(processor, known.ImageProcessor)
+
+
+def quick(processor):
+    """`vilt_fast.ImageProcessor` in place of an image processor of transformers that it is equal to, bit for bit."""
+    if not type(processor).__module__.startswith("transformers."):
+        return processor
+    from ..images.processor import ImageProcessor
+
+    try:
+        return ImageProcessor.from_reference(processor)
+    except TypeError:  # another one, on torchvision say
+        return processor
+
+
+def _is_pil(source) -> bool:
     image = sys.modules.get("PIL.Image")  # else nobody can have made one
     return image is not None and isinstance(source, image.Image)
 

@@ -76,7 +76,8 @@ def score(
         out: a `.npy` file that results are streamed to, with a journal beside it.
         resume: go on with `out` where it was interrupted. Another model, other inputs, options or versions are refused.
         processor: what has `image_processor` and `tokenizer`, such as `transformers.ViltProcessor`, or an image
-            processor alone. By default the one saved with the model.
+            processor alone, such as `vilt_fast.ImageProcessor` with decode="fast". By default the one saved with the
+            model. transformers' own on Pillow is computed by `ImageProcessor`, bit for bit.
         tokenizer: in place of the processor's.
         truncate: cut texts that are longer than the model has positions, in place of refusing them.
 
@@ -94,9 +95,10 @@ def score(
     ids, names = texts_of.read(
         texts, task.positions, task.vocabulary, lambda: tokenizer or _part(given(), "tokenizer"), truncate
     )
-    pictures = pictures_of.read(images, lambda: getattr(given(), "image_processor", given()))
+    of_images = functools.cache(lambda: pictures_of.quick(getattr(given(), "image_processor", given())))
+    pictures = pictures_of.read(images, of_images)
     if not all(isinstance(picture.source, Mapping) for picture in pictures):
-        given()  # what is missing is said before anything is computed
+        of_images()  # what is missing is said before anything is computed
     listed = None if pairs is None else _pairs(pairs, len(ids), len(pictures))
     budget = _whole(token_budget, "token_budget", TOKEN_BUDGET.get(task.device.type, TOKEN_BUDGET["cuda"]))
     k = _whole(top_k, "top_k", 1 if task.answers else len(pictures))
@@ -121,7 +123,7 @@ def score(
             path = out if world == 1 else ranks.path_of(out, rank, world)
             if world > 1 and not resume and Path(out).exists():
                 raise FileExistsError(f"score: {out} is there already: pass another out=, or remove it.")
-            mark = _fingerprint(task, ids, pictures, listed, given, (budget, k, rank, world))
+            mark = _fingerprint(task, ids, pictures, listed, of_images, (budget, k, rank, world))
             results = OnDisk(path, shape, dtype, width, lambda: ((t.number, c) for t, c in place(mine())), mark, resume)
         stack.enter_context(results)
         total = tiling.count if world == 1 else sum(len(t.cells) for t in mine())
@@ -255,8 +257,8 @@ def _fingerprint(task, ids, pictures, pairs, processor, options) -> dict[str, st
     for picture in pictures:
         images.add(picture.digest())
     if not all(isinstance(picture.source, Mapping) for picture in pictures):
-        made = getattr(processor(), "image_processor", processor())
-        images.add(repr(made.to_dict()) if hasattr(made, "to_dict") else repr(made))
+        made = processor()
+        images.add(f"{type(made).__qualname__} {made.to_dict() if hasattr(made, 'to_dict') else made!r}")
     chosen = _Seen()
     chosen.add(f"{options} {torch.is_autocast_enabled('cpu')}")
     if pairs is not None:
