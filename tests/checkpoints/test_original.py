@@ -2,9 +2,11 @@
 
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -288,3 +290,14 @@ def test_another_table_and_heads_by_hand(tmp_path):
     batch, ours, _ = inputs()
     with torch.no_grad():
         torch.testing.assert_close(model(**ours).logits, theirs.vqa_classifier(theirs.infer(batch)["cls_feats"]))
+
+
+def test_its_page(tmp_path, monkeypatch):
+    """The lines of docs/original.md that need no repository, word for word; the others are Python."""
+    page = (Path(__file__).parents[2] / "docs" / "original.md").read_text(encoding="utf-8")
+    shims, lines = re.findall(r"```python\n(.*?)```", page, re.S)
+    compile(shims, "shims.py", "exec")
+    written(tmp_path, "mlm_score", "itm_score")[1].rename(tmp_path / "vilt_200k_mlm_itm.ckpt")
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
+    assert (tmp_path / "back.ckpt").is_file()
