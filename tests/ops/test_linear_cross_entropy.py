@@ -45,6 +45,25 @@ def test_value_and_gradients_are_torchs(reduction, bias):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_probabilities_in_place_of_classes(reduction):
+    *tensors, _ = _inputs()
+    labels = torch.randn(11, 17, dtype=torch.float64).softmax(-1)
+    results = []
+    for function in (functools.partial(functional.linear_cross_entropy, reduction=reduction), _torch):
+        inputs = [t.clone().requires_grad_() for t in tensors]
+        loss = function(*inputs, labels) if function is not _torch else _torch(*inputs, labels, reduction)
+        results.append((loss, *torch.autograd.grad(loss, inputs, torch.ones_like(loss))))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+    half = functional.linear_cross_entropy(*(t.bfloat16() for t in tensors), labels.bfloat16())
+    assert half.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"labels has shape \[11, 16\], expected \[R, V\]"):
+        functional.linear_cross_entropy(*tensors, labels[:, :16])
+    with pytest.raises(RuntimeError, match="it takes labels that are classes"):
+        functional.linear_cross_entropy(*tensors, labels, backend="triton")
+
+
 def test_gradcheck():
     *tensors, labels = _inputs(5, 3, 4)
     inputs = [t.requires_grad_() for t in tensors]
