@@ -6,11 +6,13 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support import pictures
 
 from vilt_fast import ImageProcessor
 from vilt_fast.commands import samples
+from vilt_fast.images import resize
 from vilt_fast.images.reference import Reference
 
 SMALL = {"size": {"shortest_edge": 64}, "return_tensors": "np"}
@@ -57,6 +59,19 @@ def test_turned_as_the_exact_one(orientation):
     others = [exact_pixels(other) for other in range(1, 9) if other != shown]
     away = np.abs(fast - exact).mean()
     assert away < 0.1 * min(np.abs(fast - other).mean() for other in others if other.shape == fast.shape)
+
+
+@pytest.mark.core
+def test_threads_change_nothing(monkeypatch):
+    """Of one JPEG, which one thread decodes; of several."""
+    monkeypatch.setattr(resize, "LARGE", 0)
+    data = [jpeg(611, 803, orientation) for orientation in (1, 6, 8)]
+    for images in (data[:1], data[1:2], data):
+        found = []
+        for threads in (1, 2, 5):
+            monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            found.append(ImageProcessor()(images, decode="fast", **SMALL)["pixel_values"])
+        assert all(np.array_equal(one, found[0]) for one in found[1:])
 
 
 @pytest.mark.core

@@ -25,6 +25,7 @@ def exact(image: Image.Image, size: tuple[int, int], resample: int, threads: int
 
 def _in_bands(image, size, resample, bands, box=None):
     """Pillow filters rows, rounds to bytes, then filters columns: so each band of rows can be filtered on its own."""
+    image.load()  # once, not by every thread that cuts a band
     left, upper, right, lower = box or (0, 0, *image.size)
     bands = min(bands, image.height)
     edges = [image.height * i // bands for i in range(bands + 1)]
