@@ -35,6 +35,7 @@ def _in_bands(image, size, resample, bands, box=None):
         return band.resize((size[1], bottom - top), resample, box=(left, 0, right, bottom - top))
 
     narrow = Image.new(image.mode, (size[1], image.height))
+    narrow.info = dict(image.info)  # as Pillow's own resize: it says which way up the image is
     with ThreadPoolExecutor(bands) as pool:
         for top, band in zip(edges, pool.map(rows, edges, edges[1:]), strict=False):
             narrow.paste(band, (0, top))
