@@ -35,7 +35,7 @@ core: $(VENV)/.installed
 	for release in $(OLD); do $(MAKE) --no-print-directory core-$$release || exit 1; done
 
 core-%: $(VENV)/transformers-%/.installed
-	PYTHONPATH=$(VENV)/transformers-$* $(BIN)/python $(CORE) tests/models tests/engine tests/ops tests/test_packaging.py
+	PYTHONPATH=$(VENV)/transformers-$* $(BIN)/python $(CORE) tests/models tests/engine tests/ops tests/images tests/test_packaging.py
 
 .PRECIOUS: $(VENV)/transformers-%/.installed
 $(VENV)/transformers-%/.installed: | $(VENV)/.installed

@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
-from transformers import ViltConfig, ViltModel
+from transformers import ViltConfig, ViltForQuestionAnswering, ViltModel
 
-from benchmarks import cases, destination, host, measure, ops, plot, providers, run, table
+from benchmarks import cases, destination, host, image_error, images, measure, ops, plot, providers, run, table
 from vilt_fast.commands import report
 from vilt_fast.commands.samples import token_counts
 
@@ -130,6 +130,33 @@ def test_a_run_writes_every_column(tiny, tmp_path, capsys):
     assert text.endswith("\n<!-- /figures -->\nafter\n")
     assert "old" not in text
     assert "| HuggingFace float32 | 1.00 (" in text
+
+
+def test_images_from_the_jpeg_to_the_answer(tiny, tmp_path, monkeypatch):
+    """Exact pixels are HuggingFace's; the error of the fast ones is told."""
+    monkeypatch.setattr(images, "PHOTOGRAPHS", {"480p": ((1300, 1600),), "b2": ((100, 90), (90, 120))})
+    model = ViltForQuestionAnswering(run._trunk().config).eval()
+    monkeypatch.setattr(run, "_answering", lambda: model)
+    out = tmp_path / "images.csv"
+    assert run.main(["images", "--repeats", "1", "--out", str(out)]) == 0
+    rows = {(row["case"], row["provider"]): row for row in table.read(out)}
+    providers_of = ["hf", "hf_processor_ours_int8", "ours", "ours_fast"]
+    assert [p for c, p in rows if c == "480p_answer"] == providers_of and len(rows) == 10
+    assert float(rows["480p_pixels", "ours"]["error"]) == 0 < float(rows["480p_pixels", "ours_fast"]["error"]) < 0.05
+    answered = {p: float(rows["480p_answer", p]["error"]) for p in providers_of}
+    assert answered["hf"] < 1e-5 < answered["ours"] == answered["hf_processor_ours_int8"] != answered["ours_fast"]
+    assert rows["480p_answer", "ours"]["shape"] == "b1 1300x1600" and float(rows["480p_answer", "ours"]["floor_ms"]) > 0
+
+
+def test_the_error_of_images_decoded_fast(tiny, tmp_path):
+    model = run._trunk().double()
+    rows, found = image_error.differences(model, [*image_error.photographs(((1200, 1300),), ("astronaut",))])
+    assert [row["result"] for row in rows] == ["384x416", "128x128"]
+    for row in rows:
+        assert 0 < row["mean"] < row["p99"] < row["max"] == abs(found[row["photograph"]]).max()
+        assert 1e-9 < row["pooled_error"] < 1
+    image_error.draw(found, tmp_path / "error.png")
+    assert (tmp_path / "error.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_readme_has_a_place_for_figures():
