@@ -1,20 +1,26 @@
-"""`python -m benchmarks.host [--update]`: microseconds that one op takes on the host, whatever computes it.
+"""`python -m benchmarks.host [--update]`: microseconds that an op or a forward takes on the host, whatever computes it.
 
 Each op is called with a launcher that only makes its outputs, on inputs of ViLT's shapes at batch 1, without gradients:
 
     direct    validation, choice of backend, launcher: what eager inference pays
     library   the same behind torch.ops.vilt_fast, as with gradients, torch.compile or a transform
     launcher  the launcher alone: what is subtracted in `overhead`
+
+`forward` is a `ViltForQuestionAnswering` of 12 layers and a width of 32, batch 1, on the CPU: processor time of its one
+thread, also where others compete for that. `overhead` is without what the native library takes.
 """
 
 import argparse
 import os
 import sys
+import time
 from datetime import date
 from functools import partial
 
 import torch
+from transformers import ViltConfig, ViltForQuestionAnswering
 
+import vilt_fast
 from vilt_fast import functional, testing
 from vilt_fast.commands import report
 from vilt_fast.commands.arguments import whole
@@ -87,6 +93,52 @@ def rows(repeats):
     return found
 
 
+NATIVE = ("encoder", "patch_embed", "linear", "fingerprint")  #: what a forward calls of the native library
+
+
+@torch.no_grad()
+def forwards(repeats):
+    """Rows of a whole forward, without the columns of the machine."""
+    from vilt_fast import _C
+
+    config = ViltConfig(
+        hidden_size=32, intermediate_size=64, num_attention_heads=2, num_labels=30, max_image_length=-1
+    )  # fmt: skip
+    inputs = dict(
+        input_ids=torch.randint(1000, 2000, (1, 40)), attention_mask=torch.ones(1, 40, dtype=torch.long),
+        token_type_ids=torch.zeros(1, 40, dtype=torch.long), pixel_values=torch.randn(1, 3, 384, 384),
+        pixel_mask=torch.ones(1, 384, 384, dtype=torch.long),
+    )  # fmt: skip
+    found, native, own = [], [0.0], {name: getattr(_C, name) for name in NATIVE}
+
+    def timed(function, *arguments):
+        start = time.thread_time()
+        result = function(*arguments)
+        native[0] += time.thread_time() - start
+        return result
+
+    for name, function in own.items():
+        setattr(_C, name, partial(timed, function))
+    try:
+        for quantize in (None, "int8"):
+            model = vilt_fast.accelerate(ViltForQuestionAnswering(config).eval(), quantize=quantize)
+            model(**inputs)
+            whole, python = [], []
+            for _ in range(repeats * 10):
+                native[0], start = 0.0, time.thread_time()
+                model(**inputs)
+                whole.append(time.thread_time() - start)
+                python.append(whole[-1] - native[0])
+            (p20, p50, p80), (_, overhead, _) = (sorted(t * 1e6 for t in report.quantiles(v)) for v in (whole, python))
+            found.append(
+                dict(op="forward", way=quantize or "float32", p20_us=p20, p50_us=p50, p80_us=p80, overhead_us=overhead)
+            )
+    finally:
+        for name, function in own.items():
+            setattr(_C, name, function)
+    return found
+
+
 def _through_library(call):
     known, _define._KNOWN = _define._KNOWN, False
     call()
@@ -110,11 +162,13 @@ def main(argv=None):
         "load": os.getloadavg()[0], "device": measure.device(), "versions": measure.versions(),
         "commit": measure.commit(), "date": date.today().isoformat(),
     }  # fmt: skip
-    found = [row | common for row in rows(arguments.repeats)]
+    found = [row | common for row in (*rows(arguments.repeats), *forwards(arguments.repeats))]
     from rich.console import Console
 
     lines = [(r["op"], r["way"], f"{r['p50_us']:.1f}", f"{r['overhead_us']:.1f}") for r in found]
-    table = report.rich_table("Host time of an op, microseconds", ("op", "way", "median", "overhead"), lines, 2)
+    table = report.rich_table(
+        "Host time of an op, and of a forward, microseconds", ("op", "way", "median", "overhead"), lines, 2
+    )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return destination.put(out, found, FIELDS, ("op", "way"))
 

@@ -10,6 +10,7 @@ the comparison, and what is computed with the copies, are one op that knows its 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -45,26 +46,36 @@ class WeightCache(Asked):
         super().__init__(kind)
         self.kind = kind
         self._copies: dict[tuple, tuple] = {}
-        self._making = threading.Lock()
+        self._making = threading.Lock()  #: threads that come together make one copy
         self._number = next(_numbers)
         _caches[self._number] = self
 
     def quantized(self, parameters: list[torch.Tensor], first_block: int = 0) -> list[torch.Tensor]:
         """`parameters` of whole blocks, the first of them `first_block`, with each matrix replaced by its int8 copy."""
-        result, size = list(parameters), len(LayerParameters._fields)
-        matrices = [start + place for start in range(0, len(parameters), size) for place in _PLACES]
-        made = []
-        for at, mark in zip(matrices, _marks([parameters[at] for at in matrices]), strict=True):
-            place = first_block * size + at
-            kept = self._copies.get(place)
-            result[at] = self._copy(place, [mark], [parameters[at]], functional.quantize_linear)
-            if kept is None or kept[1] is not result[at]:
-                made.append((at, place))
-        for (at, place), blob in zip(made, gathered([result[at] for at, _ in made]), strict=True):
-            marks, _, storages = self._copies[place]
-            self._copies[place] = marks, blob, storages
-            result[at] = blob
+        size = len(LayerParameters._fields)
+        places = [start + place for start in range(0, len(parameters), size) for place in _PLACES]
+        matrices = {first_block * size + place: parameters[place] for place in places}
+        marks = dict(zip(matrices, _marks(list(matrices.values())), strict=True))
+        blobs, missing = self._found(marks)
+        if missing:
+            with self._making:
+                blobs, missing = self._found(marks)
+                weights = [matrices[place] for place in missing]
+                with _unnoticed():
+                    made = gathered(map(functional.quantize_linear, weights), [blob_size(*w.shape) for w in weights])
+                for place, blob in zip(missing, made, strict=True):
+                    blobs[place] = blob
+                    self._keep(place, [marks[place]], blob, [matrices[place]])
+        result = list(parameters)
+        for place, blob in blobs.items():
+            result[place - first_block * size] = blob
         return result
+
+    def _found(self, marks):
+        """({place: its copy}, the places that have none) of weights with these marks."""
+        kept = {place: self._copies.get(place) for place in marks}
+        found = {place: copy[1] for place, copy in kept.items() if copy is not None and copy[0] == [marks[place]]}
+        return found, [place for place in marks if place not in found]
 
     def encoder(self, first_block: int, x, parameters, *spans, **options) -> torch.Tensor:
         """`functional.encoder` in int8, with the copies of these parameters."""
@@ -103,20 +114,20 @@ class WeightCache(Asked):
     def _copy(self, place, marks, sources, make):
         kept = self._copies.get(place)
         if kept is None or kept[0] != marks:
-            with self._making:  # threads that come together make one copy
+            with self._making:
                 kept = self._copies.get(place)
                 if kept is None or kept[0] != marks:
-                    kept = self._copies[place] = self._made(kept, marks, sources, make)
+                    with _unnoticed():
+                        made = make(*sources)
+                        if kept is not None and any(isinstance(mark[-1], _Unknown) for mark in marks):
+                            made = _renewed(kept[1], made)
+                    self._keep(place, marks, made, sources)
+                kept = self._copies[place]
         return kept[1]
 
-    def _made(self, kept, marks, sources, make):
-        # Copies that a call in either mode may write to.
-        with record.unheard(), torch.inference_mode(False), torch.no_grad():
-            made = make(*sources)
-            if kept is not None and any(isinstance(mark[-1], _Unknown) for mark in marks):
-                made = _renewed(kept[1], made)
+    def _keep(self, place, marks, made, sources):
         # A weak reference keeps no memory alive, and no later storage is found at the place of this one.
-        return marks, made, [StorageWeakRef(tensor.untyped_storage()) for tensor in sources]
+        self._copies[place] = marks, made, [StorageWeakRef(tensor.untyped_storage()) for tensor in sources]
 
     def __getstate__(self):
         return {"kind": self.kind}
@@ -130,6 +141,13 @@ def why_emulated(rows: torch.Tensor) -> str:
     if not rows.is_cuda:
         return f"the tensors are on {rows.device}"
     return registry.why_unavailable("linear_fp8", "triton", device="cuda", dtype=rows.dtype).rstrip(".")
+
+
+@contextlib.contextmanager
+def _unnoticed():
+    """Nobody is told of what is computed within, and calls in either mode may write to it."""
+    with record.unheard(), torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _as_matrix(weight):

@@ -2,8 +2,9 @@
 
 import ctypes
 import functools
+import itertools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -53,17 +54,14 @@ def opened(blob, name, *parts):
     return (blob.clone() if address % _ALIGNMENT else blob), (rows, columns)
 
 
-def gathered(blobs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same blobs one behind the other, in pages of 2 MB where the system has them: they are read from end to end,
-    and of pages of 4 KB the processor finds but a few at once. Few bytes stay where they are."""
-    sizes = [-(-blob.numel() // _ALIGNMENT) * _ALIGNMENT for blob in blobs]
-    if sum(sizes) < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+def gathered(blobs: Iterable[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Blobs of so many bytes one behind the other, in pages of 2 MB where the system has them: of pages of 4 KB the
+    processor finds but a few at once. Fewer bytes than that stay where they are."""
+    places = [0, *itertools.accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)]
+    if places[-1] < _PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return list(blobs)
-    memory = mmap.mmap(-1, sum(sizes) + _PAGE)
+    memory = mmap.mmap(-1, places[-1] + _PAGE)
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start, result = -whole.data_ptr() % _PAGE, []
-    for blob, size in zip(blobs, sizes, strict=True):
-        result.append(whole[start : start + blob.numel()].copy_(blob))
-        start += size
-    return result
+    first = -whole.data_ptr() % _PAGE
+    return [whole[first + at : first + at + len(blob)].copy_(blob) for at, blob in zip(places, blobs, strict=False)]
