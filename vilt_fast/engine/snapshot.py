@@ -66,8 +66,9 @@ class Snapshot:
                     return False
         except (RuntimeError, ValueError):  # tensors, or arrays, that cannot say whether they are equal
             return False
-        if list(map(_form, parameters)) != self._parameters:
-            return False
+        for parameter, form in zip(parameters, self._parameters, strict=True):
+            if _form(parameter) != form:
+                return False
         for kind, methods in self._kinds:
             if own_methods(kind) != methods:
                 return False
