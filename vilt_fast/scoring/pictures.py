@@ -43,7 +43,8 @@ class Picture:
     def pixels(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(pixels [1, C, H, W], mask [1, H, W], or None where all of them are real).
 
-        Turned as the camera says (EXIF), the first frame of an animation, colours as Pillow converts them to RGB.
+        A file is turned as the camera says (EXIF), a PIL image taken as it is, as the reference takes both; of an
+        animation the first frame, colours as Pillow converts them to RGB.
 
         Raises:
             OSError, ValueError, ...: whatever the file makes Pillow and the processor raise.
@@ -84,7 +85,7 @@ class Picture:
             if isinstance(source, _ENCODED):
                 with Image.open(_file(source)) as picture:
                     return rgb(ImageOps.exif_transpose(picture))
-            return rgb(ImageOps.exif_transpose(source) if isinstance(source, Image.Image) else source)
+            return rgb(source)
         except InputError as error:
             raise InputError(str(error).removeprefix("align: ")) from None
 
@@ -100,7 +101,7 @@ class Picture:
         if isinstance(source, bytes | bytearray | memoryview):
             seen.update(source)
         elif _is_pil(source):
-            seen.update(f"{source.mode} {source.size} {source.getexif().get(0x0112)}".encode())
+            seen.update(f"{source.mode} {source.size} {source.getpalette()}".encode())
             seen.update(source.tobytes())
         else:
             parts = source.items() if isinstance(source, Mapping) else [("", source)]

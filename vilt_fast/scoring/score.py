@@ -64,9 +64,9 @@ def score(
             device.
         texts: N strings, or token ids [t] with [CLS] and [SEP] (lists, arrays, tensors).
         images: M paths, bytes of a file, PIL images, arrays or tensors [height, width, 3] as `align` takes them, or
-            mappings with `pixel_values` and maybe `pixel_mask` of one image, as a processor makes them. As Pillow shows
-            them: turned as the camera says, the first frame of an animation. One that cannot be read is warned of and
-            told in `errors`; its scores are NaN. One that is listed twice is read once.
+            mappings with `pixel_values` and maybe `pixel_mask` of one image, as a processor makes them. A file is
+            turned as the camera says, a PIL image taken as it is; of an animation the first frame counts. One that
+            cannot be read is warned of and told in `errors`; its scores are NaN. One that is listed twice is read once.
         pairs: (text, image) numbers; None for the full grid.
         token_budget: packed rows of a batch (text tokens, [CLS] and patches), by default 1792 on a CPU. It bounds the
             memory, whatever N and M.
