@@ -1,4 +1,5 @@
-"""`python -m benchmarks.run model | linear | attention | block | transport | images | score`: medians, ratios, to CSV.
+"""`python -m benchmarks.run model | train | linear | attention | block | transport | images | score`: medians and
+ratios, to CSV.
 
 A speed-up is a ratio of medians of interleaved runs in one process, against HuggingFace's eager float32 on the same
 input. The floor is what the counted FLOPs and bytes need at the matmul peak and the copy bandwidth measured in the same
@@ -20,13 +21,14 @@ from vilt_fast.commands.arguments import whole
 from vilt_fast.commands.checkpoint import BadCheckpoint
 
 from . import cases as shapes
-from . import destination, images, measure, ops, providers, score, transport
+from . import destination, images, measure, ops, providers, score, training, transport
 from .table import FIELDS
 
 KEYS = ("provider", "case", "dtype")  #: what a row is known by
 OPTIONS = {  # which options do something
     "model": ("dtypes", "cases", "shapes", "model", "peers", "memory"),
     "memory": ("cases", "shapes", "model", "provider"),
+    "train": ("dtypes", "memory"),
     "block": ("dtypes",),
     "linear": ("dtypes",),
     "attention": ("dtypes",),
@@ -44,7 +46,7 @@ def main(argv=None):
         model = _trunk(arguments.model)
         (case,) = _cases(arguments, model.config)
         inputs = shapes.inputs(case, model.config)
-        call = {**providers.PROVIDERS, **providers.PEERS}[arguments.provider].build(model)
+        call = {**providers.PROVIDERS, **providers.PEERS, **training.steps()}[arguments.provider].build(model)
         del model
         print(*measure.forward_memory(lambda: call(inputs)))
         return 0
@@ -77,6 +79,8 @@ def _timed(arguments):
         before = measure.machine(dtypes, step)
         if model:
             rows = model_rows(model, cases, arguments, step)
+        elif arguments.what == "train":
+            rows = training.rows(arguments.dtypes, arguments.repeats, arguments.memory, step)
         elif arguments.what == "transport":
             rows = transport.rows(arguments.repeats, step)
         elif arguments.what == "images":
@@ -112,7 +116,10 @@ def _arguments(argv):
         help="also torch.compile, and OpenVINO, torchao, ONNX Runtime where they are installed",
     )  # fmt: skip
     parser.add_argument(
-        "--memory", action="store_true", default=None, help="also peak memory of one forward, each in its own process"
+        "--memory",
+        action="store_true",
+        default=None,
+        help="also peak memory of one forward or step, each in its own process",
     )
     destination.add(parser)
     parser.add_argument("--provider", help=argparse.SUPPRESS)
@@ -132,7 +139,7 @@ def _arguments(argv):
     for dtype in arguments.dtypes or ():
         if reason := report.unavailable(dtype):
             parser.error(f"--dtypes {dtype}: {reason}")
-        if dtype == "int8" and arguments.what in ("linear", "attention"):
+        if dtype == "int8" and arguments.what in ("linear", "attention", "train"):
             parser.error(f"--dtypes int8: {arguments.what} has no int8 rows; block and model have.")
     arguments.dtypes = arguments.dtypes or list(report.PRECISIONS)
     if arguments.peers:

@@ -7,7 +7,20 @@ import pytest
 import torch
 from transformers import ViltConfig, ViltForQuestionAnswering, ViltModel
 
-from benchmarks import cases, destination, host, image_error, images, measure, ops, plot, providers, run, table
+from benchmarks import (
+    cases,
+    destination,
+    host,
+    image_error,
+    images,
+    measure,
+    ops,
+    plot,
+    providers,
+    run,
+    table,
+    training,
+)
 from vilt_fast.commands import report
 from vilt_fast.commands.samples import token_counts
 
@@ -101,6 +114,22 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(destination, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(destination, "NEW", tmp_path / "new")
     monkeypatch.setattr(measure, "best_of", lambda call, seconds=0: (call(), 1e-3)[1])
+
+
+def test_a_training_step_of_each_kind(tiny, tmp_path, monkeypatch):
+    small = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=128, image_size=64)
+    monkeypatch.setattr(training, "CASE", cases.CASES["small"])
+    monkeypatch.setattr(training, "config", lambda p: ViltConfig(**small, vocab_size=200, hidden_dropout_prob=p))
+    out = tmp_path / "train.csv"
+    assert run.main(["train", "--repeats", "1", "--dtypes", "float32", "bfloat16", "--out", str(out)]) == 0
+    rows = {(row["provider"], row["dtype"], row["case"]): row for row in table.read(out)}
+    assert len(rows) == 8
+    for (provider, dtype, case), row in rows.items():
+        assert ("cpp" if provider == "ours" else "torch") in row["backend"]
+        if case.endswith("dropout 0.0"):
+            assert 0 < float(row["error"]) < (1e-4 if dtype == "float32" else 0.1)
+        else:
+            assert not row["error"]
 
 
 def test_a_run_writes_every_column(tiny, tmp_path, capsys):
