@@ -62,6 +62,15 @@ inline void check_offsets(const int32_t* cu, int B, const char* message) {
   require(ok, message);
 }
 
+// Samples of packed queries and keys.
+inline void check_samples(const int32_t* cu_q, const int32_t* cu_k, const int32_t* seqused_k, int B) {
+  check_offsets(cu_q, B, "cu_q must start at 0 and not decrease");
+  check_offsets(cu_k, B, "cu_k must start at 0 and not decrease");
+  for (int b = 0; seqused_k && b < B; ++b)
+    require(seqused_k[b] >= 0 && seqused_k[b] <= cu_k[b + 1] - cu_k[b],
+            "seqused_k must lie between 0 and the sample's rows");
+}
+
 // Masks are uint8 [B, M] and [B, N], 1 where padded; what else transport takes is dense unless strides are given.
 inline Masks masks_of(Address text_pad, Address image_pad, int64_t B, int64_t M, int64_t N) {
   require(B >= 1 && M >= 0 && N >= 0, "needs B >= 1 and M, N >= 0");

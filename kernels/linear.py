@@ -184,8 +184,10 @@ def _kind(x, weight):
     return how if bytes_each == 2 else f"{how} fp8"
 
 
-def supports(*, device=None, dtype=None, residual_dtype=None, requires_grad=False):
+def supports(*, device=None, dtype=None, weight_dtype=None, residual_dtype=None, requires_grad=False):
     """ "" when Triton can run this, else why not."""
+    if weight_dtype is not None:
+        return f"weights are {weight_dtype}, expected the dtype of x; convert them with .to(...)."
     return _device.problem(device, x=dtype, residual=residual_dtype)
 
 

@@ -43,9 +43,9 @@ def _linear_gelu_bwd_kernel(grad, pre, dpre, sums, M, N, rows_each, BLOCK_M: tl.
         tl.store(sums + group.to(tl.int64) * N + cols, tl.sum(total, 0), mask=cols < N)
 
 
-def supports(*, device=None, dtype=None, requires_grad=False):
+def supports(*, device=None, dtype=None, weight_dtype=None, requires_grad=False):
     """ "" when Triton can run this, else why not."""
-    return _device.problem(device, x=dtype)
+    return linear.supports(device=device, dtype=dtype, weight_dtype=weight_dtype)
 
 
 def linear_gelu_fwd(*, x, weight, bias, keep):

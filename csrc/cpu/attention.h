@@ -38,12 +38,13 @@ VF_INLINE AttentionSpace attention_space(Arena& arena, int64_t d) {
   return s;
 }
 
-// A tile product summed in chains of at most 128 units, for accuracy: shorter chains of rounding errors.
+// A tile product summed in chains of at most so many units, for accuracy: shorter chains of rounding errors.
+constexpr int64_t kChain = 128;
 template <class T>
 VF_INLINE void tile_chains(int rows, int columns, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t units,
                            float* c, int64_t ldc, bool add) {
-  for (int64_t u = 0; u < units; u += 128)
-    tile_any<T>(rows, columns, a + u, lda, b + u * kPanel, min64(128, units - u), c, ldc, add || u > 0);
+  for (int64_t u = 0; u < units; u += kChain)
+    tile_any<T>(rows, columns, a + u, lda, b + u * kPanel, min64(kChain, units - u), c, ldc, add || u > 0);
 }
 
 // values [n keys][d] -> per 64 dims a panel [ceil(n/u)][64][u]
@@ -162,6 +163,10 @@ static void attention_item(const AttentionArgs& a, int b, int h, int64_t q0, int
   if (a.lse)
     for (int64_t r = q0; r < q1; ++r)
       a.lse[h * rows_q + row + r] = n ? (s.top[r - q0] + log2f(s.sum[r - q0])) * 0.693147180559945309f : -INFINITY;
+  for (int64_t r = q0; a.stats && r < q1; ++r) {
+    float* of_row = a.stats + h * rows_q + row + r;
+    of_row[0] = s.top[r - q0], of_row[a.H * rows_q] = n ? 1.f / s.sum[r - q0] : 0.f;
+  }
 }
 
 // Items of one call: (sample, head, query block), in that order. Returns the number of blocks of a sample.

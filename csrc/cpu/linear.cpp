@@ -5,6 +5,19 @@
 
 namespace vf::VF_ISA {
 
+// Stores what goes into the GELU too.
+struct StoreBoth {
+  void *out, *pre;
+  int dtype;
+  int64_t ld;
+  using Row = int64_t;
+  Row row(int64_t r) const { return r * ld; }
+  void operator()(Row r, int64_t column, F x, int n) const {
+    store_any(pre, dtype, r + column, x, n);
+    store_any(out, dtype, r + column, gelu(x), n);
+  }
+};
+
 template <class T>
 static void run(const LinearArgs& a) {
   constexpr int kUnit = T::kUnit;
@@ -46,7 +59,9 @@ static void run(const LinearArgs& a) {
     const Weight w{a.w, a.bias, a.N, a.K};
     const Store<Finish::kPlain> plain{a.out, a.out_dtype, a.ldo, nullptr};
     const Store<Finish::kGelu> with_gelu{a.out, a.out_dtype, a.ldo, nullptr};
-    if (a.gelu) gemm<T>(team, rows, a.M, &w, &with_gelu, 1, nullptr, ws);
+    const StoreBoth both{a.out, a.pre, a.out_dtype, a.ldo};
+    if (a.gelu && a.pre) gemm<T>(team, rows, a.M, &w, &both, 1, nullptr, ws);
+    else if (a.gelu) gemm<T>(team, rows, a.M, &w, &with_gelu, 1, nullptr, ws);
     else gemm<T>(team, rows, a.M, &w, &plain, 1, nullptr, ws);
   }
   scratch_release(buffer);

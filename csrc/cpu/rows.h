@@ -16,21 +16,23 @@ VF_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 VF_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 VF_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// 2^x for x <= 127; below -126 the result is 2^-126, not 0. Minimax fit with p(0) = 1, relative error 1.6e-7.
+// 2^x for x <= 127; below -126 the result is 2^-126, not 0. Minimax fit with p(0) = 1, relative error 8e-8 in floats.
 VF_INLINE F exp2_clamped(F x) {
   F f, n;
   split_exp2(max(set1(-126.f), x), f, n);
-  F p = fma(set1(1.32647273e-3f), f, set1(9.67151299e-3f));
-  p = fma(p, f, set1(5.55073358e-2f));
-  p = fma(p, f, set1(2.40222424e-1f));
-  p = fma(p, f, set1(6.93147004e-1f));
+  F p = fma(set1(1.53533620e-4f), f, set1(1.33988739e-3f));
+  p = fma(p, f, set1(9.61843692e-3f));
+  p = fma(p, f, set1(5.55033237e-2f));
+  p = fma(p, f, set1(2.40226477e-1f));
+  p = fma(p, f, set1(6.93147182e-1f));
   p = fma(p, f, set1(1.f));
   return scale_exp2(p, n);
 }
 
-VF_INLINE F gelu(F x) {
+// |h(x)| of |x| = magnitude
+VF_INLINE F gelu_half(F magnitude) {
   const F limit = set1(5.3f), half = set1(0.5f);
-  const F magnitude = abs(x), t = min(limit, magnitude), u = t * t;
+  const F t = min(limit, magnitude), u = t * t;
   F p = set1(2.8033593224563447e-08f), q = set1(1.3603314528154442e-06f);
   p = fma(p, u, set1(6.471489086834481e-06f));
   q = fma(q, u, set1(6.431622750824317e-05f));
@@ -42,8 +44,19 @@ VF_INLINE F gelu(F x) {
   q = fma(q, u, set1(2.4199934303760529e-01f));
   p = fma(p, u, set1(3.989422023296356e-01f));
   q = fma(q, u, set1(1.f));
-  const F h = select_lt(magnitude, limit, t * p / q, half);
-  return fma(magnitude, h, half * x);
+  return select_lt(magnitude, limit, t * p / q, half);
+}
+
+VF_INLINE F gelu(F x) {
+  const F magnitude = abs(x);
+  return fma(magnitude, gelu_half(magnitude), set1(0.5f) * x);
+}
+
+// d gelu(x) / dx = Phi(x) + x phi(x); phi is taken for 0 beyond 13, where exp2_clamped no longer falls.
+VF_INLINE F gelu_slope(F x) {
+  const F magnitude = abs(x), h = gelu_half(magnitude), zero = set1(0), far = set1(13.f);
+  const F phi = set1(0.3989422804f) * exp2_clamped(min(far * far, x * x) * set1(-0.72134752f));
+  return set1(0.5f) + select_lt(x, zero, zero - h, h) + select_lt(far, magnitude, zero, x * phi);
 }
 
 // ---- rows of any stored type as floats ----------------------------------------------------------------------------
@@ -72,9 +85,11 @@ VF_INLINE void store_any(void* p, int dtype, int64_t i, F x, int n) {
 }
 
 // ---- LayerNorm ----------------------------------------------------------------------------------------------------
-[[maybe_unused]] static void layer_norm(const float* x, Param w, Param b, float eps, int64_t D, float* y) {
-  const int64_t full = D / kLanes * kLanes;
-  const int rest = (int)(D - full);
+struct Moments {
+  float mean, rstd;  // rstd = 1 / sqrt(var + eps)
+};
+
+[[maybe_unused]] static Moments moments(const float* x, float eps, int64_t D) {
   F s0 = set1(0), s1 = set1(0);
   int64_t i = 0;
   for (; i + 2 * kLanes <= D; i += 2 * kLanes) {
@@ -82,7 +97,8 @@ VF_INLINE void store_any(void* p, int dtype, int64_t i, F x, int n) {
     s1 = s1 + load(x + i + kLanes);
   }
   for (; i < D; i += kLanes) s0 = s0 + load(x + i, (int)min64(kLanes, D - i));
-  const F mean = set1(reduce_add(s0 + s1) / (float)D);
+  const float average = reduce_add(s0 + s1) / (float)D;
+  const F mean = set1(average);
   s0 = s1 = set1(0);
   for (i = 0; i + 2 * kLanes <= D; i += 2 * kLanes) {
     const F c0 = load(x + i) - mean, c1 = load(x + i + kLanes) - mean;
@@ -94,14 +110,21 @@ VF_INLINE void store_any(void* p, int dtype, int64_t i, F x, int n) {
     const F c = keep_first(load(x + i, n) - mean, n);
     s0 = fma(c, c, s0);
   }
-  const F rstd = set1(1.f / sqrtf(reduce_add(s0 + s1) / (float)D + eps));
-  for (i = 0; i < full + rest; i += kLanes) {
+  return {average, 1.f / sqrtf(reduce_add(s0 + s1) / (float)D + eps)};
+}
+
+[[maybe_unused]] static Moments layer_norm(const float* x, Param w, Param b, float eps, int64_t D, void* y,
+                                           int dtype = F32) {
+  const Moments m = moments(x, eps, D);
+  const F mean = set1(m.mean), rstd = set1(m.rstd);
+  for (int64_t i = 0; i < D; i += kLanes) {
     const int n = (int)min64(kLanes, D - i);
     F v = (load_any(x, F32, i, n) - mean) * rstd;
     v = v * (w.data ? load_any(w.data, w.dtype, i, n) : set1(1.f));
     if (b.data) v = v + load_any(b.data, b.dtype, i, n);
-    store_any(y, F32, i, v, n);
+    store_any(y, dtype, i, v, n);
   }
+  return m;
 }
 
 // ---- a row as the left operand of a product: K values -> ceil(K / kUnit) units, padded with zeros ------------------

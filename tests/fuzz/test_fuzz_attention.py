@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.fuzzing import DTYPES, LAYOUTS, MACHINES, SEEDS, assert_right, edges, generator, normal, on, sizes
+from support.gradients import results
 
 from vilt_fast import functional
 from vilt_fast.testing import encoder_parameters, offsets, poisoned
@@ -61,6 +62,29 @@ def test_attention(lengths, heads, width, dtype, together, layout, scale, machin
         got = call(q, k.masked_fill(unseen[:, None, None], torch.nan), poisoned(v, unseen), "cpp")
     plain, exact = call(q, k, v, "reference"), call(q.double(), k.double(), v.double(), "reference")
     for what, *three in zip(("out", "lse"), got, plain, exact, strict=True):
+        assert_right(*three, what=what)
+
+
+@given(
+    samples(), st.integers(1, 3), HEAD_DIMS, DTYPES, LAYOUTS, st.sampled_from([None, 0.3, -2.0]), MACHINES, SEEDS
+)  # fmt: skip
+def test_gradients_of_attention(lengths, heads, width, dtype, layout, scale, machine, seed):
+    (queries, keys, used), g = lengths, generator(seed)
+    while heads > 1 and sum(a * b for a, b in zip(queries, keys, strict=True)) * heads * width * 5 > MOST:
+        heads -= 1
+    q, k, v = (normal(g, sum(n), heads, width, dtype=dtype) for n in (queries, keys, keys))
+    unseen = after(keys, used)
+    bounds = (offsets(queries), offsets(keys), max(queries), max(keys))
+    used = None if used is None else torch.tensor(used, dtype=torch.int32)
+
+    def call(*t, backend):
+        return functional.attention(*t, *bounds, seqused_k=used, scale=scale, backend=backend)
+
+    with on(machine):
+        hostile = (q, k.masked_fill(unseen[:, None, None], torch.nan), poisoned(v, unseen))
+        got = results(call, hostile, "cpp", layout=layout)
+    plain, exact = (results(call, (q, k, v), "reference", to) for to in (None, torch.float64))
+    for what, *three in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
         assert_right(*three, what=what)
 
 

@@ -1,4 +1,4 @@
-"""Random linear_gelu, quantize_linear and patch_embed on the native library, held to the error budget."""
+"""Random products, their gradients, and what stands beside them, on the native library, held to the error budget."""
 
 import torch
 from hypothesis import given
@@ -17,6 +17,7 @@ from support.fuzzing import (
     on,
     sizes,
 )
+from support.gradients import results
 
 from vilt_fast import _C, functional
 from vilt_fast.testing import packing_indices
@@ -46,6 +47,69 @@ def test_linear_gelu(shape, dtype, rows_as, weight_as, biased, tiny, machine, se
         for to in (dtype, torch.float64)
     )
     assert_right(torch.cat([got, plain[m:]]), plain, exact)
+
+
+#: (M, N, K) of a gradient: beside the blocks that are summed at once, and those of columns and rows of the sums.
+GRADIENTS = st.one_of(
+    st.tuples(edges(1200, 6, *DEPTH[1:3]), sizes(70, 6, 16), sizes(70, 8, 64)),
+    st.tuples(sizes(40, 2, 6), edges(800, 48, 192), sizes(70, 16, 64)),
+    st.tuples(sizes(40, 2, 6), sizes(70, 6, 16), edges(1200, 64, 384)),
+)
+WEIGHTS = st.sampled_from(["same", "float32"])
+
+
+@given(
+    GRADIENTS, st.sampled_from(["linear", "linear_gelu"]), DTYPES, WEIGHTS, LAYOUTS, st.booleans(),
+    st.sampled_from(["all", "x", "weight", "bias"]), MACHINES, SEEDS,
+)  # fmt: skip
+def test_gradients_of_linear(shape, op, dtype, weights, layout, biased, wanted, machine, seed):
+    (m, n, k), g = shape, generator(seed)
+    weights = dtype if weights == "same" else torch.float32
+    inputs = {
+        "x": normal(g, m, k, dtype=dtype),
+        "weight": normal(g, n, k, dtype=weights, scale=k**-0.5),
+        "bias": normal(g, n, dtype=weights) if biased else None,
+    }
+    names = [name for name, t in inputs.items() if t is not None and wanted in ("all", name)] or ["x"]
+
+    def call(*chosen, backend):
+        given = [t if t is None else t.to(chosen[0].dtype if chosen[0].dtype == torch.float64 else t.dtype)
+                 for t in (inputs | dict(zip(names, chosen, strict=True))).values()]  # fmt: skip
+        return getattr(functional, op)(*given, backend=backend)
+
+    with on(machine):
+        got = results(call, [inputs[name] for name in names], "cpp", layout=layout)
+    plain, exact = (results(call, [inputs[name] for name in names], "reference", to) for to in (None, torch.float64))
+    for what, *three in zip(["out", *names], got, plain, exact, strict=True):
+        assert_right(*three, what=what)
+
+
+@given(
+    sizes(300, 4, 64), sizes(1100, 16, 64), DTYPES, DTYPES, LAYOUTS, st.booleans(), st.sampled_from([0.0, 0.1, 0.7]),
+    MACHINES, SEEDS,
+)  # fmt: skip
+def test_add_layer_norm(rows, width, dtype, residual_dtype, layout, affine, p, machine, seed):
+    g = generator(seed)
+    inputs = [normal(g, rows, width, dtype=dtype), normal(g, rows, width, dtype=residual_dtype)]
+    inputs += [normal(g, width) for _ in range(2)] if affine else []
+    wide = torch.promote_types(dtype, residual_dtype)
+
+    def call(x, residual, weight=None, bias=None, *, backend):
+        return functional.add_layer_norm(x, residual, weight, bias, 1e-3, dropout_p=p, backend=backend)
+
+    with on(machine):
+        torch.manual_seed(seed)
+        got = results(call, inputs, "cpp", layout=layout)
+        torch.manual_seed(seed)
+        kept = call(torch.ones(rows, width), torch.zeros(rows, width), backend="cpp")[0] != 0
+
+    def masked(x, residual, weight=None, bias=None, *, backend):
+        s, y = functional.add_layer_norm(x * (kept / (1 - p)), residual, weight, bias, 1e-3, backend=backend)
+        return s.to(s.dtype if x.dtype == torch.float64 else wide), y.to(x.dtype)
+
+    plain, exact = (results(masked, inputs, "reference", to) for to in (None, torch.float64))
+    for what, *three in zip(("s", "y", "dx", "dresidual", "dweight", "dbias"), got, plain, exact, strict=False):
+        assert_right(*three, what=what)
 
 
 @given(sizes(200, 64), sizes(1100, 4, 16), DTYPES, LAYOUTS, MACHINES, SEEDS)

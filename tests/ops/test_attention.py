@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.gradients import assert_gradients_within_budget, results
 from torch.autograd import gradcheck
 from transformers import ViltConfig
 from transformers.models.vilt.modeling_vilt import ViltSelfAttention
@@ -136,6 +137,73 @@ def test_gradients_of_torch_within_budget():
         assert_within_budget(*tensors, what=f"d{name}")
 
 
+@pytest.mark.parametrize("layout", [lambda t: t, strided, sliced], ids=["dense", "strided", "sliced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_cpp_gradients_within_budget(case, return_lse, dtype, layout):
+    q_lengths, k_lengths, used = LENGTHS[case]
+    q, k, v, *rest = _inputs(q_lengths, k_lengths, dtype=dtype)
+    if return_lse and (0 in k_lengths or 0 in (used or ())):
+        return  # the reference has NaN in a gradient of the logarithm of nothing
+
+    def call(q, k, v, backend):
+        return functional.attention(
+            q, k, v, *rest, seqused_k=_int32(used), return_lse=return_lse, scale=0.3, backend=backend
+        )
+
+    assert_gradients_within_budget(call, (q, k, v), layout=layout, what=case, together=True)
+
+
+@pytest.mark.parametrize("heads, width", [(1, 64), (2, 128), (2, 40), (1, 7), (1, 256), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_gradients_of_head_dims(heads, width, dtype):
+    q, k, v, *rest = _inputs([19, 70], [130, 6], heads, width, dtype)
+
+    def call(*t, backend):
+        return functional.attention(*t, *rest, backend=backend)
+
+    assert_gradients_within_budget(call, (q, k, v), together=True)
+
+
+def test_cpp_gradients_of_rows_that_are_not_keys():
+    q, k, v, *rest = _inputs([5, 4, 3], [5, 4, 3], dtype=torch.float32)
+
+    def call(*t, backend):
+        return functional.attention(*t, *rest, seqused_k=_int32([4, 4, 0]), backend=backend)
+
+    want = results(call, (q, k, v), "cpp")
+    unseen = torch.tensor([4, 9, 10, 11])
+    k[unseen], v[unseen] = torch.nan, torch.inf
+    got = results(call, (q, k, v), "cpp")
+    assert all(map(torch.equal, got, want)) and not got[2][unseen].any() and not got[3][unseen].any()
+
+
+def test_cpp_gradients_do_not_depend_on_threads():
+    q, k, v, *rest = _inputs([70, 33, 5], [70, 33, 5], dtype=torch.float32)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            found.append(
+                results(lambda *t, backend: functional.attention(*t, *rest, backend=backend), (q, k, v), "cpp")
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert all(all(map(torch.equal, one, found[0])) for one in found)
+
+
+def test_the_gradient_of_lse_alone():
+    q, k, v, *rest = _inputs([4], [4], dtype=torch.float32)
+    found = []
+    for backend in ("cpp", "reference"):
+        leaves = [t.clone().requires_grad_() for t in (q, k)]
+        functional.attention(*leaves, v, *rest, return_lse=True, backend=backend)[1].sum().backward()
+        found.append([t.grad for t in leaves])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("case", ["cross", "query only", "empty"])
 @torch.no_grad()
 def test_cpp_log_sum_exp(case):
@@ -195,6 +263,9 @@ def test_registered_op():
     seqused_k = _int32([3, 2, 3])
     named = dict(zip(names, arguments, strict=True), seqused_k=seqused_k, dropout_p=0.0, scale=0.25)
     opcheck("attention", "cpp", **named)
+    with torch.enable_grad():
+        leaves = {name: named[name].clone().requires_grad_() for name in "qkv"}
+        opcheck("attention", "cpp", keep=True, **named | leaves)
     compiled = torch.compile(
         lambda *t: functional.attention(*t, seqused_k=seqused_k) * 2, fullgraph=True, backend="aot_eager"
     )

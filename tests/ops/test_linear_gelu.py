@@ -106,7 +106,5 @@ def test_bad_input():
         functional.linear_gelu(x.double(), w, b)
     with pytest.raises(TypeError, match="expected a tensor"):
         functional.linear_gelu([1.0], w, b)
-    with pytest.raises(RuntimeError, match="no backward"):
-        functional.linear_gelu(x.requires_grad_(), w, b, backend="cpp")
     with pytest.raises(RuntimeError, match="float64"), torch.no_grad():
         functional.linear_gelu(x.double(), w.double(), b.double(), backend="cpp")

@@ -51,6 +51,11 @@ def normed(norm: nn.LayerNorm, stream, branch: Branch | None):
     return functional.add_layer_norm(branch.rows, stream, norm.weight, norm.bias, norm.eps, dropout_p=branch.dropout_p)
 
 
+def linear(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer gives, by the op if it is the plain one."""
+    return functional.linear(x, module.weight, module.bias) if type(module) is nn.Linear else module(x)
+
+
 def step_of(
     block: Block,
     number: int,
@@ -70,7 +75,7 @@ def step_of(
             return weights.linear_fp8((number, name), x, modules, gelu)
         if gelu:
             return functional.linear_gelu(x, modules[0].weight, modules[0].bias)
-        return modules[0](x)
+        return linear(modules[0], x)
 
     def attention(sublayer, x, stream_dtype):
         """(branch, probabilities or None)."""
@@ -79,7 +84,7 @@ def step_of(
             query = chosen(query, wanted)
         else:
             query, key, value = (
-                linear(t) for linear, t in zip(sublayer.projections, (chosen(x, wanted), x, x), strict=True)
+                linear(module, t) for module, t in zip(sublayer.projections, (chosen(x, wanted), x, x), strict=True)
             )
         query, key, value = (t.unflatten(-1, (sublayer.num_heads, -1)) for t in (query, key, value))
         dropout_p, probabilities = live(sublayer.dropout), None
@@ -143,11 +148,12 @@ def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps, wanted: S
             (x, p.key_weight, p.key_bias),
             (x, p.value_weight, p.value_bias),
         )
-        query, key, value = (F.linear(*side).unflatten(-1, (num_heads, -1)) for side in sides)
+        query, key, value = (functional.linear(*side).unflatten(-1, (num_heads, -1)) for side in sides)
         context = attend(query, key, value, spans, here)
-        branch = F.linear(context.flatten(-2), p.out_weight, p.out_bias)
+        branch = functional.linear(context.flatten(-2), p.out_weight, p.out_bias)
         stream, x = norm(p.norm2_weight, p.norm2_bias)
-        branch = F.linear(functional.linear_gelu(x, p.fc1_weight, p.fc1_bias), p.fc2_weight, p.fc2_bias)
+        inner = functional.linear_gelu(x, p.fc1_weight, p.fc1_bias)
+        branch = functional.linear(inner, p.fc2_weight, p.fc2_bias)
     return stream + branch
 
 

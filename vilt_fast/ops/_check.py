@@ -63,6 +63,15 @@ def dtypes(op, allowed, **tensors):
             raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {expected}; convert it with .to(...).")
 
 
+def like(op, shape, dtype, **tensors):
+    """ValueError or TypeError unless every tensor that is not None has this shape, and this dtype if one is given."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected {list(shape)}.")
+        if tensor is not None and dtype is not None and tensor.dtype != dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {dtype}.")
+
+
 def padding_masks(op, **masks):
     """TypeError unless every mask is bool; what converts one of HuggingFace's must turn it around, too."""
     for name, mask in masks.items():
@@ -79,6 +88,18 @@ def same_dtype(op, **tensors):
     for name, dtype in given[1:]:
         if dtype != given[0][1]:
             raise TypeError(f"{op}: {name} is {dtype} but {given[0][0]} is {given[0][1]}; give both the same dtype.")
+
+
+def linear_dtypes(op, x, **parameters):
+    """As `same_dtype`, but float32 parameters may be rounded to the dtype of x as they are read."""
+    wide = x.dtype in (torch.bfloat16, torch.float16)
+    exact = {name: t for name, t in parameters.items() if t is None or not (wide and t.dtype == torch.float32)}
+    same_dtype(op, x=x, **exact)
+
+
+def other_dtype(x, *parameters):
+    """The first dtype of these that is not that of x, or None."""
+    return next((t.dtype for t in parameters if t is not None and t.dtype != x.dtype), None)
 
 
 def same_device(op, **tensors):
@@ -177,6 +198,13 @@ def autocast(*tensors):
         return tensors
     to = torch.get_autocast_dtype(kind)
     return tuple(t.to(to) if t is not None and t.dtype == torch.float32 else t for t in tensors)
+
+
+def autocast_linear(backend, x, weight, bias):
+    """As `autocast`, but parameters stay as they are where native kernels are asked, which round what they read."""
+    if backend in (None, "cpp") and getattr(x, "device", None) == torch.device("cpu"):
+        return *autocast(x), weight, bias
+    return autocast(x, weight, bias)
 
 
 def seed(device, dropout_p):

@@ -54,6 +54,16 @@ def _validate(x, residual, weight, bias, dropout_p):
     return sizes
 
 
+def _validate_backward(grad_s, grad_y, s, mean, rstd, weight, bias, dropout_p, seed, x_dtype):
+    op = f"{_NAME}_bwd"
+    _check.shapes(op, s=(s, "... D"), weight=(weight, "D"), bias=(bias, "D"))
+    _check.like(op, s.shape, s.dtype, grad_s=grad_s)
+    _check.like(op, s.shape, x_dtype, grad_y=grad_y)
+    _check.like(op, s.shape[:-1], torch.float32, mean=mean, rstd=rstd)
+    if dropout_p > 0 and (seed is None or seed.shape != (1,)):
+        raise ValueError(f"{op}: dropout takes the seed of the forward, int64 [1].")
+
+
 def _facts(x, residual, dropout_p, requires_grad):
     return Facts(
         device=x.device.type, dtype=x.dtype, residual_dtype=residual.dtype, width=x.shape[-1],
@@ -72,6 +82,7 @@ _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("s", "y"), kept=("mean", "rstd"), differentiable=("x", "residual", "weight", "bias"),
     equal={"x": "residual"}, validate=_validate, facts=_facts, again=_again,
+    validate_backward=_validate_backward,
 )  # fmt: skip
 
 
@@ -94,7 +105,7 @@ def add_layer_norm(
 
     Returns:
         s [..., D] in the wider dtype of x and residual, and the normalised y [..., D] in the dtype of x. Differentiable
-        (reference, triton) in all tensors; the sums over rows are deterministic.
+        in all tensors; the sums over rows are deterministic.
 
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """

@@ -65,6 +65,16 @@ def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, drop
     _check.used("attention", seqused_k, cu_seqlens_k)
 
 
+def _validate_backward(
+    grad_out, grad_lse, q, k, v, out, stats, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p
+):  # fmt: skip
+    _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p)
+    rows, heads, _ = q.shape
+    _check.like("attention_bwd", q.shape, q.dtype, grad_out=grad_out, out=out)
+    _check.like("attention_bwd", (heads, rows), torch.float32, grad_lse=grad_lse)
+    _check.like("attention_bwd", (2, heads, rows), torch.float32, stats=stats)
+
+
 def _facts(
     q, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p, requires_grad, return_lse=False, generator=None
 ):  # fmt: skip
@@ -79,7 +89,7 @@ def _facts(
 _OP = Op(
     "attention", _fake, _fake_backward,
     outputs=("out", "lse"), kept=("stats",), differentiable=("q", "k", "v"), validate=_validate, facts=_facts,
-    again=lambda **_: {"return_lse": True},
+    validate_backward=_validate_backward, again=lambda **_: {"return_lse": True},
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from ._define import Op
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts(registry.Facts):
     residual_dtype: torch.dtype | None = None
+    weight_dtype: torch.dtype | None = None  #: where it is not that of x
     requires_grad: bool = False
 
 
@@ -34,19 +35,27 @@ def _validate(x, weight, bias, residual):
         expected = [*x.shape[:-1], weight.shape[0]]
         raise ValueError(f"linear: residual has shape {list(residual.shape)}, expected {expected}.")
     _check.dtypes("linear", _check.FLOATS, x=x, residual=residual)
-    _check.same_dtype("linear", x=x, weight=weight, bias=bias)
+    _check.linear_dtypes("linear", x=x, weight=weight, bias=bias)
     _check.same_device("linear", x=x, weight=weight, bias=bias, residual=residual)
 
 
-def _facts(x, residual, requires_grad):
+def _validate_backward(grad_out, x, weight, bias, residual):
+    _validate(x, weight, bias, residual)
+    _check.like("linear_bwd", (*x.shape[:-1], weight.shape[0]), None, grad_out=grad_out)
+
+
+def _facts(x, weight, bias, residual, requires_grad):
     residual_dtype = None if residual is None else residual.dtype
-    return Facts(device=x.device.type, dtype=x.dtype, residual_dtype=residual_dtype, requires_grad=requires_grad)
+    return Facts(
+        device=x.device.type, dtype=x.dtype, weight_dtype=_check.other_dtype(x, weight, bias),
+        residual_dtype=residual_dtype, requires_grad=requires_grad,
+    )  # fmt: skip
 
 
 _OP = Op(
     "linear", _fake, _fake_backward,
     outputs=("out",), differentiable=("x", "weight", "bias", "residual"), equal={"residual": "grad_out"},
-    validate=_validate, facts=_facts,
+    validate=_validate, facts=_facts, validate_backward=_validate_backward,
 )  # fmt: skip
 
 
@@ -56,7 +65,8 @@ def linear(
     """``x W^T + b + residual``, in one pass over the result.
 
     Args:
-        x: [..., K]; weight: [N, K]; bias: [N] or None; one floating dtype (under autocast: any, cast as it would).
+        x: [..., K]; weight: [N, K]; bias: [N] or None; one floating dtype (under autocast: any, cast as it would),
+            or float32 parameters under rows of 16 bits, which are rounded to those.
         residual: [..., N] or None, any floating dtype.
 
     Returns:
@@ -64,9 +74,9 @@ def linear(
 
     Source: ``torch.nn.functional.linear``.
     """
-    x, weight, bias = _check.autocast(x, weight, bias)
+    x, weight, bias = _check.autocast_linear(backend, x, weight, bias)
     _validate(x, weight, bias, residual)
-    name = _OP.resolve(backend, _facts(x, residual, _check.needs_grad(x, weight, bias, residual)))
+    name = _OP.resolve(backend, _facts(x, weight, bias, residual, _check.needs_grad(x, weight, bias, residual)))
     if name in registry.PLAIN:
         return _OP.plain(name, x=x, weight=weight, bias=bias, residual=residual)
     return _OP(name, x=x, weight=weight, bias=bias, residual=residual)[0]

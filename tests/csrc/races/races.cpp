@@ -8,11 +8,15 @@
 #include <thread>
 #include <vector>
 
+#include "../../../csrc/cpu/add_layer_norm_args.h"
+#include "../../../csrc/cpu/add_layer_norm_bwd_args.h"
 #include "../../../csrc/cpu/attention_args.h"
+#include "../../../csrc/cpu/attention_bwd_args.h"
 #include "../../../csrc/cpu/encoder_args.h"
 #include "../../../csrc/cpu/fingerprint_args.h"
 #include "../../../csrc/cpu/ipot_args.h"
 #include "../../../csrc/cpu/linear_args.h"
+#include "../../../csrc/cpu/linear_bwd_args.h"
 #include "../../../csrc/cpu/patch_embed_args.h"
 #include "../../../csrc/cpu/quantize_linear_args.h"
 #include "../../../csrc/cpu/sinkhorn_args.h"
@@ -54,6 +58,30 @@ void linear(int compute, int threads) {
   ops().linear({of(x), weight, of(bias), out.data(), F32, M, N, K, K, N, true, compute, threads});
 }
 
+void linear_bwd(int threads) {
+  const int64_t M = 700, N = 130, K = 400;
+  const Floats grad = drawn(M * N), x = drawn(M * K), w = drawn(N * K), pre = drawn(M * N);
+  Floats dx(M * K), dw(N * K), db(N);
+  for (const Param& through : {of(pre), Param{nullptr, F32}})
+    ops().linear_bwd({of(grad), of(x), of(w), through, dx.data(), dw.data(), db.data(), M, N, K, N, K, N, threads});
+}
+
+void add_layer_norm(int threads) {
+  const int64_t N = 300, D = 70;
+  const Floats x = drawn(N * D), residual = drawn(N * D), vector = drawn(D), grad = drawn(N * D);
+  Floats s(N * D), y(N * D), mean(N), rstd(N), dx(N * D), dresidual(N * D), sums(2 * D);
+  AddLayerNormArgs a{};
+  a.x = of(x), a.residual = of(residual), a.weight = a.bias = of(vector), a.s = s.data(), a.y = y.data();
+  a.mean = mean.data(), a.rstd = rstd.data(), a.N = N, a.D = a.ldx = a.ldr = D, a.eps = 1e-6f, a.dropout_p = 0.1f;
+  a.seed = 5, a.threads = threads;
+  ops().add_layer_norm(a);
+  AddLayerNormBwdArgs b{};
+  b.grad_s = b.grad_y = of(grad), b.s = of(s), b.weight = of(vector), b.mean = mean.data(), b.rstd = rstd.data();
+  b.dx = dx.data(), b.dresidual = dresidual.data(), b.sums = sums.data(), b.N = N, b.D = D, b.dropout_p = 0.1f;
+  b.seed = 5, b.threads = threads;
+  ops().add_layer_norm_bwd(b);
+}
+
 void encoder(int compute, const std::vector<int32_t>& offsets, int threads) {
   const int64_t D = 35, inner = 71, N = offsets.back();
   const int layers = 2, B = static_cast<int>(offsets.size()) - 1;
@@ -81,12 +109,20 @@ void encoder(int compute, const std::vector<int32_t>& offsets, int threads) {
 void attention(int threads) {
   const std::vector<int32_t> offsets = {0, 100, 100, 700};
   const Floats qkv = drawn(700 * 3 * 64);
-  Floats out(700 * 64), lse(2 * 700);
+  const Floats grad = drawn(700 * 64);
+  Floats out(700 * 64), lse(2 * 700), stats(2 * 2 * 700), dq(700 * 64), dk(700 * 64), dv(700 * 64);
   AttentionArgs a{};
   a.q = qkv.data(), a.k = qkv.data() + 64, a.v = qkv.data() + 128, a.out = out.data(), a.dtype = F32;
   a.H = 2, a.d = 32, a.B = 3, a.ldq = a.ldk = a.ldv = 3 * 64, a.ldo = 64;
   a.cu_q = a.cu_k = offsets.data(), a.scale = 0.2f, a.lse = lse.data(), a.threads = threads;
+  a.stats = stats.data();
   ops().attention(a);
+  AttentionBwdArgs b{};
+  b.q = a.q, b.k = a.k, b.v = a.v, b.out = out.data(), b.grad = grad.data();
+  b.dq = dq.data(), b.dk = dk.data(), b.dv = dv.data(), b.dtype = F32, b.H = 2, b.d = 32, b.B = 3;
+  b.ldq = b.ldk = b.ldv = 3 * 64, b.ldo = b.ldg = 64, b.cu_q = b.cu_k = offsets.data(), b.scale = 0.2f;
+  b.stats = stats.data(), b.threads = threads;
+  ops().attention_bwd(b);
 }
 
 void patch_embed(int compute, int threads) {
@@ -158,6 +194,8 @@ void everything() {
       patch_embed(compute, threads);
     }
     attention(threads);
+    linear_bwd(threads);
+    add_layer_norm(threads);
     transport(threads);
     fingerprint(threads);
   }

@@ -1,7 +1,6 @@
 """What the launchers of `vilt_fast._C` share.
 
 `_C` takes addresses, sizes and strides, and trusts them: what launchers are given has been validated (`ops/<op>.py`).
-Inference only, but for word_patch_distance and patch_embed.
 """
 
 import torch
@@ -17,7 +16,7 @@ def missing():
     except ImportError as error:
         return f"the native library vilt_fast._C is not built; pip install . with a C++ compiler ({error})."
     # An editable install can pull newer Python over an older library.
-    return "" if hasattr(_C, "fingerprint") else "the native library vilt_fast._C is older than this; build it again."
+    return "" if hasattr(_C, "linear_bwd") else "the native library vilt_fast._C is older than this; build it again."
 
 
 def problem(device, *, requires_grad=False, dropout=False, **dtypes):

@@ -1,25 +1,16 @@
-"""linear_gelu on the CPU: csrc/cpu/linear.cpp."""
+"""linear_gelu on the CPU: csrc/cpu/linear.cpp, linear_bwd.cpp."""
 
-import torch
-
-from . import _native
+from . import _native, linear
 
 
-def supports(*, device=None, dtype=None, requires_grad=False):
-    return _native.problem(device, requires_grad=requires_grad, dtype=dtype)
+def supports(*, device=None, dtype=None, weight_dtype=None, requires_grad=False):
+    return _native.problem(device, dtype=dtype, weight=weight_dtype)
 
 
 def linear_gelu_fwd(*, x, weight, bias, keep):
-    from vilt_fast import _C
+    out, pre = linear.forward(x, weight, bias, gelu=True, keep=keep)
+    return (out,), (pre,) if keep else ()
 
-    rows = _native.dense_rows(x.reshape(-1, x.shape[-1]))
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    name = _native.NAMES[x.dtype]
-    if out.numel():
-        _C.linear(
-            rows.data_ptr(), name, weight.data_ptr(), name, _native.address(bias), name, out.data_ptr(), name,
-            rows.shape[0], *weight.shape, rows.stride(0), weight.shape[0], True, name, torch.get_num_threads(),
-        )  # fmt: skip
-    return (out,), ()
+
+def linear_gelu_bwd(*, needs, grad_out, x, weight, bias, pre):
+    return tuple(linear.backward(needs, grad_out, x, weight, bias, pre)), ()
