@@ -15,6 +15,7 @@ from ...engine.blocks import is_tokenwise
 from ...engine.genuine import own_methods, why_not_own
 from ...engine.head import run_head
 from ...engine.listeners import any_hooked, has_hooks, is_plain, why_hooked, why_not_own_code, why_not_plain
+from ...engine.packed import linear
 from ...errors import InputError
 from ...ops._check import readable
 from ..base import Part, Swapped
@@ -207,7 +208,9 @@ class MaskedLMForward(TextForward):
         return why_head_not_packable(self.module.mlm_score)
 
     def logits(self, trunk, images):
-        return _text_logits(self.module.mlm_score, trunk)
+        head = self.module.mlm_score
+        # The decoder apart: under autocast the op does not copy its [vocabulary, D] weight.
+        return _text_logits(lambda rows: linear(head.decoder, head.transform(rows)), trunk)
 
 
 class TokenClassificationForward(TextForward):
