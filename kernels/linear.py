@@ -1,4 +1,4 @@
-"""Linear layer for Triton: out = act(x W^T + b) + residual, one pass; act is the identity or the exact GELU.
+"""Linear layer for Triton: out = act(x W^T + b) + residual, one pass; act is the identity or the exact GELU (_gelu.py).
 
 Shapes: x [M, K]; weight [N, K]; bias [N] or None; residual [M, N] or None, of any floating dtype; out [M, N], and for
 the backward of a GELU the rounded pre-activation x W^T + b, [M, N]. With x_scale [M] and weight_scale [N], float32, x
@@ -27,8 +27,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _aot, _device, _tiles
-
-SQRT_HALF = tl.constexpr(0.7071067811865476)
+from ._gelu import gelu as _gelu
 
 
 @triton.jit
@@ -62,8 +61,8 @@ def _finish(acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU
         acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
     if pre is not None:
         _store(pre, acc, m0, n0, M, N, TMA)
-    if GELU:
-        acc = 0.5 * acc * (1.0 + tl.erf(acc * SQRT_HALF))
+    if GELU is not None:
+        acc = _gelu(acc, GELU)
     if residual is not None:
         rows = m0 + tl.arange(0, acc.shape[0])[:, None]
         at = residual + rows.to(tl.int64) * stride_rm + cols[None, :]
@@ -160,14 +159,17 @@ _CONFIGS = {
 _GROUP = 8
 
 
-def _config(kind, M, N, *, arch=90, residual=False):
-    """Block sizes, warps, stages and programs a multiprocessor for an [M, N] output."""
+def _config(kind, M, N, *, arch=90, residual=False, gelu=False):
+    """Block sizes, warps, stages, programs a multiprocessor and the way of a GELU, if any, for an [M, N] output."""
     row = next(row for row in _CONFIGS[kind] if row[0] >= M and row[1] >= N)
-    if residual and arch >= 100 and row[3] == 256:  # sm_100 stages the residual in shared memory: too much for 256
+    # sm_100 stages the residual in shared memory: too much for 256 columns. Where nothing else runs under an epilogue,
+    # that of one program should run under the products of another.
+    if row[3] == 256 and (residual if arch >= 100 else gelu):
         row = _CONFIGS[kind][4]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
     config = dict(zip(names, row[2:], strict=True), GROUP=_GROUP)
     config["SPECIALIZE"] = kind.startswith("tma") and arch >= 100
+    config["GELU"] = ("erf" if kind == "float32" else "tail") if gelu else None
     if not arch:
         config["num_stages"] = 2
     return config
@@ -209,7 +211,9 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
         (bias,), (residual,) = _tiles.dense(bias), _tiles.rows(residual)
         kind = kind or _kind(x, weight)
         arch = _device.arch(x)
-        config = dict(config or _config(kind, M, N, arch=arch, residual=residual is not None))
+        config = dict(config or _config(kind, M, N, arch=arch, residual=residual is not None, gelu=gelu))
+        if gelu and out_dtype == torch.float32:
+            config["GELU"] = "erf"
         programs = config.pop("per_multiprocessor") * _device.multiprocessors(x)
         block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
         tma = kind.startswith("tma")
@@ -223,7 +227,7 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
                 _output(pre, config, tma),
                 _output(out, config, tma),
                 M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
-                GELU=gelu, TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=_device.precision(arch), **config,
+                TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=_device.precision(arch), **config,
             )  # fmt: skip
     return out.view(shape), x.new_empty(0) if pre is None else pre.view(shape)
 
@@ -269,15 +273,15 @@ def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,), fp8=False)
             kinds.append(("tma fp8", "fp8e4nv") if fp8 else ("tma", "bf16"))
         for kind, dtype in kinds:
             for M, (N, K), save, extra in itertools.product(ROWS, shapes, pre, residual):
-                config = _config(kind, M, N, arch=target.arch, residual=extra is not None)
+                config = _config(kind, M, N, arch=target.arch, residual=extra is not None, gelu=gelu)
                 config.pop("per_multiprocessor")
                 key = (target, kind, save, extra, *config.values())
                 if key not in seen:
                     seen.add(key)
-                    yield _aot_case(op, target, kind, dtype, gelu, save, extra, M, N, K, config)
+                    yield _aot_case(op, target, kind, dtype, save, extra, M, N, K, config)
 
 
-def _aot_case(op, target, kind, dtype, gelu, save, residual, M, N, K, config):
+def _aot_case(op, target, kind, dtype, save, residual, M, N, K, config):
     tma, result = kind.startswith("tma"), "bf16" if dtype == "fp8e4nv" else dtype
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
 
@@ -296,7 +300,7 @@ def _aot_case(op, target, kind, dtype, gelu, save, residual, M, N, K, config):
     extras = "+pre" * save + (f"+residual {residual}" if residual else "")
     return _aot.case(
         _linear_fwd_kernel, f"{op} {kind} M<={M} N={N} K={K} {block_m}x{block_n}x{block_k}{extras}", result,
-        config | dict(GELU=gelu, TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=target.precision),
+        config | dict(TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=target.precision),
         targets=[target], matmul=True, **types,
     )  # fmt: skip
 

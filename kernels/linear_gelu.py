@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import _aot, _device, linear
-from .linear import SQRT_HALF
+from ._gelu import SQRT_HALF
 
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _BACKWARD, _GROUPS = dict(BLOCK_M=8, BLOCK_N=256, num_warps=4), 128

@@ -13,14 +13,14 @@ from vilt_fast.kernels import add_layer_norm, attention, linear, patch_embed
 from .. import table
 
 
-def _tiles(rows):
-    """Another table of linear.py for bfloat16 through descriptors, whatever the size."""
+def _tiles(rows, **more_of_it):
+    """Other tiles of linear.py for bfloat16 through descriptors, whatever the size, and another way of GELU."""
 
     def config(own, kind, M, N, **more):
         if kind != "tma":
             return own(kind, M, N, **more)
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
-        return own(kind, M, N, **more) | dict(zip(names, rows, strict=True))
+        return own(kind, M, N, **more) | dict(zip(names, rows, strict=True)) | more_of_it
 
     return linear, "_config", config
 
@@ -56,8 +56,9 @@ def _patches(**tiles):
 #: {op of the CSV: {variant: (module, name of its function, function(own, *arguments))}}
 VARIANTS = {
     "linear_gelu": {
-        "128x256": _tiles((128, 256, 64, 4, 8, 4, 1)),
-        "128x128x2": _tiles((128, 128, 64, 4, 8, 3, 2)),
+        f"{name} {by}": _tiles(rows, GELU=by)
+        for name, rows in (("128x256", (128, 256, 64, 4, 8, 4, 1)), ("128x128x2", (128, 128, 64, 4, 8, 3, 2)))
+        for by in ("erf", "tail")
     },
     "add_layer_norm": {"4 rows 4 warps": _norm(4, 4), "8 rows 8 warps": _norm(8, 8)},
     "attention": {"online 64x64": _online((64, 64, 4, 2)), "online 128x64": _online((128, 64, 4, 3))},

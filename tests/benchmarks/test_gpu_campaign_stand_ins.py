@@ -91,20 +91,20 @@ def test_items_are_dealt_out_over_processes_each_once(tmp_path):
 
 def test_every_variant_is_another_launch():
     asked = {
-        "linear": ("tma", 13792, 3072), "add_layer_norm": (13792, 768), "patch_embed": (9216, torch.bfloat16, False),
-        "attention": (90, 2, 64, 281, 281, 768, 132),
+        "linear": (("tma", 13792, 3072), {"gelu": True}), "add_layer_norm": ((13792, 768), {}),
+        "patch_embed": ((9216, torch.bfloat16, False), {}), "attention": ((90, 2, 64, 281, 281, 768, 132), {}),
     }  # fmt: skip
     for op, some in variants.VARIANTS.items():
         for name, change in some.items():
             module, attribute, _ = change
-            arguments = asked[module.__name__.rsplit(".", 1)[1]]
+            arguments, keywords = asked[module.__name__.rsplit(".", 1)[1]]
 
-            def config(module=module, attribute=attribute, arguments=arguments):
-                return getattr(module, attribute)(*arguments)
+            def config(module=module, attribute=attribute, arguments=arguments, keywords=keywords):
+                return getattr(module, attribute)(*arguments, **keywords)
 
             ships, other = config(), variants._under([change], config)
             assert set(other) >= set(ships) - {"per_multiprocessor"}, (op, name)
-            if (op, name) != ("linear_gelu", "128x256"):  # what ships at this size, and not at others
+            if (op, name) != ("linear_gelu", "128x128x2 tail"):  # what ships at this size, and not at others
                 assert other != ships, (op, name)
             assert config() == ships
 

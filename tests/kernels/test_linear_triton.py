@@ -54,7 +54,7 @@ def _configurations():
 @torch.no_grad()
 def test_every_shipped_configuration(kind, most_rows, most_columns):
     dtype = torch.float32 if kind == "float32" else torch.float16
-    config = kernels._config(kind, most_rows, most_columns)
+    config = kernels._config(kind, most_rows, most_columns, gelu=True)
     M, N, K = config["BLOCK_M"] + 5, 2 * config["BLOCK_N"] + 8, config["BLOCK_K"] + 8
     x, weight, bias, residual = _inputs((M, K), N, dtype, residual=torch.float32)
     out, pre = kernels.launch(
