@@ -1,7 +1,7 @@
 """The exact GELU, x Phi(x), in the two ways that epilogues compute it.
 
-"erf": x/2 (1 + erf(x / sqrt 2)), for results in float32. 32 instructions an element on sm_90. Below -4 or so few
-digits are left, for 1 + erf cancels; PyTorch's own loses them too.
+"erf": x/2 (1 + erf(x / sqrt 2)), for results in float32 and where programs are warp specialised. 32 instructions an
+element on sm_90. Below -4 or so few digits are left, for 1 + erf cancels; PyTorch's own loses them too.
 
 "tail": x Phi(x) = max(x, 0) - |x| Phi(-|x|), for results in 16 bits. log2 Phi(-t) is smooth, nearly a parabola: a
 polynomial in t and one exp2, 13 instructions. It is fitted to the smallest relative error of Phi(-t) over 0 <= t <=

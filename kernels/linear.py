@@ -31,7 +31,7 @@ from ._gelu import gelu as _gelu
 
 
 @triton.jit
-def _tile_place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+def tile_place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     """(row block, column block) of a tile number: down GROUP row blocks first, then to the next column block."""
     width = GROUP * tiles_n
     first = (tile // width) * GROUP
@@ -79,6 +79,40 @@ def _finish_halves(
     _finish(right, m0, n0 + acc.shape[1] // 2, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
 
 
+@triton.jit
+def tile_of(
+    x, weight, scales, bias, residual, pre, out, m, n, M, N, K, stride_xm, stride_wn, stride_rm, GELU: tl.constexpr,
+    TMA: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute and write the output tile of row block m and column block n."""
+    # Hopper's tensor cores keep 13 bits or so of a sum of e4m3 products: after 128 it moves on to float32 registers.
+    INEXACT: tl.constexpr = 0 if scales[0] is None else BLOCK_K if BLOCK_K < 128 else 128
+    m0, n0 = m * BLOCK_M, n * BLOCK_N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if TMA:
+        for k in range(0, K, BLOCK_K):
+            acc = tl.dot(x.load([m0, k]), weight.load([n0, k]).T, acc, PRECISION, max_num_imprecise_acc=INEXACT)
+    else:
+        rows, cols, ks = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+        x_at = x + tl.where(rows < M, rows, 0).to(tl.int64)[:, None] * stride_xm + ks[None, :]
+        w_at = weight + tl.where(cols < N, cols, 0).to(tl.int64)[None, :] * stride_wn + ks[:, None]
+        for k in range(0, K, BLOCK_K):
+            if WHOLE_K:
+                a, b = tl.load(x_at + k), tl.load(w_at + k)
+            else:
+                a = tl.load(x_at + k, mask=ks[None, :] < K - k, other=0.0)
+                b = tl.load(w_at + k, mask=ks[:, None] < K - k, other=0.0)
+            acc = tl.dot(a, b, acc, PRECISION, max_num_imprecise_acc=INEXACT)
+    if PARTS == 4:
+        left, right = _tiles.halves(acc)
+        half: tl.constexpr = BLOCK_N // 2
+        _finish_halves(left, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+        _finish_halves(right, m0, n0 + half, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+    else:
+        _finish(acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+
+
 @triton.jit(do_not_specialize=["M"])
 def _linear_fwd_kernel(
     x, weight, x_scale, weight_scale, bias, residual, pre, out, M, N, K, stride_xm, stride_wn, stride_rm,
@@ -86,36 +120,14 @@ def _linear_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    scales = (x_scale, weight_scale)
-    # Hopper's tensor cores keep 13 bits or so of a sum of e4m3 products: after 128 it moves on to float32 registers.
-    INEXACT: tl.constexpr = 0 if x_scale is None else BLOCK_K if BLOCK_K < 128 else 128
     for tile in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=SPECIALIZE, warp_specialize=SPECIALIZE
     ):
-        m, n = _tile_place(tile, tiles_m, tiles_n, GROUP)
-        m0, n0 = m * BLOCK_M, n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if TMA:
-            for k in range(0, K, BLOCK_K):
-                acc = tl.dot(x.load([m0, k]), weight.load([n0, k]).T, acc, PRECISION, max_num_imprecise_acc=INEXACT)
-        else:
-            rows, cols, ks = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-            x_at = x + tl.where(rows < M, rows, 0).to(tl.int64)[:, None] * stride_xm + ks[None, :]
-            w_at = weight + tl.where(cols < N, cols, 0).to(tl.int64)[None, :] * stride_wn + ks[:, None]
-            for k in range(0, K, BLOCK_K):
-                if WHOLE_K:
-                    a, b = tl.load(x_at + k), tl.load(w_at + k)
-                else:
-                    a = tl.load(x_at + k, mask=ks[None, :] < K - k, other=0.0)
-                    b = tl.load(w_at + k, mask=ks[:, None] < K - k, other=0.0)
-                acc = tl.dot(a, b, acc, PRECISION, max_num_imprecise_acc=INEXACT)
-        if PARTS == 4:
-            left, right = _tiles.halves(acc)
-            half: tl.constexpr = BLOCK_N // 2
-            _finish_halves(left, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
-            _finish_halves(right, m0, n0 + half, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
-        else:
-            _finish(acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+        m, n = tile_place(tile, tiles_m, tiles_n, GROUP)
+        tile_of(
+            x, weight, (x_scale, weight_scale), bias, residual, pre, out, m, n, M, N, K, stride_xm, stride_wn,
+            stride_rm, GELU, TMA, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
+        )  # fmt: skip
 
 
 # --- configurations ---------------------------------------------------------------------------------------------------
@@ -169,20 +181,22 @@ def _config(kind, M, N, *, arch=90, residual=False, gelu=False):
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
     config = dict(zip(names, row[2:], strict=True), GROUP=_GROUP)
     config["SPECIALIZE"] = kind.startswith("tma") and arch >= 100
-    config["GELU"] = ("erf" if kind == "float32" else "tail") if gelu else None
+    # The warp specialisation of Triton 3.9 hands parts of a longer epilogue on through shared memory, which overflows.
+    by_erf = kind == "float32" or config["SPECIALIZE"]
+    config["GELU"] = ("erf" if by_erf else "tail") if gelu else None
     if not arch:
         config["num_stages"] = 2
     return config
 
 
-def _kind(x, weight):
+def kind_of(x, *weights):
     if x.dtype == torch.float32:
         return "float32"
     bytes_each = x.element_size()
     reachable = all(
-        t.stride(0) * bytes_each % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] > 0 for t in (x, weight)
+        t.stride(0) * bytes_each % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] > 0 for t in (x, *weights)
     )
-    how = "tma" if 90 <= _device.arch(x) < 120 and reachable and weight.shape[0] % 8 == 0 else "pointer"
+    how = "tma" if 90 <= _device.arch(x) < 120 and reachable and weights[0].shape[0] % 8 == 0 else "pointer"
     return how if bytes_each == 2 else f"{how} fp8"
 
 
@@ -209,7 +223,7 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
     pre = x.new_empty(M, N) if save else None
     if out.numel():
         (bias,), (residual,) = _tiles.dense(bias), _tiles.rows(residual)
-        kind = kind or _kind(x, weight)
+        kind = kind or kind_of(x, weight)
         arch = _device.arch(x)
         config = dict(config or _config(kind, M, N, arch=arch, residual=residual is not None, gelu=gelu))
         if gelu and out_dtype == torch.float32:
@@ -224,15 +238,15 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
                 *scales,
                 bias,
                 residual,
-                _output(pre, config, tma),
-                _output(out, config, tma),
+                described(pre, config, tma),
+                described(out, config, tma),
                 M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
                 TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=_device.precision(arch), **config,
             )  # fmt: skip
     return out.view(shape), x.new_empty(0) if pre is None else pre.view(shape)
 
 
-def _output(tensor, config, tma):
+def described(tensor, config, tma):
     if tensor is None or not tma:
         return tensor
     return TensorDescriptor.from_tensor(tensor, [config["BLOCK_M"], config["BLOCK_N"] // config["PARTS"]])

@@ -14,6 +14,7 @@ from .ops.linear_cross_entropy import linear_cross_entropy
 from .ops.linear_fp8 import linear_fp8, quantize_fp8
 from .ops.linear_gelu import linear_gelu
 from .ops.linear_int8 import linear_int8
+from .ops.linear_qkv import linear_qkv
 from .ops.patch_embed import patch_embed
 from .ops.quantize_linear import quantize_linear
 from .ops.sinkhorn import SinkhornResult, sinkhorn
@@ -23,6 +24,6 @@ from .reference.encoder import LayerParameters
 
 __all__ = [
     "LayerParameters", "SinkhornResult", "add_layer_norm", "attention", "encoder", "ipot", "linear",
-    "linear_cross_entropy", "linear_fp8", "linear_gelu", "linear_int8", "patch_embed", "quantize_fp8",
-    "quantize_linear", "sinkhorn", "text_embed", "word_patch_distance",
+    "linear_cross_entropy", "linear_fp8", "linear_gelu", "linear_int8", "linear_qkv", "patch_embed",
+    "quantize_fp8", "quantize_linear", "sinkhorn", "text_embed", "word_patch_distance",
 ]  # fmt: skip

@@ -233,6 +233,13 @@ def _linear_gelu(context):
     return list(given), lambda backend, *tensors: functional.linear_gelu(*tensors, backend=backend)
 
 
+def _linear_qkv(context):
+    rows, inputs, outputs = _size(context, (5, 32, 16), (1001, 768, 768))
+    weights = [_random(context, outputs, inputs, scale=inputs**-0.5) for _ in range(3)]
+    given = [_random(context, rows, inputs), *weights, *(_random(context, outputs) for _ in range(3))]
+    return given, lambda backend, *tensors: functional.linear_qkv(*tensors, backend=backend)
+
+
 def _linear_fp8(context):
     rows, inputs, outputs = _size(context, (5, 32, 16), (1001, 768, 3072))
     x = torch.randint(-14, 15, (rows, inputs)).to(context.device, torch.float32)
@@ -330,6 +337,7 @@ OPS = {
     "add_layer_norm": _add_layer_norm,
     "linear": _linear,
     "linear_gelu": _linear_gelu,
+    "linear_qkv": _linear_qkv,
     "linear_fp8": _linear_fp8,
     "linear_cross_entropy": _linear_cross_entropy,
     "word_patch_distance": _word_patch_distance,

@@ -257,8 +257,8 @@ def _linear_fc2(context, case):
 
 
 def _linear_qkv(context, case):
-    """Queries, keys and values: three products, as the model has three weights; and one of three times the width, as if
-    somebody had laid the weights together."""
+    """Queries, keys and values: of three weights, in one launch or in three; and one product of three times the width,
+    as if somebody had laid the weights together."""
     d, rows = context.config.hidden_size, sum(lengths(context, case))
     x = _random(context, rows, d)
     weights = [_random(context, d + i, d, scale=d**-0.5)[:d] for i in range(3)]
@@ -275,8 +275,13 @@ def _linear_qkv(context, case):
     own = partial(functional.linear, backend="triton")
     calls = {"eager": partial(plain, x, weights, biases)}
     calls |= _with(_compiled(context, case, plain), x, weights, biases)
-    calls |= {"eager one_product": partial(together, F.linear), "ours": partial(three, own, x, weights, biases)}
-    calls["ours one_product"] = partial(together, own)
+    one_launch = partial(functional.linear_qkv, x, *weights, *biases, backend="triton")
+    calls |= {"eager one_product": partial(together, F.linear), "ours": one_launch}
+    calls |= {
+        "ours three_launches": partial(three, own, x, weights, biases),
+        "ours one_product": partial(together, own),
+    }
+    calls |= variants.of(context, case, "linear qkv", one_launch)
     work = counts.linear(rows, d, 3 * d, x.element_size())
     exact = partial(plain, x.double(), [w.double() for w in weights], [b.double() for b in biases])
     _group(context, "linear qkv", case, calls, exact, work)

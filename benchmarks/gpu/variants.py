@@ -8,21 +8,33 @@ import contextlib
 from functools import partial
 from unittest import mock
 
-from vilt_fast.kernels import add_layer_norm, attention, linear, patch_embed
+from vilt_fast.kernels import add_layer_norm, attention, linear, linear_qkv, patch_embed
 
 from .. import table
 
 
 def _tiles(rows, **more_of_it):
-    """Other tiles of linear.py for bfloat16 through descriptors, whatever the size, and another way of GELU."""
+    """Other tiles of linear_gelu for bfloat16 through descriptors, whatever the size, and another way of GELU."""
 
     def config(own, kind, M, N, **more):
-        if kind != "tma":
+        if kind != "tma" or not more.get("gelu"):
             return own(kind, M, N, **more)
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
         return own(kind, M, N, **more) | dict(zip(names, rows, strict=True)) | more_of_it
 
     return linear, "_config", config
+
+
+def _three(*rows):
+    """Other tiles of the three products in one launch."""
+
+    def config(own, kind, M, N, **more):
+        if kind != "tma":
+            return own(kind, M, N, **more)
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages")
+        return own(kind, M, N, **more) | dict(zip(names, rows, strict=True))
+
+    return linear_qkv, "_config", config
 
 
 def _norm(rows, warps):
@@ -60,6 +72,7 @@ VARIANTS = {
         for name, rows in (("128x256", (128, 256, 64, 4, 8, 4, 1)), ("128x128x2", (128, 128, 64, 4, 8, 3, 2)))
         for by in ("erf", "tail")
     },
+    "linear qkv": {"128x256": _three(128, 256, 64, 4, 8, 4), "64x128": _three(64, 128, 64, 1, 4, 3)},
     "add_layer_norm": {"4 rows 4 warps": _norm(4, 4), "8 rows 8 warps": _norm(8, 8)},
     "attention": {"online 64x64": _online((64, 64, 4, 2)), "online 128x64": _online((128, 64, 4, 3))},
     "patch_embed": {

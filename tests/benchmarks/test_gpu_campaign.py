@@ -93,7 +93,7 @@ def test_the_strongest_peer_comes_first_and_each_variant_beside_what_ships(dry):
         by_case.setdefault(row["case"], set()).add(row["provider"])
     for op, some in variants.VARIANTS.items():
         assert by_case[f"{op} b1"] >= {"ours", *(f"ours {name}" for name in some)}
-    assert by_case["linear qkv b1"] >= {"eager", "eager one_product", "ours", "ours one_product"}
+    assert by_case["linear qkv b1"] >= {"eager", "eager one_product", "ours", "ours three_launches", "ours one_product"}
 
 
 def test_ours_are_as_right_as_their_peers(dry):
@@ -127,7 +127,7 @@ def test_every_op_and_batch_is_there(dry):
     assert {row["op"] for row in checked} == {
         "model in graphs",
         *("attention", "patch_embed", "text_embed", "add_layer_norm", "linear", "linear_gelu", "linear_cross_entropy"),
-        *("linear_fp8", "word_patch_distance", "ipot", "sinkhorn"),
+        *("linear_qkv", "linear_fp8", "word_patch_distance", "ipot", "sinkhorn"),
     }
     assert all(row["within"] == "True" for row in checked)
     assert sum(row["quantity"].startswith("gradient") for row in checked) > 40

@@ -91,7 +91,8 @@ def test_items_are_dealt_out_over_processes_each_once(tmp_path):
 
 def test_every_variant_is_another_launch():
     asked = {
-        "linear": (("tma", 13792, 3072), {"gelu": True}), "add_layer_norm": ((13792, 768), {}),
+        "linear": (("tma", 13792, 3072), {"gelu": True}), "linear_qkv": (("tma", 13792, 768), {}),
+        "add_layer_norm": ((13792, 768), {}),
         "patch_embed": ((9216, torch.bfloat16, False), {}), "attention": ((90, 2, 64, 281, 281, 768, 132), {}),
     }  # fmt: skip
     for op, some in variants.VARIANTS.items():

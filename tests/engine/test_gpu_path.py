@@ -13,7 +13,7 @@ from vilt_fast.ops import registry
 from vilt_fast.testing import assert_within_budget
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 48}  # heads of 16, the least that Triton multiplies
-FUSED = {"text_embed", "patch_embed", "attention", "add_layer_norm", "linear_gelu"}
+FUSED = {"text_embed", "patch_embed", "attention", "add_layer_norm", "linear_qkv", "linear_gelu"}
 DROPLESS = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 

@@ -111,14 +111,14 @@ def test_kinds_and_configurations_are_chosen_by_shape(rows, columns, most):
 def test_tma_only_where_its_rules_hold(monkeypatch):
     monkeypatch.setattr(_device, "arch", lambda tensor: 90)
     x, weight = torch.zeros(8, 64, dtype=torch.float16), torch.zeros(16, 64, dtype=torch.float16)
-    assert kernels._kind(x, weight) == "tma"
-    assert kernels._kind(x.float(), weight.float()) == "float32"
-    assert kernels._kind(x[:, 1:], weight[:, 1:]) == "pointer"  # base not aligned
-    assert kernels._kind(x[:, :60].contiguous(), weight[:, :60].contiguous()) == "pointer"  # stride not aligned
-    assert kernels._kind(x, weight[:12]) == "pointer"  # rows of the output not aligned
+    assert kernels.kind_of(x, weight) == "tma"
+    assert kernels.kind_of(x.float(), weight.float()) == "float32"
+    assert kernels.kind_of(x[:, 1:], weight[:, 1:]) == "pointer"  # base not aligned
+    assert kernels.kind_of(x[:, :60].contiguous(), weight[:, :60].contiguous()) == "pointer"  # stride not aligned
+    assert kernels.kind_of(x, weight[:12]) == "pointer"  # rows of the output not aligned
     for arch, kind in ((80, "pointer"), (89, "pointer"), (100, "tma"), (120, "pointer"), (0, "pointer")):
         monkeypatch.setattr(_device, "arch", lambda tensor, arch=arch: arch)
-        assert kernels._kind(x, weight) == kind
+        assert kernels.kind_of(x, weight) == kind
 
 
 def test_registered_op_and_compile():

@@ -49,6 +49,7 @@ CASES = {  #: an op, and the shapes (and dtypes) of what it is differentiated in
     "add_layer_norm, of two dtypes": (add_layer_norm, [ROW, ROW, (6,), (6,)], [HALF, FLOAT, HALF, HALF]),
     "linear": (functional.linear, [ROW, (7, 6), (7,), (5, 7)]),
     "linear_gelu": (functional.linear_gelu, [ROW, (7, 6), (7,)]),
+    "linear_qkv": (functional.linear_qkv, [ROW, *[(7, 6)] * 3, *[(7,)] * 3]),
     "linear_cross_entropy": (functools.partial(linear_cross_entropy, ignore_index=-3), [ROW, (7, 6), (7,)]),
     "text_embed": (text_embed, [(5, 8), (3, 8), (2, 8), (8,), (8,), (2, 8)]),
     "patch_embed": (patch_embed, [(2, 3, 8, 8), (8, 3, 4, 4), (8,), (8,), (10, 8), (2, 8), (5, 8)]),

@@ -82,6 +82,9 @@ def step_of(
         if weights is not None or len(sublayer.projections) == 1:
             query, key, value = multiply("qkv", x, *sublayer.projections).chunk(3, dim=-1)
             query = chosen(query, wanted)
+        elif wanted is None and _side_by_side(sublayer.projections):
+            modules = sublayer.projections
+            query, key, value = functional.linear_qkv(x, *(m.weight for m in modules), *(m.bias for m in modules))
         else:
             query, key, value = (
                 linear(module, t) for module, t in zip(sublayer.projections, (chosen(x, wanted), x, x), strict=True)
@@ -143,18 +146,23 @@ def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps, wanted: S
         here = wanted if number + 1 == len(layers) else None
         stream, x = norm(p.norm1_weight, p.norm1_bias)
         stream, asking = chosen(stream, here), chosen(x, here)
-        sides = (
-            (asking, p.query_weight, p.query_bias),
-            (x, p.key_weight, p.key_bias),
-            (x, p.value_weight, p.value_bias),
-        )
-        query, key, value = (functional.linear(*side).unflatten(-1, (num_heads, -1)) for side in sides)
+        weights, biases = (p.query_weight, p.key_weight, p.value_weight), (p.query_bias, p.key_bias, p.value_bias)
+        if here is None:
+            sides = functional.linear_qkv(x, *weights, *biases)
+        else:
+            sides = map(functional.linear, (asking, x, x), weights, biases)
+        query, key, value = (t.unflatten(-1, (num_heads, -1)) for t in sides)
         context = attend(query, key, value, spans, here)
         branch = functional.linear(context.flatten(-2), p.out_weight, p.out_bias)
         stream, x = norm(p.norm2_weight, p.norm2_bias)
         inner = functional.linear_gelu(x, p.fc1_weight, p.fc1_bias)
         branch = functional.linear(inner, p.fc2_weight, p.fc2_bias)
     return stream + branch
+
+
+def _side_by_side(linears) -> bool:
+    """Whether linear layers are plain ones that `functional.linear_qkv` takes together."""
+    return all(type(m) is nn.Linear and m.weight.shape == linears[0].weight.shape for m in linears)
 
 
 def chosen(rows: torch.Tensor, wanted: Selection | None) -> torch.Tensor:

@@ -1,0 +1,86 @@
+"""linear_qkv: queries, keys and values, three linear layers of the same rows."""
+
+import dataclasses
+
+from torch import Tensor
+
+from . import _check, registry
+from ._define import Op
+from .linear import linear
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Facts(registry.Facts):
+    requires_grad: bool = False
+
+
+def _fake(
+    x: Tensor, query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, query_bias: Tensor | None,
+    key_bias: Tensor | None, value_bias: Tensor | None,
+):  # fmt: skip
+    return tuple(x.new_empty(*x.shape[:-1], query_weight.shape[0]) for _ in range(3)), ()
+
+
+def _fake_backward(
+    needs: list[bool], grad_query: Tensor | None, grad_key: Tensor | None, grad_value: Tensor | None, x: Tensor,
+    query_weight: Tensor, key_weight: Tensor, value_weight: Tensor, query_bias: Tensor | None,
+    key_bias: Tensor | None, value_bias: Tensor | None,
+):  # fmt: skip
+    given = (x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias)
+    return tuple(None if t is None else t.new_empty(t.shape) for t in given), ()
+
+
+def _validate(x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias):
+    weights = dict(query_weight=query_weight, key_weight=key_weight, value_weight=value_weight)
+    biases = dict(query_bias=query_bias, key_bias=key_bias, value_bias=value_bias)
+    _check.shapes(
+        "linear_qkv", x=(x, "... K"), **{name: (t, "N K") for name, t in weights.items()},
+        **{name: (t, "N") for name, t in biases.items()},
+    )  # fmt: skip
+    _check.dtypes("linear_qkv", _check.FLOATS, x=x)
+    _check.same_dtype("linear_qkv", x=x, **weights, **biases)
+    _check.same_device("linear_qkv", x=x, **weights, **biases)
+
+
+def _facts(x, requires_grad):
+    return Facts(device=x.device.type, dtype=x.dtype, requires_grad=requires_grad)
+
+
+_OP = Op(
+    "linear_qkv", _fake, _fake_backward,
+    outputs=("query", "key", "value"),
+    differentiable=("x", "query_weight", "key_weight", "value_weight", "query_bias", "key_bias", "value_bias"),
+    validate=_validate, facts=_facts,
+)  # fmt: skip
+
+
+def linear_qkv(
+    x: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    query_bias: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x W^T + b`` for queries, keys and values, from three weights as they lie.
+
+    Args:
+        x: [..., K]; weights: [N, K] each; biases: [N] or None each; one floating dtype (under autocast: any, cast as it
+            would).
+
+    Returns:
+        Query, key and value, each [..., N], dense. Differentiable in all tensors.
+
+    Source: ``torch.nn.functional.linear``, three times.
+    """
+    given = _check.autocast(x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias)
+    _validate(*given)
+    name = _OP.resolve(backend, _facts(given[0], _check.needs_grad(*given)))
+    if backend is None and name in registry.PLAIN:  # no kernel takes all three: each by what is best for it
+        sides = (query_weight, query_bias), (key_weight, key_bias), (value_weight, value_bias)
+        return tuple(linear(x, weight, bias) for weight, bias in sides)
+    arguments = dict(zip(_OP.arguments, given, strict=True))
+    return _OP.plain(name, **arguments) if name in registry.PLAIN else _OP(name, **arguments)
