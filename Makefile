@@ -19,7 +19,11 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cu
 OLD = $$($(BIN)/python -c 'import sys; print({10: "4.30.2", 11: "4.30.2", 12: "4.38.2"}.get(sys.version_info[1], "4.46.3"))') 4.57.6
 CORE = -m pytest -n $(WORKERS) -q -m core
 
-.PHONY: demo train-demo test core wheel types sanitize races hf-suite lint format bench plot info clean
+# Triton besides the one in $(VENV) that `make fake-gpu` compiles with, and what it has passed on: one file a state of the sources.
+OLD_TRITON = 3.6.0
+FAKED = build/fake_gpu/passed-$$(cat kernels/*.py tests/fake_gpu/*.py tests/support/fake_gpu/*.py pyproject.toml | sha256sum | cut -c1-16)
+
+.PHONY: demo train-demo test core fake-gpu wheel types sanitize races hf-suite lint format bench plot info clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vilt-fast demo $(if $(MODEL),--model "$(MODEL)")
@@ -37,10 +41,22 @@ core: $(VENV)/.installed
 core-%: $(VENV)/transformers-%/.installed
 	PYTHONPATH=$(VENV)/transformers-$* $(BIN)/python $(CORE) tests/models tests/engine tests/ops tests/images tests/test_packaging.py
 
-.PRECIOUS: $(VENV)/transformers-%/.installed
+.PRECIOUS: $(VENV)/transformers-%/.installed $(VENV)/triton-%/.installed
 $(VENV)/transformers-%/.installed: | $(VENV)/.installed
 	rm -rf $(@D)  # pip adds to a folder that is there
 	$(BIN)/python -m pip install --quiet --target $(@D) "transformers==$*"
+	@touch $@
+
+# Every kernel, compiled from real arguments for a GPU that is played; nothing where these sources have passed before.
+fake-gpu: $(VENV)/.installed $(VENV)/triton-$(OLD_TRITON)/.installed
+	$(if $(ARGS),,test -e $(FAKED) ||) { \
+		$(BIN)/python -m pytest -n $(WORKERS) -q tests/fake_gpu/whole.py $(ARGS) && \
+		PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(BIN)/python -m pytest -n $(WORKERS) -q tests/fake_gpu/whole.py $(ARGS) && \
+		$(if $(ARGS),true,touch $(FAKED)); }
+
+$(VENV)/triton-%/.installed: | $(VENV)/.installed
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) "triton==$*"
 	@touch $@
 
 # What somebody without a clone gets: a wheel made from the sdist, put somewhere else, its native way tested there.

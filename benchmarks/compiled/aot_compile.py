@@ -112,9 +112,8 @@ def _resources(compiled, backend):
         found["stack_bytes"] = _metadata(text, "private_segment_fixed_size")
         found["spill_instructions"] = len(re.findall(r"\bscratch_(?:load|store)\w*", text))
     else:
-        usage, text = _sass(compiled.asm["cubin"])
-        numbers = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
-        found["registers"], found["stack_bytes"] = int(numbers["REG"]), int(numbers["STACK"])
+        found["registers"], found["stack_bytes"] = resources(compiled.asm["cubin"])
+        text = _told_by("nvdisasm", "-c", cubin=compiled.asm["cubin"])
         found["spill_instructions"] = len(re.findall(SPILLS, text))
     counts = {kind: len(re.findall(pattern, text)) for kind, pattern in TENSOR_CORES.items()}
     found["tensor_core_kind"] = "+".join(kind for kind, count in counts.items() if count)
@@ -126,19 +125,21 @@ def _metadata(assembly, name):
     return int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1])
 
 
-def _sass(cubin):
-    """(resource usage, disassembly) by the tools that come with Triton."""
+def resources(cubin):
+    """(registers, bytes of stack) a thread of the kernel in a binary for NVIDIA."""
+    numbers = dict(re.findall(r"\b(REG|STACK):(\d+)", _told_by("cuobjdump", "--dump-resource-usage", cubin=cubin)))
+    return int(numbers["REG"]), int(numbers["STACK"])
+
+
+def _told_by(tool, *options, cubin):
+    """What one of the tools that come with Triton prints."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = (["cuobjdump", "--dump-resource-usage"], ["nvdisasm", "-c"])
-        return [
-            subprocess.run([tools / name, *rest, file.name], capture_output=True, text=True, check=True).stdout
-            for name, *rest in commands
-        ]
+        return subprocess.run([tools / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def main():
