@@ -21,7 +21,7 @@ from .models.base import Swapped, swap_of, wrapper_of
 
 
 def accelerate(
-    model: nn.Module, *, quantize: str | None = None, cuda_graphs: bool = False, **family_options
+    model: nn.Module, *, quantize: str | None = None, cuda_graphs: bool | str = "auto", **family_options
 ) -> nn.Module:
     """Make a ViLT model compute packed and fused, in place; parameters, `state_dict` and outputs stay what they are.
 
@@ -32,9 +32,9 @@ def accelerate(
             quantised copy of these weights, made again when one has changed; edits of single elements that bump no
             version counter (through `.data`, `numpy()`) need :func:`refresh`. Training is not touched. A gradient in
             evaluation mode is that of the parameters as they are.
-        cuda_graphs: on a GPU, capture the blocks once per bucket of sizes and replay them as one launch, in inference:
-            for low latency at small batches. Keeps buffers of the captured sizes. Has no effect on a CPU, which is said
-            once.
+        cuda_graphs: "auto" captures inference on a GPU once per bucket of sizes and replays it as one launch, where
+            that can be done and pays; False does not; True says once where it cannot be done, a CPU for one, and
+            captures whether it pays or not. Keeps memory for the captured sizes.
         family_options: what only some models know. ViLT: `patch_order="raster"` gives image tokens row by row,
             "reference" reproduces the random order that the reference draws, under the same torch seed, so that outputs
             can be compared element by element; `generator` (a `torch.Generator`) is for the patches that a positive

@@ -22,9 +22,10 @@ from torch.nn import functional as F
 from .. import record
 from ..ops import registry
 from ..ops._check import transforming
-from . import graphs, native, packed, recomputed
+from . import captured, native, packed, recomputed
 from .blocks import Block, Described
-from .listeners import any_hooked, has_hooks, is_plain, stamp, why_hooked, why_not_plain
+from .graphs import Graphs
+from .listeners import any_hooked, has_hooks, is_plain, why_hooked, why_not_plain
 from .packing import Packing, Selection
 from .quantization import WeightCache, why_emulated
 
@@ -55,7 +56,7 @@ def encode(
     packing: Packing,
     *,
     weights: WeightCache | None = None,
-    captured: graphs.EncoderGraphs | None = None,
+    graphs: Graphs | None = None,
     runs: native.Runs | None = None,
     want_hidden: bool = False,
     want_attention: bool = False,
@@ -68,7 +69,7 @@ def encode(
             depend on nothing but that block.
         weights: quantised copies to compute with in inference; None computes with the parameters. A block that cannot
             have them computes with its parameters, which is said once.
-        captured: CUDA graphs to run plain blocks with, where no gradient is recorded.
+        graphs: CUDA graphs to run plain blocks with, where no gradient is recorded.
         runs: what was found of the blocks at earlier calls; None judges them anew.
         wanted: the rows that anybody reads, of which alone the last block computes more than keys and values; None:
             all, as hidden states and attentions want them.
@@ -80,16 +81,16 @@ def encode(
     if weights is not None and weights.kind == "int8" and rows.is_cuda:
         raise RuntimeError("quantize='int8' computes on CPUs; on a GPU, accelerate with quantize='fp8' or without.")
     no_graph = ""
-    if captured is not None:
-        no_graph = _why_no_graph(rows, want_hidden, want_attention)
-        replayed = None if no_graph else _replayed(modules, describe, rows, packing, weights, captured, wanted)
+    if graphs is not None:
+        no_graph = captured.why_not_now(graphs, rows.device, want_hidden, want_attention)
+        replayed = None if no_graph else captured.replayed(graphs, modules, describe, rows, packing, weights, wanted)
         if replayed is not None:
             record.say("CUDA graph", "", *((f"block {i}", module) for i, module in enumerate(modules)))
             return Encoded(replayed, [], [])
     blocks = Described(modules, describe)
-    if captured is not None:
-        no_graph = no_graph or _why_not_replayed(blocks)
-        captured.say_without("the stack of blocks", no_graph)
+    if graphs is not None:
+        no_graph = no_graph or captured.why_not_these(blocks, packing)
+        graphs.say_without("the stack of blocks", no_graph)
     result = Encoded(rows, [], [])
     if want_hidden:
         result.show(packing)
@@ -266,72 +267,22 @@ def foretell(
     describe: Callable[[nn.Module], Block],
     *,
     weights: WeightCache | None = None,
-    captured: graphs.EncoderGraphs | None = None,
+    graphs: Graphs | None = None,
 ) -> None:
     """Say which way each block would go, called here and now for no hidden states and attentions."""
     blocks = list(map(describe, modules))
     here = next((p for module in modules for p in module.parameters()), torch.empty(0))
-    no_graph = "" if captured is None else _why_no_graph(here, False, False)
-    if captured is not None:
+    no_graph = "" if graphs is None else captured.why_not_now(graphs, here.device, False, False)
+    if graphs is not None:
         no_graph = no_graph or next(filter(None, (block.why_not_plain() for block in blocks)), "")
     at_once = _why_at_once(False, False) if torch.is_grad_enabled() or transforming() else ""
     fp8 = weights if weights is not None and weights.kind == "fp8" and not at_once else None
     for i, block in enumerate(blocks):
         reason = at_once or native.unavailable(here) or native.why_not_now(block)
-        if captured is not None and not no_graph:
+        if graphs is not None and not no_graph:
             way = "CUDA graph", ""
         elif not reason and fp8 is None:
             way = "native" if weights is None else "native int8", ""
         else:
             way = _way(block, here, None if fp8 is None or _why_not_fp8(block) else fp8, reason, no_graph)
         record.say(*way, (f"block {i}", block.module))
-
-
-def _why_no_graph(rows, want_hidden, want_attention):
-    """Why a call cannot have its blocks as one CUDA graph, whatever they are, or ""."""
-    if torch.is_grad_enabled():
-        return "gradients are recorded: call the model under torch.no_grad() or torch.inference_mode()"
-    if want_hidden or want_attention:
-        return "hidden states or attentions are wanted"
-    if transforming():
-        return recomputed.why_not()
-    return graphs.why_not_usable(rows)
-
-
-def _why_not_replayed(blocks):
-    """Why blocks are not one CUDA graph where the call would allow it."""
-    odd = next(filter(None, (block.why_not_plain() for block in blocks)), "")
-    return odd or "it is in training mode, or its parameters are no ordinary tensors"
-
-
-def _replayed(modules, describe, rows, packing, weights, captured, wanted):
-    """The blocks as one CUDA graph; None where they are not plain."""
-    identity = stamp(modules)
-    if identity is None:
-        return None
-    if weights is not None:  # the copies must be there before a capture, and up to date before a replay
-        blocks = list(map(describe, modules))
-        if any(block.why_not_plain() for block in blocks):
-            return None
-        copies = (
-            weights.fp8((i, name), linears)
-            for i, block in enumerate(blocks)
-            for name, linears in packed.side_by_side(block).items()
-        )
-        identity += tuple(0 if t is None else t.data_ptr() for copy in copies for t in copy)
-
-    def prepare():
-        blocks = list(map(describe, modules))
-        if any(block.why_not_plain() for block in blocks):
-            return None
-
-        def run(x, spans, wanted):
-            x, branch = packed.as_parameters(x, blocks[0]), None
-            for i, block in enumerate(blocks):
-                here = wanted if i + 1 == len(blocks) else None
-                x, branch, _ = packed.step_of(block, i, spans, weights, wanted=here)(x, branch)
-            return packed.added(x, branch)
-
-        return run
-
-    return captured.run(prepare, rows, packing, identity, wanted)

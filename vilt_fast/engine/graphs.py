@@ -1,9 +1,14 @@
-"""CUDA graphs of the packed encoder: one launch for all blocks, captured per bucket of sizes and replayed.
+"""CUDA graphs: one launch for a whole forward, or for all blocks of one, captured per bucket of sizes and replayed.
 
 At batch 1 a forward is some hundred kernels of a few microseconds each, and launching them takes longer than running
 them. A graph has fixed shapes, so a batch is put into the next larger bucket: rows that belong to no sample are
-computed and thrown away, samples that are not there are empty. What attention reads about lengths lies in buffers that
-are written before each replay; parameters are read where they are, so that updating one in place needs no new capture.
+computed and thrown away, samples that are not there are empty. What a call brings (rows, ids, pixels, where rows lie)
+is written into buffers before each replay; parameters are read where they are, so that updating one in place needs no
+new capture. What else a graph holds fixed of its model is compared at every call by who runs it.
+
+All graphs of a device share one pool of memory and, for their largest inputs, one buffer; the least recently used goes
+where there are too many. A capture takes as long as a few forwards: batches that never repeat a bucket are not captured
+on and on, but run as they are.
 """
 
 from __future__ import annotations
@@ -11,22 +16,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from .. import record
 from .asked import Asked
 from .packing import Packing, Selection, Spans
+from .snapshot import Anchored
 
-MAX_GRAPHS = 32  #: kept at a time, the least recently used goes first
+MAX_GRAPHS = 64  #: kept at a time, the least recently used goes first
+MOST_ROWS = 1 << 14  #: of a bucket; beyond, the GPU takes longer for a forward than the host for its launches
+FREE, PAID_BY = 32, 16  #: captures that need not pay, and replays that pay for one more
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bucket:
-    """Sizes that a graph is captured for."""
+    """Sizes that a graph of blocks is captured for."""
 
     rows: int
     samples: int
@@ -35,69 +44,133 @@ class Bucket:
 
     @classmethod
     def of(cls, packing: Packing, wanted: Selection | None = None) -> Bucket:
-        """The smallest that holds a packing: at most an eighth more rows, or 63, than are real."""
-        rows, longest = packing.total_rows, packing.max_seqlen
-        step = max(64, _power_of_two(rows) // 8)
-        samples = _power_of_two(packing.batch)
-        longest, some = _multiple(longest, 64), None
+        """The smallest that holds a packing."""
+        longest, samples, some = length_of(packing.max_seqlen), power_of_two(packing.batch), None
         if wanted is not None:
             one = wanted.max_seqlen == 1  # as a pooler wants them: a size of its own
-            some = (samples, 1) if one else (_multiple(len(wanted.rows), step), longest)
-        return cls(_multiple(rows, step), samples, longest, some)
+            some = (samples, 1) if one else (rows_of(len(wanted.rows)), longest)
+        return cls(rows_of(packing.total_rows), samples, longest, some)
 
 
-def _multiple(n, step):
+def rows_of(n: int, least: int = 64) -> int:
+    """Rows of the bucket for n: at most an eighth more, or less than `least` more."""
+    return multiple(n, max(least, power_of_two(n) // 8))
+
+
+def length_of(n: int) -> int:
+    """Longest sample of the bucket for one of n rows.
+
+    The limits of attention's configurations are multiples of 32: a bucket takes the one that its batches would take.
+    """
+    return multiple(n, 32)
+
+
+def multiple(n: int, step: int) -> int:
+    """The next multiple of a step."""
     return -(-n // step) * step
 
 
-def _power_of_two(n):
+def power_of_two(n: int) -> int:
+    """The next one."""
     return 1 << (n - 1).bit_length()
 
 
-class EncoderGraphs(Asked):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Given:
+    """A static input of a graph: its size, and what writes a call's values into it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    write: Callable[[torch.Tensor], None]
+    shared: bool = False  #: in memory that all graphs of the device share: written anew before every replay
+
+
+class Graphs(Asked):
     """The graphs of one model. Calls from several threads and streams take turns."""
 
-    def __init__(self):
-        super().__init__("cuda_graphs")
+    def __init__(self, insists: bool = True):
+        super().__init__("cuda_graphs", insists)
+        self.failed = ""  #: why nothing is captured any more
         self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
         self._lock = threading.Lock()
-        self._shared = {}  #: {device: (memory pool of all graphs, event after what was launched last)}
+        self._turns = {}  #: {device: (memory pool of all graphs, event after what was launched last)}
+        self._buffers = {}  #: {(device, dtype): what large inputs share}
+        self._captured = self._replayed = 0
+        self._standing = {}  #: {kind of graph: (snapshot, what was found out about it)}
 
     def __len__(self):
         return len(self._graphs)
 
+    # --- what graphs hold fixed ---------------------------------------------------------------------------------------
+
+    def standing(self, kind: str, modules: Sequence, look: Callable):
+        """What `look()` finds out about these modules, asked anew only where something about them has changed since.
+
+        Then all graphs of this kind, which hold that fixed, are dropped.
+        """
+        with self._lock:
+            known = self._standing.get(kind)
+            if known is None or not known[0].holds(modules):
+                self._drop(lambda key: key[0] == kind)
+                known = self._standing[kind] = Anchored(modules), look()
+            return known[1]
+
+    def _drop(self, stale):
+        for key in [key for key in self._graphs if stale(key)]:
+            del self._graphs[key]
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
     def run(
-        self,
-        prepare: Callable,
-        rows: torch.Tensor,
-        packing: Packing,
-        identity: tuple,
-        wanted: Selection | None = None,
-    ) -> torch.Tensor | None:
-        """`prepare()(rows, spans, wanted)`, captured the first time and replayed from then on; None where that is None.
+        self, key: tuple, device: torch.device, given: Mapping[str, Given], prepare: Callable, identity: tuple = ()
+    ) -> tuple[torch.Tensor, ...] | None:
+        """What `prepare()({name: buffer})`, a tuple of tensors, gives: captured the first time, replayed from then on.
+
+        The tensors are of the bucket's sizes, and written over by the next replay. None where there is no such graph
+        and none is made: `prepare()` is None, capturing has failed, or has been done too often for what it brought.
 
         Args:
-            prepare: makes the function [N, D] -> [N or W, D] that is captured; that one must not wait for the device.
-            identity: everything that a captured graph holds fixed of its model: addresses of parameters, eps. Graphs
-                of another identity are dropped.
+            key: (kind, bucket, ...): all that the graph depends on besides the shapes, dtypes and device of `given`.
+            prepare: makes the function that is captured; that one must not wait for the device.
+            identity: as `standing` drops graphs, those of the kind with another identity are dropped.
         """
-        kind = rows.device.type
-        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (Bucket.of(packing, wanted), rows.dtype, rows.device, autocast, identity)
-        with self._lock, self._turn(rows.device) as pool:
+        shapes = tuple((one.shape, one.dtype) for one in given.values())
+        key = (*key, shapes, device, _numerics(device.type), identity)
+        with self._lock, self._turn(device) as pool:
             graph = self._graphs.get(key)
             if graph is None:
-                encode = prepare()
-                if encode is None:
+                graph = self._capture(key, device, given, prepare, identity, pool)
+                if graph is None:
                     return None
-                for stale in [k for k in self._graphs if k[-1] != identity]:
-                    del self._graphs[stale]
-                while len(self._graphs) >= MAX_GRAPHS:
-                    self._graphs.popitem(last=False)
-                with record.unheard():
-                    graph = self._graphs[key] = _Graph(encode, rows, packing, wanted, key[0], pool)
+            else:
+                graph.fill(given)
             self._graphs.move_to_end(key)
-            return graph(rows, packing, wanted)
+            self._replayed += 1
+            graph.recording.replay()
+            # Copies: the next replay writes over them. Within the turn, so that it waits for them.
+            return tuple(t.clone() for t in graph.recording.result)
+
+    def _capture(self, key, device, given, prepare, identity, pool):
+        """A new graph, whose buffers are filled."""
+        affordable = self._insists or self._captured < FREE + self._replayed // PAID_BY
+        function = prepare() if affordable and not self.failed else None
+        if function is None:
+            return None
+        self._drop(lambda known: known[0] == key[0] and known[-1] != identity)
+        while len(self._graphs) >= MAX_GRAPHS:
+            self._graphs.popitem(last=False)
+        try:
+            with record.unheard():
+                graph = _Graph(function, given, self._buffers, device, pool)
+        except RuntimeError as error:  # out of memory, too; what is wrong with a call, the call itself will say
+            self.failed = f"a capture has failed ({str(error).splitlines()[0][:200]})"
+            self._graphs.clear()
+            self._buffers.clear()
+            self.say_failed(self.failed)
+            return None
+        self._captured += 1
+        self._graphs[key] = graph
+        return graph
 
     @contextlib.contextmanager
     def _turn(self, device):
@@ -106,54 +179,99 @@ class EncoderGraphs(Asked):
             yield None
             return
         with torch.cuda.device(device):
-            if device not in self._shared:
-                self._shared[device] = torch.cuda.graph_pool_handle(), torch.cuda.Event()
-            pool, done = self._shared[device]
+            if device not in self._turns:
+                self._turns[device] = torch.cuda.graph_pool_handle(), torch.cuda.Event()
+            pool, done = self._turns[device]
             done.wait()  # for nothing, the first time
             try:
                 yield pool
             finally:
                 done.record()
 
+    def blocks(
+        self,
+        prepare: Callable,
+        rows: torch.Tensor,
+        packing: Packing,
+        identity: tuple,
+        wanted: Selection | None = None,
+    ) -> torch.Tensor | None:
+        """`prepare()(rows, spans, wanted)`, a function [N, D] -> [N or W, D], as a graph; None where there is none.
+
+        Args:
+            identity: everything that a captured graph holds fixed of its model: addresses of parameters, eps.
+        """
+        bucket = Bucket.of(packing, wanted)
+        if bucket.rows > MOST_ROWS:
+            return None
+        ends, i32 = bucket.samples + 1, torch.int32
+        given = {
+            "rows": Given((bucket.rows, rows.shape[1]), rows.dtype, lambda to: to[: len(rows)].copy_(rows)),
+            "cu": Given((ends,), i32, lambda to: put(to, packing.cu_seqlens, len(rows))),
+            "used": Given((bucket.samples,), i32, lambda to: put(to, packing.seqused_k, 0)),
+        }
+        if wanted is not None:
+            count = len(wanted.rows)
+            # Beyond, rows of earlier calls, which nobody reads.
+            given["wanted"] = Given((bucket.wanted[0],), torch.int64, lambda to: to[:count].copy_(wanted.rows))
+            given["cu_wanted"] = Given((ends,), i32, lambda to: put(to, wanted.cu_seqlens, count))
+
+        def prepared():
+            encode = prepare()
+            if encode is None:
+                return None
+
+            def function(at):
+                some = None if wanted is None else Selection(at["wanted"], at["cu_wanted"], bucket.wanted[1])
+                return (encode(at["rows"], Spans(at["cu"], at["used"], bucket.max_seqlen), some),)
+
+            return function
+
+        result = self.run(("blocks", bucket), rows.device, given, prepared, identity)
+        return None if result is None else result[0][: len(rows) if wanted is None else len(wanted.rows)]
+
     def __getstate__(self):
-        return {}
+        return {"insists": self._insists}
 
     def __setstate__(self, state):
-        self.__init__()
+        self.__init__(state["insists"])
+
+
+def put(to: torch.Tensor, values: torch.Tensor, rest: int) -> None:
+    """Write values and, behind them, a number."""
+    to[: len(values)].copy_(values)
+    if len(values) < len(to):
+        to[len(values) :].fill_(rest)
+
+
+def _numerics(kind):
+    """What decides how a captured product is rounded."""
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    own = torch.backends.cuda.matmul
+    return (
+        autocast, own.allow_tf32, own.allow_fp16_reduced_precision_reduction, own.allow_bf16_reduced_precision_reduction
+    )  # fmt: skip
 
 
 class _Graph:
-    def __init__(self, encode, rows, packing, wanted, bucket, pool):
+    def __init__(self, function, given, buffers, device, pool):
         with torch.inference_mode(False), torch.no_grad():  # tensors that a call in either mode may write to
-            self.rows = torch.zeros(bucket.rows, rows.shape[1], dtype=rows.dtype, device=rows.device)
-            self.cu_seqlens = torch.zeros(bucket.samples + 1, dtype=torch.int32, device=rows.device)
-            self.seqused_k = torch.zeros(bucket.samples, dtype=torch.int32, device=rows.device)
-            self.wanted = None
-            if bucket.wanted is not None:
-                count, most = bucket.wanted
-                chosen = torch.zeros(count, dtype=torch.int64, device=rows.device)
-                self.wanted = Selection(chosen, torch.zeros_like(self.cu_seqlens), most)
-            self._fill(rows, packing, wanted)
-            spans = Spans(self.cu_seqlens, self.seqused_k, bucket.max_seqlen)
-            self.recording = Recording(lambda: encode(self.rows, spans, self.wanted), rows.device, pool)
+            self.at = {name: _buffer(one, buffers, device) for name, one in given.items()}
+            self.fill(given)
+            self.recording = Recording(lambda: function(self.at), device, pool)
 
-    def __call__(self, rows, packing, wanted):
-        self._fill(rows, packing, wanted)
-        self.recording.replay()
-        count = len(rows) if wanted is None else len(wanted.rows)
-        return self.recording.result[:count].clone()  # the next replay writes over it
+    def fill(self, given):
+        for name, one in given.items():
+            one.write(self.at[name])
 
-    def _fill(self, rows, packing, wanted):
-        self.rows[: len(rows)].copy_(rows)
-        self.cu_seqlens[: packing.batch + 1].copy_(packing.cu_seqlens)
-        self.cu_seqlens[packing.batch + 1 :].fill_(len(rows))
-        self.seqused_k[: packing.batch].copy_(packing.seqused_k)
-        self.seqused_k[packing.batch :].zero_()
-        if wanted is not None:
-            count = len(wanted.rows)
-            self.wanted.rows[:count].copy_(wanted.rows)  # beyond, rows of earlier calls, which nobody reads
-            self.wanted.cu_seqlens[: packing.batch + 1].copy_(wanted.cu_seqlens)
-            self.wanted.cu_seqlens[packing.batch + 1 :].fill_(count)
+
+def _buffer(one: Given, buffers, device):
+    if not one.shared:
+        return torch.zeros(one.shape, dtype=one.dtype, device=device)
+    size, known = math.prod(one.shape), buffers.get((device, one.dtype))
+    if known is None or len(known) < size:  # graphs that were captured before go on with the smaller one
+        known = buffers[device, one.dtype] = torch.zeros(power_of_two(size), dtype=one.dtype, device=device)
+    return known[:size].view(one.shape)
 
 
 class Recording:
@@ -193,10 +311,10 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def why_not_usable(rows: torch.Tensor) -> str:
+def why_not_usable(device: torch.device) -> str:
     """Why no graph can be captured or replayed here and now, or ""."""
-    if not rows.is_cuda:
-        return f"CUDA graphs are for GPUs, and the tensors are on {rows.device}"
+    if device.type != "cuda":
+        return f"CUDA graphs are for GPUs, and the tensors are on {device}"
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return "the forward is itself being compiled, or captured as a graph"
     return ""

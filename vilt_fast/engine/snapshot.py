@@ -8,13 +8,17 @@ what lies inside; type, dtype, shape and strides of every parameter. It holds no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import is_
 
 import torch
 from torch import nn
 
 from . import listeners
 from .genuine import own_methods
+
+_TENSORS = ("_parameters", "_buffers")
 
 
 class Snapshot:
@@ -79,3 +83,45 @@ def _form(parameter):
     if parameter is None:
         return None
     return type(parameter), parameter.dtype, parameter.shape, parameter.stride()
+
+
+class Anchored:
+    """Modules and all within them, attribute by attribute, and where their parameters and buffers lie, for what reads
+    these where they are."""
+
+    def __init__(self, modules: Iterable[nn.Module | None]):
+        self._roots = list(modules)
+        inside = list(listeners.inside(self._roots))
+        self._own = [module.__dict__ for module in inside]
+        # Tensors are told by what they are, not by what is in them, and so their dictionaries are not copied here.
+        self._were = [
+            {k: dict(v) if isinstance(v, dict) and not (k in _TENSORS and v) else v for k, v in own.items()}
+            for own in self._own
+        ]
+        self._holders = [own[name] for own in self._own for name in _TENSORS if own[name]]
+        self._tensors = self._held()
+        self._places = self._where()
+        self._kinds = list({type(module) for module in inside})
+        self._known = self._as_written()
+
+    def holds(self, modules: Sequence[nn.Module | None]) -> bool:
+        """Whether nothing has changed since."""
+        if listeners.all_are_hooked() or len(modules) != len(self._roots) or not all(map(is_, modules, self._roots)):
+            return False
+        held = self._held()
+        if len(held) != len(self._tensors) or not all(map(is_, held, self._tensors)):
+            return False
+        try:
+            same = self._own == self._were
+        except RuntimeError:  # a tensor that is an attribute has been replaced
+            return False
+        return same and self._where() == self._places and self._as_written() == self._known
+
+    def _as_written(self):
+        return [bool(own_methods(kind)) for kind in self._kinds]
+
+    def _held(self):
+        return list(chain.from_iterable(map(dict.values, self._holders)))
+
+    def _where(self):
+        return [(t.data_ptr(), t.dtype, t.stride()) for t in self._tensors if t is not None]

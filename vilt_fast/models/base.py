@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import record
 from ..engine import encode as engine
-from ..engine.graphs import EncoderGraphs
+from ..engine.graphs import Graphs
 from ..engine.native import Runs
 from ..engine.packing import Packing
 from ..engine.quantization import KINDS, WeightCache
@@ -30,13 +30,13 @@ class Options:
     """How an accelerated model computes. A family derives its own where there is more to ask for."""
 
     quantize: str | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | str = "auto"
 
     def __post_init__(self):
         if self.quantize not in (None, *KINDS):
             raise ValueError(f"quantize must be None, {' or '.join(map(repr, KINDS))}, got {self.quantize!r}.")
-        if not isinstance(self.cuda_graphs, bool):
-            raise ValueError(f"cuda_graphs must be True or False, got {self.cuda_graphs!r}.")
+        if not isinstance(self.cuda_graphs, bool) and self.cuda_graphs != "auto":
+            raise ValueError(f"cuda_graphs must be 'auto', True or False, got {self.cuda_graphs!r}.")
         if self.quantize == "int8" and (reason := registry.why_unavailable("encoder", "cpp")):
             raise RuntimeError(f"quantize='int8' computes with the native part, and {reason}")
 
@@ -331,7 +331,7 @@ class SwappedTrunk(Swapped):
     def __init__(self, module: nn.Module | None, options: Options):
         super().__init__(module, options)
         self.weights = WeightCache(options.quantize) if options.quantize else None
-        self.graphs = EncoderGraphs() if options.cuda_graphs else None
+        self.graphs = Graphs(insists=options.cuda_graphs is True) if options.cuda_graphs else None
         self.runs = Runs()
 
     def encode(
@@ -340,12 +340,12 @@ class SwappedTrunk(Swapped):
         """`engine.encode` with the copies and graphs of this model, and what was found of its blocks before."""
         self.runs.live_with(self.module)
         return engine.encode(
-            modules, describe, rows, packing, weights=self.weights, captured=self.graphs, runs=self.runs, **wanted
+            modules, describe, rows, packing, weights=self.weights, graphs=self.graphs, runs=self.runs, **wanted
         )
 
     def foretell_blocks(self, modules: Sequence[nn.Module], describe: Callable) -> None:
         """`engine.foretell` with the copies and graphs of this model."""
-        engine.foretell(modules, describe, weights=self.weights, captured=self.graphs)
+        engine.foretell(modules, describe, weights=self.weights, graphs=self.graphs)
 
     def say_own(self, why: str) -> None:
         self.say_without("own", why, self.part, self.module)

@@ -54,7 +54,7 @@ def _validate(
     blob = isinstance(weight, Tensor) and weight.dtype == torch.uint8
     sizes = _check.shapes(
         _NAME,
-        weight=(weight, "bytes" if blob else "D C ph pw"), pixels=(pixels, "B C height width"),
+        weight=(weight, "bytes" if blob else "D C ph pw"), pixels=(pixels, "images C height width"),
         cls_token=(cls_token, "D"), bias=(bias, "D"), position=(position, "G+1 D"), modality=(modality, "M D"),
         text=(text, "n_text D"), text_rows=(text_rows, "n_text"), patch_source=(patch_source, "n"),
         patch_rows=(patch_rows, "n"),
@@ -62,6 +62,11 @@ def _validate(
         cls_rows=(cls_rows, "B"), modality_index=(modality_index, "B"), pixel_scale=(pixel_scale, "C"),
         pixel_shift=(pixel_shift, "C"),
     )  # fmt: skip
+    if sizes["images"] != sizes["B"] and (blob or pixels.shape[2:] != weight.shape[2:]):
+        raise ValueError(
+            f"patch_embed: there are {sizes['images']} images and {sizes['B']} cls_rows, expected as many: "
+            "only images of one patch may be more or fewer."
+        )
     for names, one, other in (
         ("text and text_rows", text, text_rows), ("modality and modality_index", modality, modality_index)
     ):  # fmt: skip
@@ -144,7 +149,7 @@ def patch_embed(
     Args:
         pixels: [B, C, height, width] of any strides, any floating dtype (converted to that of ``weight``) or uint8;
             height and width need not be multiples of the patch. What lies outside the listed patches has no effect,
-            even NaN.
+            even NaN. Or patches that are cut out already, [n, C, ph, pw] each an image of its own, of any number.
         weight: [D, C, ph, pw], the projection; its last two sizes are the patch size. Or a blob of
             :func:`quantize_linear`, made from ``weight.flatten(1)`` of square patches (cpp, without a gradient): then
             patches are rounded to 256 levels each. bias: [D] or None.

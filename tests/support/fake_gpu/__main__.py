@@ -1,7 +1,7 @@
 """`python -m support.fake_gpu '[{...}, ...]'`: compile, check; prints what was found, fails if it is wrong.
 
-    {"what": "ops", "op": "attention", "dtypes": ["bfloat16", ...], "first": false}   calls of an op, or only the first
-    {"what": "models", "run": "forward", "dtype": "bfloat16", ...}                    `models.<run>(dtype, ...)`
+{"what": "ops", "op": "attention", "dtypes": ["bfloat16", ...], "first": false}   calls of an op, or only the first
+{"what": "models", "run": "forward", "dtype": "bfloat16", ...}                    `models.<run>(dtype, ...)`
 """
 
 import importlib

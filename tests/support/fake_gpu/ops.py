@@ -1,7 +1,7 @@
 """Calls of every op that has Triton kernels, so that all of what ships is compiled from real arguments.
 
 `CALLS[op](dtype)` yields (at home?, call): each at ViLT's own shapes, through every tile configuration, and at odd
-ones, with every optional argument absent and present. A call is run without and with a gradient of all that is floating.
+ones, with every optional argument absent and present. A call is run without and with a gradient.
 """
 
 import itertools
@@ -64,9 +64,7 @@ def attention(dtype):
     for longest, batch in itertools.product((40, 90, 128, 150, 185, 240, 281, 320), (64, 1)):
         lengths = [longest] * batch
         yield True, partial(run, partial(call, lengths, True, False, {}), given(lengths, HEADS, 64))
-    for batch, (used, start), options in itertools.product(
-        (64, 1), itertools.product((True, False), repeat=2), plain
-    ):
+    for batch, (used, start), options in itertools.product((64, 1), itertools.product((True, False), repeat=2), plain):
         lengths = [281, *[185] * (batch - 1)]
         yield True, partial(run, partial(call, lengths, used, start, options), given(lengths, HEADS, 64))
     away = (64, 1024, 64), (128, 281, 64), (128, 281, 1), (256, 50, 2), (80, 33, 1), (1, 1, 1)
@@ -134,9 +132,7 @@ def linear_cross_entropy(dtype):
 
 def text_embed(dtype):
     def call(ids, places, types, options, embeds, *tables):
-        return functional.text_embed(
-            ids, embeds, places, types, *tables, eps=1e-12, padding_idx=0, **options
-        )
+        return functional.text_embed(ids, embeds, places, types, *tables, eps=1e-12, padding_idx=0, **options)
 
     for rows, whole, types, modality, options in itertools.product(
         (40, 1500), (True, False), (True, False), (True, False),
@@ -169,9 +165,7 @@ def patch_embed(dtype):
         words = 40 if text else 0
         indices = packing_indices([words] * batch, [grid] * batch, canvas=grid, table=(12, 12))
         pixels = torch.empty(batch, 3, grid[0] * patch, grid[1] * patch, dtype=pixel_dtype)
-        given = _empty(
-            dtype, (width, 3, patch, patch), width, width, (145, width), (3, width), (batch * words, width)
-        )
+        given = _empty(dtype, (width, 3, patch, patch), width, width, (145, width), (3, width), (batch * words, width))
         for place, there in ((1, bias), (4, modality), (5, text)):
             given[place] = given[place] if there else None
         return indices, [pixels, *given]

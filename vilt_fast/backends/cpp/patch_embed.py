@@ -37,6 +37,8 @@ def patch_embed_fwd(
 ):  # fmt: skip
     from vilt_fast import _C
 
+    if len(pixels) != len(cls_rows):  # patches that are cut out: side by side in one image
+        pixels = pixels.permute(1, 2, 0, 3).flatten(2)[None]
     width, (images, channels, height, columns) = len(cls_token), pixels.shape
     if weight.dtype == torch.uint8:
         compute, (weight, shape) = "int8", quantize_linear.opened(weight, "patch_embed: weight")

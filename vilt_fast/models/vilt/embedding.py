@@ -76,14 +76,9 @@ def text_rows(
     # Images that share a text (NLVR2) share its rows; where dropout is live each copy has its own, as in the reference.
     copies = 1 if live(tables.text_dropout) else len(plan.widths)
     source = source[: len(source) // copies]
-    position = source % max(length, 1)
-    if tables.position_ids is not None:
-        position = tables.position_ids[0].index_select(0, position)
-    if token_types is None and tables.token_type_ids is not None:
-        token_types = tables.token_type_ids[:, :length]
-    rows = text_tokens(
+    rows = text_of(
         tables,
-        position,
+        source % max(length, 1),
         ids=None if ids is None else ids.reshape(-1).index_select(0, source),
         embeds=None if embeds is None else embeds.reshape(batch * length, -1).index_select(0, source),
         token_types=None
@@ -93,20 +88,22 @@ def text_rows(
     return rows if copies == 1 else rows.repeat(copies, 1)
 
 
-def text_tokens(
+def text_of(
     tables: Tables,
-    position: torch.Tensor,
+    place: torch.Tensor,
     *,
     ids: torch.Tensor | None = None,
     embeds: torch.Tensor | None = None,
     token_types: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Embedded text tokens [n, D]; all are given a token: its row of the table of positions [n], its id [n] or its
-    embedding [n, D], its type [n]."""
+    """Embedded text tokens [n, D], each given with its place in its text [n], its id [n] or embedding [n, D] and, if it
+    is not the one that the tables have for this place, its type [n]."""
+    if token_types is None and tables.token_type_ids is not None:
+        token_types = tables.token_type_ids[0].index_select(0, place)
     return functional.text_embed(
         ids,
         embeds,
-        position,
+        place if tables.position_ids is None else tables.position_ids[0].index_select(0, place),
         token_types,
         tables.word.weight,
         tables.position.weight,

@@ -53,7 +53,7 @@ class OriginalPairs(Pairs):
 
     def text(self, ids):
         found = _tables(self.model)
-        return embedding.text_tokens(found, torch.arange(len(ids), device=ids.device), ids=ids)
+        return embedding.text_of(found, torch.arange(len(ids), device=ids.device), ids=ids)
 
     def image(self, pixels, mask):
         none = torch.zeros(1, 0, dtype=torch.long, device=self.device)

@@ -17,9 +17,9 @@ from ..base import swap_of, wrapper_of
 from ..pairs import Pairs, packing
 from . import embedding, features
 from .inputs import Inputs
-from .known import patch_size, tables, why_not_known
+from .known import known_tables, patch_size, tables, why_not_known
 from .options import ViltOptions
-from .rows import embed
+from .rows import embed, planned
 from .trunk import TrunkForward
 
 #: heads that score a pair: the name in the model, and the class that has it (None: any that has a `ViltModel`)
@@ -74,21 +74,17 @@ class TaskPairs(Pairs):
         return why_not_known(trunk.embeddings)
 
     def text(self, ids):
-        found, length = tables(self.trunk.embeddings), len(ids)
-        types = found.token_type_ids
-        return embedding.text_tokens(
-            found,
-            found.position_ids[0, :length],
-            ids=ids,
-            token_types=None if types is None else types[0, :length],
-        )
+        places = torch.arange(len(ids), device=ids.device)
+        return embedding.text_of(tables(self.trunk.embeddings), places, ids=ids)
 
     def image(self, pixels, mask):
-        inputs = Inputs(input_ids=self._no_text(), pixel_values=pixels, pixel_mask=mask)
+        found = known_tables(self.trunk.embeddings)
+        inputs = Inputs(input_ids=self._no_text(), pixel_values=pixels, pixel_mask=mask, tables=found)
         inputs._check_image(self.trunk.embeddings)
         # Each image has the draws of one that comes first, so that none depends on those before it.
         options = dataclasses.replace(self._swapped.options, generator=torch.Generator().manual_seed(0))
-        rows, _ = embed(self.trunk, [inputs], None, options, self._weights())
+        plan = planned(self.trunk, [inputs], None, options)
+        rows, _ = embed(self.trunk, [inputs], plan, options, self._weights())
         return rows
 
     def pooled(self, texts, images):

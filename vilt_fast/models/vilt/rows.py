@@ -18,6 +18,19 @@ from .options import ViltOptions
 from .plan import SequencePlan
 
 
+def planned(
+    model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, options: ViltOptions
+) -> SequencePlan | None:
+    """The plan of a call: the given one, or one made for these inputs; None where the embedding module, which has hooks
+    or replaced parts, is to find its tokens itself."""
+    if images[0].tables is None or is_listened_to(model.embeddings):
+        return None
+    if plan is None:
+        return joined([inputs.plan(model, options) for inputs in images])
+    check_plan(plan, images, model, options)
+    return plan
+
+
 def embed(
     model: hf.ViltModel,
     images: list[Inputs],
@@ -27,20 +40,16 @@ def embed(
 ):
     """Packed rows [N, D] of the same text with each of `images`, and the plan they follow.
 
-    That plan is the given one, except where the embedding module has hooks or replaced parts: then the module itself
-    makes the rows of the one image that there is, and draws its own patches. `weights` are int8 copies, if any.
+    That plan is the given one, as `planned` gives it. Without one, the embedding module itself makes the rows of the
+    one image that there is, and draws its own patches. `weights` are int8 copies, if any.
     """
     first = images[0]
-    tables = first.tables
-    if tables is None or is_listened_to(model.embeddings):
+    if plan is None:
         rows, plan = _embed_padded(model, first.one_image_each(), options)
         if record.listened():
             record.say("padded", why_not_known(model.embeddings), ("embedding", model.embeddings))
         return rows, plan
-    if plan is None:
-        plan = joined([inputs.plan(model, options) for inputs in images])
-    else:
-        check_plan(plan, images, model, options)
+    tables = first.tables
     text = embedding.text_rows(
         tables, plan, ids=first.input_ids, embeds=first.inputs_embeds, token_types=first.token_type_ids
     )

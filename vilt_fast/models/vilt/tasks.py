@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import activations
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput, TokenClassifierOutput
 from transformers.models.vilt import modeling_vilt as hf
 
@@ -16,10 +18,11 @@ from ...engine.genuine import own_methods, why_not_own
 from ...engine.head import run_head
 from ...engine.listeners import any_hooked, has_hooks, is_plain, why_hooked, why_not_own_code, why_not_plain
 from ...engine.packed import linear
+from ...engine.quantization import WeightCache
 from ...errors import InputError
 from ...ops._check import readable
 from ..base import Part, Swapped
-from . import release
+from . import release, whole
 from .encoder import EncoderForward
 from .given import check_tensors
 from .inputs import Inputs, joined
@@ -74,6 +77,8 @@ class TaskForward(Swapped):
     head = "classifier"  #: its name in the model
     output = SequenceClassifierOutput
     reads = "pooled"  #: what the head is given: "pooled" or "texts"
+    #: what a head may be made of to be captured in a CUDA graph with the trunk; None: not on the rows that are read
+    head_kinds: ClassVar[tuple[type, ...] | None] = (nn.Linear, nn.LayerNorm, nn.GELU, nn.Sequential)
 
     def compute(self, *args, sequence_plan=None, **kwargs):
         model, config = self.module, self.module.config
@@ -94,9 +99,10 @@ class TaskForward(Swapped):
             chosen(given.get("output_hidden_states"), config.output_hidden_states),
             chosen(given.get("output_attentions"), config.output_attentions),
             reads=self.reads,
+            head=None if self.head_kinds is None else whole.Head(self.headed, self.head_modules(), self.head_kinds),
         )
         logits = self.logits(trunk, images)
-        record.say("packed", "", ("head", getattr(model, self.head)))
+        record.say("packed" if trunk.logits is None else "CUDA graph", "", ("head", getattr(model, self.head)))
         loss = None if labels is None else self.loss(logits, labels.to(logits.device))
         hidden_states, attentions = self.extras(trunk)
         if release.wants_dict(model, given):
@@ -139,8 +145,16 @@ class TaskForward(Swapped):
         trunk = self.module.vilt
         return joined([i.plan(trunk, trunk.forward.options) for i in self.images(inputs)])
 
+    def head_modules(self) -> tuple[nn.Module, ...]:
+        """The modules that `headed` calls."""
+        return (getattr(self.module, self.head),)
+
+    def headed(self, rows: torch.Tensor, weights: WeightCache | None = None) -> torch.Tensor:
+        """What the head makes of rows, with 8-bit copies of its weights if there are any."""
+        return run_head(getattr(self.module, self.head), rows, weights)
+
     def logits(self, trunk: Trunk, images: list[Inputs]) -> torch.Tensor:
-        raise NotImplementedError
+        return self.headed(trunk.pooled, trunk.weights) if trunk.logits is None else trunk.logits
 
     def loss(self, logits, labels):
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
@@ -156,9 +170,6 @@ class TaskForward(Swapped):
 class QuestionAnsweringForward(TaskForward):
     """`ViltForQuestionAnswering.forward`."""
 
-    def logits(self, trunk, images):
-        return run_head(self.module.classifier, trunk.pooled, trunk.weights)
-
     def loss(self, logits, labels):
         return F.binary_cross_entropy_with_logits(logits, labels) * labels.shape[1]
 
@@ -172,12 +183,17 @@ class RetrievalForward(TaskForward):
         if labels is not None:
             raise NotImplementedError("Training is not yet supported.")
 
-    def logits(self, trunk, images):
-        return self.module.rank_output(trunk.pooled)
+    def headed(self, rows, weights=None):
+        return self.module.rank_output(rows)
 
 
 class TextForward(TaskForward):
     """A task that labels text tokens; its head runs on those that the plan has rows for."""
+
+    head_kinds = (
+        nn.Linear, nn.LayerNorm, nn.Dropout, nn.GELU, activations.GELUActivation, hf.ViltMLMHead,
+        hf.ViltPredictionHeadTransform,
+    )  # fmt: skip
 
     _said = False
 
@@ -196,6 +212,12 @@ class TextForward(TaskForward):
                 stacklevel=2,
             )
 
+    def logits(self, trunk, images):
+        """[B, T, classes], zero where a text token has no row that is shown."""
+        logits, plan = self.headed(trunk.texts) if trunk.logits is None else trunk.logits, trunk.plan
+        padded = logits.new_zeros(plan.batch * plan.text_length, logits.shape[-1])
+        return padded.index_copy(0, plan.text_places, logits).view(plan.batch, plan.text_length, -1)
+
 
 class MaskedLMForward(TextForward):
     """`ViltForMaskedLM.forward`."""
@@ -207,10 +229,10 @@ class MaskedLMForward(TextForward):
     def why_not_packable(self):
         return why_head_not_packable(self.module.mlm_score)
 
-    def logits(self, trunk, images):
+    def headed(self, rows, weights=None):
         head = self.module.mlm_score
         # The decoder apart: under autocast the op does not copy its [vocabulary, D] weight.
-        return _text_logits(lambda rows: linear(head.decoder, head.transform(rows)), trunk)
+        return linear(head.decoder, head.transform(rows))
 
 
 class TokenClassificationForward(TextForward):
@@ -222,15 +244,18 @@ class TokenClassificationForward(TextForward):
     def why_not_packable(self):
         return why_classifier_not_packable(self.module)
 
-    def logits(self, trunk, images):
-        model = self.module
-        return _text_logits(lambda rows: model.classifier(model.dropout(rows)), trunk)
+    def head_modules(self):
+        return self.module.dropout, self.module.classifier
+
+    def headed(self, rows, weights=None):
+        return self.module.classifier(self.module.dropout(rows))
 
 
 class ImagesAndTextForward(TaskForward):
     """`ViltForImagesAndTextClassification.forward`: one packed batch for all images, the text embedded once."""
 
     output = hf.ViltForImagesAndTextClassificationOutput
+    head_kinds = None  # it reads several images of a sample side by side
 
     def why_not_packable(self):
         # What is not known, or has hooks, is to see the images one after the other, as in the reference.
@@ -324,12 +349,3 @@ def _why_not_tokenwise(linear) -> str:
     if is_tokenwise(linear):
         return ""
     return why_not_own_code(linear) or f"which tokens its {type(linear).__name__} looks at is not known"
-
-
-def _text_logits(head, trunk: Trunk) -> torch.Tensor:
-    """Logits [B, T, classes] of a head on the text rows that are shown, zero elsewhere."""
-    plan = trunk.plan
-    logits = head(trunk.texts)
-    batch, length = plan.batch, plan.text_length
-    padded = logits.new_zeros(batch * length, logits.shape[-1])
-    return padded.index_copy(0, plan.text_places, logits).view(batch, length, -1)

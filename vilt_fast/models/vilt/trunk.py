@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.vilt import modeling_vilt as hf
 
 from ... import record
-from ...engine import blocks
+from ...engine import blocks, captured
 from ...engine import encode as engine
 from ...engine.blocks import Attention, Block, FeedForward, is_tokenwise
 from ...engine.genuine import own_methods, why_not_own
@@ -21,14 +21,14 @@ from ...engine.listeners import any_hooked, has_hooks, is_plain, runs_own_code, 
 from ...engine.packing import Packing
 from ...engine.quantization import WeightCache
 from ..base import Features, Swapped, SwappedTrunk
-from . import features, release
+from . import features, release, whole
 from .inputs import Inputs
 from .known import draws_its_patches, patch_size, why_not_known
 from .known import is_known as embedding_is_known
 from .options import ViltOptions
 from .plan import SequencePlan
 from .reads import Reads
-from .rows import embed
+from .rows import embed, planned
 
 
 @dataclasses.dataclass(slots=True)
@@ -45,6 +45,7 @@ class Trunk:
     weights: WeightCache | None  #: int8 copies that a head may compute with too
     places: torch.Tensor | None = None  #: [m] those of `texts` in the flattened text, of a `Reads`
     others: torch.Tensor | None = None  #: [W, D] the rows of the samples that a `Reads` reads otherwise
+    logits: torch.Tensor | None = None  #: what a head has made of the rows that are read, where it was asked for here
 
 
 _ARGUMENTS = frozenset(
@@ -128,14 +129,19 @@ class TrunkForward(SwappedTrunk):
         want_hidden=False,
         want_attention=False,
         reads: str | Reads | None = None,
+        head: whole.Head | None = None,
     ) -> Trunk:
         """Embed, encode, normalise and pool; several images share one text and run as one packed batch.
 
         `reads` says what is read of the result, so that the last block can leave out the rest: "pooled", "texts", or of
         some samples this and of others that (`Reads`); None for everything. Who wants hidden states or attentions, or
-        listens to a part after the blocks, gets all rows.
+        listens to a part after the blocks, gets all rows. `head` is what will be made of it, for a graph to have that
+        in it.
         """
         weights = engine.in_force(self.weights, self.module, want_hidden, want_attention)
+        plan = planned(self.module, images, plan, self.options)
+        if plan is not None and (done := self._replayed(images, plan, want_hidden, want_attention, reads, head)):
+            return done
         rows, plan = embed(self.module, images, plan, self.options, weights)
         return self.run_rows(rows, plan, weights, want_hidden, want_attention, reads)
 
@@ -146,7 +152,7 @@ class TrunkForward(SwappedTrunk):
         weights: WeightCache | None = None,
         want_hidden=False,
         want_attention=False,
-        reads: str | None = None,
+        reads: str | Reads | None = None,
         apart=False,
     ) -> Trunk:
         """As `run`, from packed rows [N, D] that are embedded already; `apart` is that of `engine.pool`."""
@@ -184,6 +190,23 @@ class TrunkForward(SwappedTrunk):
                 pooled = pooled[reads.texts :]
         extra = encoded.hidden_states, encoded.attentions
         return Trunk(sequence, texts, pooled, plan, rows.dtype, *extra, weights, places, others)
+
+    def _replayed(self, images, plan, want_hidden, want_attention, reads, head) -> Trunk | None:
+        """All of it as one CUDA graph, where that can be."""
+        if self.graphs is None or captured.why_not_now(self.graphs, plan.device, want_hidden, want_attention):
+            return None
+        if self.weights is not None and self.weights.kind == "int8":  # which are for CPUs: the engine will say so
+            return None
+        model = self.module
+        found = whole.replay(
+            self.graphs, model, functools.partial(_block, encoder=model.encoder),
+            functools.partial(_is_plain_around_blocks, model), images, plan, self.weights, reads, head,
+        )  # fmt: skip
+        if found is None:
+            return None
+        sequence = None if found.rows is None else plan.unpack(found.rows)
+        dtype = model.embeddings.patch_embeddings.projection.weight.dtype
+        return Trunk(sequence, found.texts, found.pooled, plan, dtype, [], [], None, logits=found.logits)
 
 
 def _is_plain_around_blocks(model: hf.ViltModel) -> bool:
