@@ -222,7 +222,7 @@ def take_the_way_of_a_gpu():
     """Choose backends for CPU tensors as for those of a GPU: Triton first, and no native encoder."""
     from vilt_fast.ops import registry
 
-    registry._ORDER["cpu"] = registry._ORDER["cuda"]
+    registry._GPUS.add("cpu")
     registry.why_unavailable("encoder", "cpp")
     registry._SLOTS["encoder", "cpp"].supports = lambda **facts: "a dry run takes the way of a GPU."
 

@@ -22,7 +22,7 @@ def device(monkeypatch):
     """Where the registry chooses as it does for CUDA tensors."""
     if torch.cuda.is_available():
         return "cuda"
-    monkeypatch.setitem(registry._ORDER, "cpu", registry._ORDER["cuda"])
+    monkeypatch.setattr(registry, "_GPUS", {"cpu"})
     monkeypatch.setattr(native, "unavailable", lambda rows: "as on a GPU")
     return "cpu"
 

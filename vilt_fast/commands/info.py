@@ -92,9 +92,17 @@ def backends():
     return [(backend, ", ".join(listed), reason) for (_, backend, reason), listed in sorted(ops.items()) if listed]
 
 
+def orders():
+    """Rows (op, the backends that are asked in turn on a GPU, and by what)."""
+    from ..ops import order
+
+    return [(f"{op} op" if op == "any" else op, f"{', '.join(entry.backends)}: {entry.by}")
+            for (device, op), entry in order.table().items() if device in ("any", order.capability())]  # fmt: skip
+
+
 def facts():
-    """All of it as `{"versions": {name: version}, "cpu": {...}, "gpu": {...}, "backends": [{...}]}`; a package that is
-    not installed has the version None, a backend that runs here the reason ""."""
+    """All of it as `{"versions": {name: version}, "cpu": {...}, "gpu": {...}, "backends": [{...}], "order": {...}}`; a
+    package that is not installed has the version None, a backend that runs here the reason ""."""
     return {
         "versions": {name: None if version == "not installed" else version for name, version in versions()},
         "cpu": dict(cpu()),
@@ -103,12 +111,14 @@ def facts():
             {"backend": backend, "ops": ops.split(", "), "runs": reason == "yes", "reason": reason.removeprefix("yes")}
             for backend, ops, reason in backends()
         ],
+        "order": dict(orders()),
     }
 
 
 def text(width=100):
     """All of it for a person, in lines of at most `width` characters."""
-    parts = [(title, rows()) for title, rows in (("Versions", versions), ("CPU", cpu), ("GPU", gpus))]
+    titles = ("Versions", versions), ("CPU", cpu), ("GPU", gpus), ("Backends in turn on a GPU", orders)
+    parts = [(title, rows()) for title, rows in titles]
     listed = {}
     for backend, ops, reason in backends():
         listed.setdefault("Backends that run here" if reason == "yes" else "Backends that do not", []).append(

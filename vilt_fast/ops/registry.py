@@ -25,11 +25,11 @@ import inspect
 import torch
 
 from .. import record
+from . import order
 
 PLAIN = ("reference", "torch")
-_ORDER = {"cuda": ("cuda", "triton", "torch", "reference"), "cpu": ("cpp", "torch", "reference")}
-# Where an op has another order: cuBLAS multiplies until a kernel of ours has been shown to be faster.
-_ORDER_OF = {("linear", "cuda"): ("reference", "triton")}
+_ORDER = ("cpp", "torch", "reference")
+_GPUS = {"cuda"}  #: types of device whose order is that of `order.py`
 
 _ROWS = {
     ("patch_embed", "reference"): "vilt_fast.reference.patch_embed:patch_embed",
@@ -172,13 +172,19 @@ def launcher(op, backend):
     return _SLOTS[op, backend].launcher
 
 
+@torch.compiler.assume_constant_result
+def asked_in_turn(op, device):
+    """The backends that are asked for ``op`` on a type of device, in order."""
+    return order.entry(op).backends if device in _GPUS else _ORDER
+
+
 def resolve(op, backend, facts):
     """Name of the backend that computes ``op``.
 
     Args:
         op: name of the op, e.g. ``"attention"``.
         backend: a name, or None for the first of the device's order that supports ``facts``
-            (cuda: cuda, triton, torch, reference, but for ``linear``; anything else: cpp, torch, reference).
+            (cuda: as order.csv has it; anything else: cpp, torch, reference).
         facts: what the call needs, the op's own kind of :class:`Facts`.
 
     Raises:
@@ -194,8 +200,7 @@ def resolve(op, backend, facts):
         record.say_op(op, backend, ())
         return backend
     reasons = []
-    kind = "cuda" if facts.device == "cuda" else "cpu"
-    for name in _ORDER_OF.get((op, kind), _ORDER[kind]):
+    for name in asked_in_turn(op, facts.device):
         if (op, name) not in _SLOTS:
             continue
         reason = why_unavailable(op, name, facts)

@@ -134,7 +134,7 @@ def install() -> None:
     _device.arch = lambda tensor: H100.arch
     _device.multiprocessors = lambda tensor: H100.multiprocessors
     _device.has_e4m3 = lambda device=None: True
-    registry._ORDER["cpu"] = registry._ORDER["cuda"]
+    registry._GPUS.add("cpu")
     native.unavailable = lambda rows: "as on a GPU"
     for name, made in {
         "mm": lambda a, b: a.new_empty(a.shape[0], b.shape[1]),

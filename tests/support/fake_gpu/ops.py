@@ -14,6 +14,7 @@ from vilt_fast.testing import offsets, packing_indices, padding_masks, sliced
 
 ROWS = (185, 1720, 13880)  # batches of 1, 8 and 64
 WIDTH, INNER, HEADS, VOCABULARY = 768, 3072, 12, 30522
+SHAPES = ((WIDTH, WIDTH), (3 * WIDTH, WIDTH), (WIDTH, INNER), (INNER, WIDTH))  # outputs, inputs
 FLOAT = torch.float32
 
 
@@ -78,14 +79,13 @@ def attention(dtype):
 
 
 def linear(dtype):
-    for rows, (outputs, inputs), bias in itertools.product(
-        ROWS, ((WIDTH, WIDTH), (3 * WIDTH, WIDTH), (WIDTH, INNER)), (True, False)
-    ):
+    for rows, (outputs, inputs), bias in itertools.product(ROWS, SHAPES, (True, False)):
         x, weight, added = _empty(dtype, (rows, inputs), (outputs, inputs), outputs)
         for residual in (None, *(torch.empty(rows, outputs, dtype=kind) for kind in {dtype, FLOAT})):
             yield True, partial(run, functional.linear, (x, weight, added if bias else None, residual))
     for x, weight in _odd(dtype):
-        yield False, partial(run, functional.linear, (x, weight, None))
+        for residual in (None, torch.empty(len(x), len(weight))):
+            yield False, partial(run, functional.linear, (x, weight, None, residual))
 
 
 def linear_gelu(dtype):
@@ -101,20 +101,25 @@ def _odd(dtype):
     for rows, outputs, inputs in ((1, 1, 1), (3, 7, 5), (600, 1000, 100), (5000, 3001, 64)):
         yield _empty(dtype, (rows, inputs), (outputs, inputs))
     yield [torch.empty(9000, 65, dtype=dtype)[:, 1:], torch.empty(1024, 65, dtype=dtype)[:, 1:]]
+    for rows, (outputs, inputs) in itertools.product(ROWS, SHAPES):  # a place in memory off by one element
+        yield _empty(dtype, (rows, inputs)) + [torch.empty(outputs * inputs + 1, dtype=dtype)[1:].view(outputs, inputs)]
 
 
 def linear_fp8(dtype):
-    shapes = ((3 * WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, INNER), (INNER, WIDTH))
-    for rows, (outputs, inputs), gelu, bias in itertools.product(ROWS, shapes, (False, True), (True, False)):
+    for rows, (outputs, inputs), gelu, bias in itertools.product(ROWS, SHAPES, (False, True), (True, False)):
         x, weight, added = _empty(dtype, (rows, inputs), (outputs, inputs), outputs)
         yield True, partial(_fp8, x, weight, added if bias else None, gelu)
     for x, weight in _odd(dtype):
-        yield False, partial(_fp8, x, weight, None, True)
+        for gelu in (False, True):
+            yield False, partial(_fp8, x, weight, None, gelu)
 
 
 @torch.no_grad()
 def _fp8(x, weight, bias, gelu):
-    functional.linear_fp8(x, *functional.quantize_fp8(weight), bias, gelu=gelu)
+    copy, scale = functional.quantize_fp8(weight)
+    if weight.data_ptr() % 16:
+        copy = torch.empty(copy.numel() + 1, dtype=copy.dtype)[1:].view(copy.shape)
+    functional.linear_fp8(x, copy, scale, bias, gelu=gelu)
 
 
 def linear_cross_entropy(dtype):
