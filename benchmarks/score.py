@@ -1,16 +1,15 @@
 """Scoring rows: a grid of texts and images, and photographs with questions from files to answers.
 
-`grid`: 8 images of the model's case b8 with 40 texts of its lengths, ViLT-B/32 with a head for retrieval, from pixels
-and ids to scores. `small`: the same, with 2 images and 8 texts. Bases: HuggingFace's own model a batch a text, with all
-images padded to the largest (`hf_padded`), and as its documentation has it, one image, all texts one by one
+`grid`: the 8 images of the model's case b8 with 40 texts of its lengths, ViLT-B/32 with a head for retrieval, from
+pixels and ids to scores. `small`: the same with 2 images and 8 texts. Bases: HuggingFace's own model on a batch a text,
+with all images padded to the largest (`hf_padded`), and as its documentation has it, on one pair after the other
 (`hf_loop`).
 
 `jpegs`: photographs of 12 megapixels, a question each, from files to answers: HuggingFace's processor and model one
 after the other, and ours in int8, decoding exactly and fast.
 
-`error` is that of the scores (of jpegs: the likeliest answers' probabilities) against HuggingFace's in float32,
-relative.
-How many texts rank the images as HuggingFace does is printed.
+`error` is that of the scores (of jpegs: of the likeliest answers' probabilities) against HuggingFace's in float32,
+relative. How many texts rank the images as HuggingFace does is printed.
 """
 
 import copy

@@ -20,16 +20,23 @@ from vilt_fast.commands import samples
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-HUB = {"dandelin/vilt-b32-finetuned-vqa": "question_answering", "dandelin/vilt-b32-mlm": "masked_lm"}
+HUB = {
+    "dandelin/vilt-b32-finetuned-vqa": "question_answering",
+    "dandelin/vilt-b32-mlm": "masked_lm",
+    "dandelin/vilt-b32-finetuned-coco": "retrieval",
+}
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A folder with a photograph and both checkpoints, to be in."""
+    """A folder with photographs, captions and the checkpoints, to be in."""
     from PIL import Image
     from transformers import BertTokenizer, ViltProcessor
 
-    Image.fromarray(picture()).save(tmp_path / "photo.jpg")
+    (tmp_path / "photos").mkdir()
+    for name in ("photo.jpg", "photos/a.jpg", "photos/b.png"):
+        Image.fromarray(picture()).save(tmp_path / name)
+    (tmp_path / "captions.txt").write_text("a cat on a red sofa\nhow many cats\n", encoding="utf-8")
     words = "[PAD] [UNK] [CLS] [SEP] [MASK] how many cats are there ? a cat on red sofa".split()
     for name, kind in HUB.items():
         model = testing.random_weights(build(kind, torch.float32))
@@ -53,7 +60,7 @@ def test_its_python(home, capsys, caplog):
         if not torch.cuda.is_available():
             block = re.sub(r', (cuda_graphs=True|quantize="fp8")', "", block)
         exec(block, names)
-    assert (home / "cat.png").is_file()
+    assert all((home / name).is_file() for name in ("cat.png", "best.png", "scores.npy"))
     assert "indices=tensor" in capsys.readouterr().out
 
 
@@ -61,11 +68,11 @@ def test_its_commands(home, capsys):
     """Every line that begins with vilt-fast."""
     lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
     said = [shlex.split(line, comments=True) for line in lines if line.startswith("vilt-fast ")]
-    assert {words[1] for words in said} == {"align", "check", "info"}
+    assert {words[1] for words in said} == {"align", "check", "info", "score"}
     for _, *words in said:
         words = [next(iter(HUB)) if word == "FOLDER_OR_HUB_ID" else word for word in words]
         assert cli.main(words) == 0, words
-    assert (home / "cat.png").is_file()
+    assert all((home / name).is_file() for name in ("cat.png", "best.png", "best.csv"))
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["as published", "no_grad"])

@@ -53,6 +53,7 @@ def draw(matrix, path, *, top_k: int | None = None, texts=None, note: str = "", 
             left = TEXT + column * (PANEL + 0.15)
             axis = figure.add_axes((left / width, (top - PANEL) / height, PANEL / width, PANEL / height))
             axis.set_axis_off()
+            axis.set_anchor("S")  # what is written below it belongs to it
             if image not in seen:
                 seen[image] = _thumbnail(matrix, image, dpi)
             picture = seen[image]
