@@ -130,49 +130,61 @@ def train(learner, plan: Plan, steps: int | None = None) -> Iterator[Step]:
 # --- the examination --------------------------------------------------------------------------------------------------
 
 
-def held_out(plan: Plan, count: int) -> World:
-    """Scenes that were not learnt from, with different captions."""
-    world = World(4 * count, seed=plan.seed + 1, **plan.world)
-    first = {scene.caption: scene for scene in reversed(world.scenes)}
-    world.scenes = list(first.values())[:count]
-    return world
+def held_out(plan: Plan, count: int, part: int = 1, **world) -> World:
+    """Scenes that were not learnt from; `part` numbers sets of them."""
+    return World(count, seed=plan.seed + (part << 20), **plan.world | world)
 
 
 @torch.no_grad()
 def examine(learner, plan: Plan, count: int = 256, candidates: int = 48) -> dict[str, float]:
-    """What it has learnt, as shares of 1, on `count` held-out scenes.
+    """What it has learnt, as shares of 1, on `count` held-out scenes for each question.
 
-    masked_colour: each colour word masked on its own, told from the picture. itm: its own picture and a false one told
-    apart. image_recall, text_recall: the right one ranked first of `candidates`. pointing: the patch that most of a
-    colour or a noun is transported to has its middle in the shape (see :func:`points`).
+    masked_colour: each colour word masked on its own, told from the picture. itm: its own picture, and one of other
+    shapes, told apart. image_recall, text_recall: the right one ranked first of `candidates` with different captions.
+    pointing_one, pointing_two: see :func:`points`, in pictures of one and of two shapes.
     """
     learner.eval()
     world = held_out(plan, count)
-    samples = pairs(world, plan)
-    collate = Collator(samples.tokenizer)
-    batch = collate([samples[i] for i in range(len(world))])
-    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    images = {name: batch[name] for name in ("pixel_values", "pixel_mask")}
-    false = {name: batch[f"false_{name}"] for name in images}
-
-    hits = []
-    for which in (0, 2):  # of `named`: the colours
-        place = torch.tensor([scene.named()[which][0] + 1 for scene in world.scenes])[:, None]  # [CLS] comes first
-        masked = texts["input_ids"].scatter(1, place, samples.tokenizer.mask_token_id)
-        said = learner(**texts | images | {"input_ids": masked}).mlm_logits.argmax(-1)
-        hits.append(said.gather(1, place) == texts["input_ids"].gather(1, place))
-    found = {"masked_colour": torch.stack(hits).float().mean().item()}
-
+    texts, images, tokens = _inputs(world, plan)
+    marks = {"masked_colour": _colours(learner, world, texts, images, tokens.mask_token_id)}
+    false = [_another(world, i) for i in range(count)]
     right = learner(**texts, **images).itm_logits.argmax(-1) == 1
-    wrong = learner(**texts, **false).itm_logits.argmax(-1) == 0
-    found["itm"] = torch.stack((right, wrong)).float().mean().item()
-
-    few = torch.arange(min(candidates, len(world)))
+    wrong = learner(**texts, **{name: tensor[false] for name, tensor in images.items()}).itm_logits.argmax(-1) == 0
+    marks["itm"] = torch.stack((right, wrong)).float().mean().item()
+    first = {caption: i for i, caption in reversed(list(enumerate(world.captions)))}
+    few = torch.tensor(sorted(first.values())[:candidates])
     scores = torch.stack([_score(learner, texts, images, few, image) for image in few], 1)  # [texts, images]
-    found["image_recall"] = (scores.argmax(1) == few).float().mean().item()
-    found["text_recall"] = (scores.argmax(0) == few).float().mean().item()
-    found["pointing"] = points(learner, world, texts, images)
-    return found
+    ranks = torch.arange(len(few))
+    marks["image_recall"] = (scores.argmax(1) == ranks).float().mean().item()
+    marks["text_recall"] = (scores.argmax(0) == ranks).float().mean().item()
+    for name, share in (("pointing_one", 0.0), ("pointing_two", 1.0)):
+        marks[name] = points(learner, held_out(plan, count, 2, pairs=share), plan)
+    return marks
+
+
+def _inputs(world, plan):
+    """(texts, images, tokenizer): the keyword arguments of a forward on all scenes."""
+    samples = pairs(world, plan)
+    batch = Collator(samples.tokenizer)([samples[i] for i in range(len(world))])
+    texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return texts, {name: batch[name] for name in ("pixel_values", "pixel_mask")}, samples.tokenizer
+
+
+def _colours(learner, world, texts, images, mask_id):
+    """The share of colours that are told when they are masked."""
+    named = [(i, place + 1) for i, scene in enumerate(world.scenes) for place, _ in scene.named()[::2]]  # after [CLS]
+    rows, places = torch.tensor(named).T
+    masked = {name: tensor[rows] for name, tensor in (texts | images).items()}
+    right = masked["input_ids"][torch.arange(len(rows)), places]
+    masked["input_ids"] = masked["input_ids"].index_put((torch.arange(len(rows)), places), torch.tensor(mask_id))
+    said = learner(**masked).mlm_logits[torch.arange(len(rows)), places].argmax(-1)
+    return (said == right).float().mean().item()
+
+
+def _another(world, index):
+    """The next scene of which no caption of this one is true."""
+    shapes = [{(shape.colour, shape.kind) for shape in scene.shapes} for scene in world.scenes]
+    return next(i % len(world) for i in range(index + 1, index + len(world)) if shapes[i % len(world)] != shapes[index])
 
 
 def _score(learner, texts, images, few, image):
@@ -188,10 +200,11 @@ def _repeated(tensor, count):
     return tensor.expand(count, *tensor.shape)
 
 
-def points(learner, world, texts, images) -> float:
+def points(learner, world, plan) -> float:
     """The share of colours and nouns whose strongest patch has its middle within the box of the shape they name."""
     from ..alignment.align import align
 
+    texts, images, _ = _inputs(world, plan)
     hits = []
     for scene, aligned in zip(world.scenes, align(learner, texts | images), strict=True):
         columns = aligned.grid[1]
@@ -199,5 +212,5 @@ def points(learner, world, texts, images) -> float:
         for word, shape in scene.named():
             row, column = divmod(int(aligned.plan[word].argmax()), columns)
             top, left, bottom, right = shape.box
-            hits.append(top <= (row + 0.5) * side <= bottom and left <= (column + 0.5) * side <= right)
+            hits.append(bool(top <= (row + 0.5) * side <= bottom and left <= (column + 0.5) * side <= right))
     return sum(hits) / len(hits)

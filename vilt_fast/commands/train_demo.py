@@ -14,7 +14,8 @@ STEPS = 800
 GOALS = {
     "masked_colour": ("masked colours told from the picture", 0.97),
     "itm": ("pictures that belong to the text told from others", 0.97),
-    "pointing": ("colours and nouns transported into the shape they name", 0.85),
+    "pointing_one": ("strongest patch of a colour or noun within the one shape", 0.85),
+    "pointing_two": ("the same with two shapes, within the one it names", None),
     "image_recall": ("right picture of 48 ranked first", None),
     "text_recall": ("right text of 48 ranked first", None),
 }

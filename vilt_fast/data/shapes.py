@@ -1,10 +1,10 @@
-"""A world of shapes: pictures of two coloured shapes, and captions that are true of them. Drawn, never downloaded.
+"""A world of shapes: pictures of one or two coloured shapes, and captions that are true of them, all drawn.
 
-    there is a red circle above a blue square
+    there is only a red circle in the picture
     there is a green cross to the left of a red triangle
 
-Two shapes of different kinds stand in different cells of a canvas, beside each other or one above the other; colours
-are drawn on their own. So a masked colour can be told only by looking at the shape that its noun names.
+Two shapes are of different kinds and stand in different cells of a canvas, beside each other or one above the other;
+colours are drawn on their own. So a masked colour can be told only by looking at the shape that its noun names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CANVASES = ((96, 96), (96, 144), (144, 96))  #: height and width of the pictures
 #: Every word of the captions, behind the special tokens of BERT's vocabulary.
 VOCABULARY = (
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "there", "is", "a", "to", "the", "left", "right", "of", "above",
-    "below", *COLOURS, *KINDS,
+    "below", "only", "in", "picture", *COLOURS, *KINDS,
 )  # fmt: skip
 
 
@@ -62,23 +62,25 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What stands where: `size` is (height, width), the caption speaks of the two shapes in their order."""
+    """What stands where: `size` is (height, width), the caption speaks of the shapes in their order."""
 
     size: tuple[int, int]
     background: tuple[int, int, int]
-    shapes: tuple[Shape, Shape]
-    relation: str
+    shapes: tuple[Shape, ...]
+    relation: str = ""  #: of the first to the second
 
     @property
     def caption(self) -> str:
-        first, second = self.shapes
-        return f"there is a {first.colour} {first.kind} {self.relation} a {second.colour} {second.kind}"
+        first, *second = (f"a {shape.colour} {shape.kind}" for shape in self.shapes)
+        return " ".join(
+            ["there is", first, self.relation, *second] if second else ["there is only", first, "in the picture"]
+        )
 
     def named(self) -> list[tuple[int, Shape]]:
         """(place among the caption's words, the shape) of each colour and each noun."""
-        words = self.caption.split()
-        second = len(words) - 2
-        return [(3, self.shapes[0]), (4, self.shapes[0]), (second, self.shapes[1]), (second + 1, self.shapes[1])]
+        articles = [place for place, word in enumerate(self.caption.split()) if word == "a"]
+        both = zip(articles, self.shapes, strict=True)
+        return [(article + further, shape) for article, shape in both for further in (1, 2)]
 
     def draw(self) -> Image.Image:
         """The picture, in RGB."""
@@ -93,14 +95,15 @@ class World(Sequence):
 
     Args:
         seed: worlds of two seeds have different scenes. kinds, colours: how many of `KINDS` and `COLOURS` there are.
-        canvases: (height, width) of the pictures, multiples of `cell` with two cells at least. cell: pixels.
+        pairs: the share of scenes with two shapes. canvases: (height, width) of the pictures, multiples of `cell` with
+            two cells at least. cell: pixels.
     """
 
     def __init__(
         self, count: int, *, seed: int = 0, kinds: int = len(KINDS), colours: int = len(COLOURS),
-        canvases: Sequence[tuple[int, int]] = CANVASES, cell: int = CELL,
+        pairs: float = 0.5, canvases: Sequence[tuple[int, int]] = CANVASES, cell: int = CELL,
     ):  # fmt: skip
-        parts = KINDS[:kinds], tuple(COLOURS)[:colours], canvases, cell
+        parts = KINDS[:kinds], tuple(COLOURS)[:colours], pairs, canvases, cell
         self.scenes = [_scene(generator(seed, 0, i, SCENE), *parts) for i in range(count)]
 
     @property
@@ -119,7 +122,7 @@ class World(Sequence):
         return self.scenes[index].draw()
 
 
-def _scene(draw, kinds, colours, canvases, cell):
+def _scene(draw, kinds, colours, pairs, canvases, cell):
     height, width = canvases[draw.integers(len(canvases))]
     rows, columns = height // cell, width // cell
     places = [
@@ -127,13 +130,16 @@ def _scene(draw, kinds, colours, canvases, cell):
         if (a // columns == b // columns) != (a % columns == b % columns)
     ]  # fmt: skip
     first, second = places[draw.integers(len(places))]
-    if first // columns == second // columns:
+    alone = draw.random() >= pairs
+    if alone:
+        relation = ""
+    elif first // columns == second // columns:
         relation = f"to the {'left' if first < second else 'right'} of"
     else:
         relation = "above" if first < second else "below"
     named = draw.permutation(len(kinds))
     shapes = []
-    for place, kind in zip((first, second), named, strict=False):
+    for place, kind in zip((first,) if alone else (first, second), named, strict=False):
         radius = cell / 2 * draw.uniform(0.8, 0.98)
         y, x = draw.uniform(radius, cell - radius, 2)
         y, x = y + place // columns * cell, x + place % columns * cell
