@@ -19,11 +19,11 @@ from .plan import SequencePlan
 
 
 def planned(
-    model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, options: ViltOptions
+    model: hf.ViltModel, images: list[Inputs], plan: SequencePlan | None, options: ViltOptions, known: bool = False
 ) -> SequencePlan | None:
     """The plan of a call: the given one, or one made for these inputs; None where the embedding module, which has hooks
-    or replaced parts, is to find its tokens itself."""
-    if images[0].tables is None or is_listened_to(model.embeddings):
+    or replaced parts, is to find its tokens itself. `known`: that it has none has been looked at."""
+    if not known and (images[0].tables is None or is_listened_to(model.embeddings)):
         return None
     if plan is None:
         return joined([inputs.plan(model, options) for inputs in images])

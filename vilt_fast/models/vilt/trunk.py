@@ -91,7 +91,7 @@ class TrunkForward(SwappedTrunk):
         if why := _why_encoder_padded(model.encoder):
             record.say("padded", why, ("blocks", model.encoder))
         else:
-            self.foretell_blocks(model.encoder.layer, functools.partial(_block, encoder=model.encoder))
+            self.foretell_blocks(model.encoder.layer, self._describe())
         why = engine.why_norm_padded(model.layernorm)
         record.say("padded" if why else "packed", why, ("final norm", model.layernorm))
         if model.pooler is not None:
@@ -139,8 +139,9 @@ class TrunkForward(SwappedTrunk):
         in it.
         """
         weights = engine.in_force(self.weights, self.module, want_hidden, want_attention)
-        plan = planned(self.module, images, plan, self.options)
-        if plan is not None and (done := self._replayed(images, plan, want_hidden, want_attention, reads, head)):
+        standing = self._standing(images[0].text.device, want_hidden, want_attention, head)
+        plan = planned(self.module, images, plan, self.options, known=standing is not None)
+        if standing is not None and (done := self._replayed(standing, images, plan, reads)):
             return done
         rows, plan = embed(self.module, images, plan, self.options, weights)
         return self.run_rows(rows, plan, weights, want_hidden, want_attention, reads)
@@ -168,7 +169,7 @@ class TrunkForward(SwappedTrunk):
             self.say_without("padded", why, "blocks", model.encoder)
         else:
             encoded = self.encode(
-                model.encoder.layer, functools.partial(_block, encoder=model.encoder), rows, plan,
+                model.encoder.layer, self._describe(), rows, plan,
                 want_hidden=want_hidden, want_attention=want_attention, wanted=wanted,
             )  # fmt: skip
         normed = engine.final_norm(model.layernorm, encoded.rows, plan)
@@ -191,17 +192,24 @@ class TrunkForward(SwappedTrunk):
         extra = encoded.hidden_states, encoded.attentions
         return Trunk(sequence, texts, pooled, plan, rows.dtype, *extra, weights, places, others)
 
-    def _replayed(self, images, plan, want_hidden, want_attention, reads, head) -> Trunk | None:
-        """All of it as one CUDA graph, where that can be."""
-        if self.graphs is None or captured.why_not_now(self.graphs, plan.device, want_hidden, want_attention):
+    def _describe(self):
+        return functools.partial(_block, encoder=self.module.encoder)
+
+    def _standing(self, device, want_hidden, want_attention, head) -> whole.Standing | None:
+        """What is known of the model, where a call like this one can be a CUDA graph."""
+        if self.graphs is None or captured.why_not_now(self.graphs, device, want_hidden, want_attention):
             return None
         if self.weights is not None and self.weights.kind == "int8":  # which are for CPUs: the engine will say so
             return None
         model = self.module
-        found = whole.replay(
-            self.graphs, model, functools.partial(_block, encoder=model.encoder),
-            functools.partial(_is_plain_around_blocks, model), images, plan, self.weights, reads, head,
-        )  # fmt: skip
+        around = functools.partial(_is_plain_around_blocks, model)
+        known = whole.standing(self.graphs, model, self._describe(), around, head)
+        return known if known.whole else None
+
+    def _replayed(self, standing, images, plan, reads) -> Trunk | None:
+        """All of it as one CUDA graph, where there is one."""
+        model = self.module
+        found = whole.replay(self.graphs, model, self._describe(), standing, images, plan, self.weights, reads)
         if found is None:
             return None
         sequence = None if found.rows is None else plan.unpack(found.rows)

@@ -27,7 +27,7 @@ from ...engine.packing import Selection, Spans
 from ...engine.quantization import WeightCache
 from . import embedding
 from .inputs import Inputs
-from .known import is_known, patch_size, tables
+from .known import is_known, tables
 from .plan import SequencePlan
 from .reads import Reads
 
@@ -155,35 +155,27 @@ class Replayed:
     logits: torch.Tensor | None  #: of the head, if that is in the graph
 
 
-def replay(
-    graphs: Graphs,
-    model,
-    describe: Callable,
-    plain_around: Callable[[], bool],
-    images: Sequence[Inputs],
-    plan: SequencePlan,
-    weights: WeightCache | None,
-    reads: str | Reads | None,
-    head: Head | None,
-) -> Replayed | None:
-    """The forward as one graph; None where it cannot be one: then the engine has its own way, and says why.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Standing:
+    """What is known of a model as it stands, until something about it changes."""
+
+    kind: str  #: of its graphs
+    whole: bool  #: whether all but the head can be in a graph
+    head: Head | None  #: where it can be, too
+
+
+def standing(
+    graphs: Graphs, model, describe: Callable, plain_around: Callable[[], bool], head: Head | None
+) -> Standing:
+    """What of a model can be in a graph.
 
     Args:
         describe: of a layer, as the engine sees it.
         plain_around: whether all between the blocks and the head looks at each row by itself, and nobody listens.
-        reads, head: what is made of the result.
     """
-    inputs = images[0]
-    if len(images) > 1 or inputs.input_ids is None or inputs.pixel_values is None or not len(plan.cls_rows):
-        return None
-    if inputs.image_of is not None or not (reads is None or isinstance(reads, str)):
-        return None  # samples that share an image, or are read differently, as training does
-    tensors = inputs.input_ids, inputs.pixel_values, model.embeddings.cls_token
-    bucket = Bucket.of(plan)
-    if bucket.rows > MOST_ROWS or any(t.device != plan.device for t in tensors):
-        return None
     trunk = model.embeddings, model.encoder, model.layernorm, model.pooler
     parts = trunk if head is None else trunk + head.modules
+    kind = "whole" if head is None else "whole with its head"
 
     def look():
         """(whether all but the head can be in a graph, whether the head can)."""
@@ -197,21 +189,40 @@ def replay(
             return False, False
         return True, head is not None and all(map(functools.partial(_is_of, kinds=head.kinds), head.modules))
 
-    kind = "whole" if head is None else "whole with its head"
     whole, with_head = graphs.standing(kind, parts, look)
-    if not whole:
+    return Standing(kind, whole, head if with_head else None)
+
+
+def replay(
+    graphs: Graphs,
+    model,
+    describe: Callable,
+    known: Standing,
+    images: Sequence[Inputs],
+    plan: SequencePlan,
+    weights: WeightCache | None,
+    reads: str | Reads | None,
+) -> Replayed | None:
+    """The forward as one graph; None where it cannot be one: then the engine has its own way, and says why."""
+    inputs, head = images[0], known.head
+    if len(images) > 1 or inputs.input_ids is None or inputs.pixel_values is None or not len(plan.cls_rows):
+        return None
+    if inputs.image_of is not None or isinstance(reads, Reads):
+        return None  # samples that share an image, or are read in two ways, as training does
+    tensors = inputs.input_ids, inputs.pixel_values, model.embeddings.cls_token
+    bucket = Bucket.of(plan)
+    if bucket.rows > MOST_ROWS or any(t.device != plan.device for t in tensors):
         return None
     blocks = list(map(describe, model.encoder.layer)) if weights is not None else None
     identity = () if weights is None else captured.places_of_copies(blocks, weights)
-    head = head if with_head else None
-    given = _given(plan, bucket, inputs, patch_size(model.embeddings))
-    key = kind, bucket, reads, with_head, inputs.modality
+    given = _given(plan, bucket, inputs, model.embeddings.patch_embeddings.projection.weight.shape[2:])
 
     def prepare():
         modules = blocks or list(map(describe, model.encoder.layer))
         stack = captured.stack(modules, weights)
         return functools.partial(_forward, model, stack, bucket, inputs.modality, reads, head)
 
+    key = known.kind, bucket, reads, head is not None, inputs.modality
     result = graphs.run(key, plan.device, given, prepare, identity)
     if result is None:
         return None
