@@ -14,7 +14,12 @@ from vilt_fast.objectives import ViltForPreTraining, itm_labels, pretraining_los
 from vilt_fast.testing import random_weights
 
 LABELS = torch.tensor([0, 1, 1, 0, 0])
-WAYS = {"plain": None, "accelerated": {}, "two forwards": {"patch_order": "reference"}}
+WAYS = {
+    "plain": None,
+    "accelerated": {},
+    "two forwards": {"patch_order": "reference"},
+    "with padding": {"padding": "reference"},
+}
 PARTS = {
     "mlm": written.mlm,
     "itm": lambda m, g: written.itm(m, g, LABELS),

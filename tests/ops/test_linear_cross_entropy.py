@@ -21,9 +21,14 @@ def _inputs(rows=11, width=6, vocabulary=17, dtype=torch.float64, bias=True):
     ]  # fmt: skip
 
 
-@pytest.fixture(params=[1 << 24, 17 * 3], ids=["one chunk", "three rows a chunk"], autouse=True)
+@pytest.fixture(
+    params=[(1 << 24, 1 << 22), (1 << 24, 0), (17 * 3, 0)],
+    ids=["kept", "one chunk", "three rows a chunk"],
+    autouse=True,
+)
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(reference, "CHUNK", request.param)
+    for name, logits in zip(("CHUNK", "KEPT"), request.param, strict=True):
+        monkeypatch.setattr(reference, name, logits)
 
 
 def _torch(x, weight, bias, labels, reduction):

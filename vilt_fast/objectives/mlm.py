@@ -59,7 +59,7 @@ def mlm_labels(batch: Mapping) -> torch.Tensor:
     labels = tensor(batch, "labels", ids.shape, "which masked language modelling learns")
     if labels.dtype != torch.int64:
         raise InputError(f"labels must be int64 ids of tokens, got {labels.dtype}.")
-    return labels
+    return labels.to(ids.device)
 
 
 def mlm_reads(model: nn.Module, labels: torch.Tensor, **others) -> Reads:

@@ -35,6 +35,7 @@ def token_classification_loss(model: nn.Module, batch: Mapping) -> torch.Tensor:
     labels = tensor(batch, "labels", ids.shape)
     if labels.dtype != torch.int64:
         raise InputError(f"labels must be int64 classes of tokens, got {labels.dtype}.")
+    labels = labels.to(ids.device)
     tokenwise = not why_classifier_not_packable(model)
     found = states(trunk, batch, Reads(len(ids), labels != IGNORED if tokenwise and compact(labels) else None))
     own, count = _tokens.of_read(found, labels)

@@ -2,9 +2,9 @@
 
 Shapes: x [R, D]; weight [V, D]; bias [V] or None; labels [R] int64, `ignore_index` where there is none;
 or floating [R, V], probabilities, and then every row has a label: loss_r = -sum_v label_rv log softmax(x_r W^T + b)_v.
-Rows without a label are never read. The rest go through in chunks of at most CHUNK logits, recomputed in the backward,
-so that [R, V] logits never exist at once. Reduction "mean" divides by the number of labelled rows: NaN when there is
-none, as in torch; "sum" gives 0; "none" gives [R] with 0 on the ignored rows.
+Rows without a label are never read. Where the rest have more than KEPT logits, they go through in chunks of at most
+CHUNK, recomputed in the backward, so that [R, V] logits never exist at once. Reduction "mean" divides by the number of
+labelled rows: NaN when there is none, as in torch; "sum" gives 0; "none" gives [R] with 0 on the ignored rows.
 Losses are summed in at least float32 and returned so. Source: torch.nn.functional.cross_entropy.
 """
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1 << 24  # logits alive at once
+KEPT = 1 << 22  # logits that are not worth a second product with the weight: 137 rows of BERT's vocabulary
 
 
 def _losses(x, weight, bias, labels):
@@ -29,10 +30,13 @@ def linear_cross_entropy(x, weight, bias, labels, *, ignore_index=-100, reductio
     else:
         kept = (labels != ignore_index).nonzero().squeeze(1)
     rows = max(1, CHUNK // weight.shape[0])
-    chunks = [
-        checkpoint(_losses, x[part], weight, bias, labels[part], use_reentrant=False) for part in kept.split(rows)
-    ]
-    losses = torch.cat(chunks)
+    if len(kept) * weight.shape[0] <= KEPT:
+        losses = _losses(x[kept], weight, bias, labels[kept])
+    else:
+        chunks = [
+            checkpoint(_losses, x[part], weight, bias, labels[part], use_reentrant=False) for part in kept.split(rows)
+        ]
+        losses = torch.cat(chunks)
     if reduction == "none":
         return losses.new_zeros(len(labels)).index_copy(0, kept, losses)
     return losses.sum() if reduction == "sum" else losses.mean()
