@@ -23,7 +23,7 @@ class Plan:
     """What is learnt from, and how."""
 
     steps: int
-    tokens: int = 2000  #: packed tokens of a batch: about 32 scenes
+    tokens: int = 1600  #: packed tokens of a batch: about 26 scenes
     scenes: int = 20_000
     hidden: int = 128
     layers: int = 4

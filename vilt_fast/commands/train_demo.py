@@ -9,7 +9,7 @@ import torch
 from . import report
 from .arguments import add_threads, set_threads, whole
 
-STEPS = 800
+STEPS = 600
 #: What is examined: how it is called, and what it should come to.
 GOALS = {
     "masked_colour": ("masked colours told from the picture", 0.97),
