@@ -95,10 +95,11 @@ class Picture:
         if isinstance(source, str | os.PathLike):
             try:
                 with open(source, "rb") as file:
-                    return hashlib.file_digest(file, lambda: seen).hexdigest()
+                    while part := file.read(1 << 20):
+                        seen.update(part)
             except OSError as error:
                 return type(error).__name__
-        if isinstance(source, bytes | bytearray | memoryview):
+        elif isinstance(source, bytes | bytearray | memoryview):
             seen.update(source)
         elif _is_pil(source):
             seen.update(f"{source.mode} {source.size} {source.getpalette()}".encode())
@@ -106,9 +107,11 @@ class Picture:
         else:
             parts = source.items() if isinstance(source, Mapping) else [("", source)]
             for name, part in parts:
-                part = part.detach().cpu() if isinstance(part, torch.Tensor) else torch.as_tensor(np.asarray(part))
+                part = part.detach().cpu() if isinstance(part, torch.Tensor) else np.asarray(part)
                 seen.update(f"{name} {part.dtype} {list(part.shape)}".encode())
-                seen.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+                if isinstance(part, torch.Tensor):
+                    part = part.contiguous().reshape(-1).view(torch.uint8).numpy()
+                seen.update(part.tobytes())
         return seen.hexdigest()
 
 

@@ -73,15 +73,18 @@ def batches(rows: np.ndarray, token_budget: int, workers: int) -> list[np.ndarra
     A batch has at most `token_budget` rows, or one pair; there are as many for each worker, or one pair a batch.
     """
     order = np.argsort(-rows, kind="stable")
-    count = -(-int(rows.sum()) // token_budget)
-    count = min(len(rows), -(-count // workers) * workers)
-    goal = rows.sum() / max(count, 1)
-    made, start, total, passed = [], 0, 0, 0.0
-    for place, pair in enumerate(order):
-        size = rows[pair]
-        past = passed + total + size / 2 > goal * (len(made) + 1)
-        if place > start and (total + size > token_budget or past):
-            made.append(order[start:place])
-            start, passed, total = place, passed + total, 0
-        total += size
-    return [*made, order[start:]] if len(order) else []
+    if not len(order):
+        return []
+    ends, total = np.cumsum(rows[order]), int(rows.sum())
+    count = max(1, -(-total // token_budget))
+    while True:
+        count = min(len(rows), -(-count // workers) * workers)
+        goals = total * np.arange(1, count) / count
+        # The pair that lies across a goal goes to the side on which more of it lies.
+        cuts = np.unique(np.searchsorted(ends - rows[order] / 2, goals))
+        made = np.split(order, cuts[(cuts > 0) & (cuts < len(order))])
+        if count == len(rows):
+            return np.split(order, len(order))
+        if all(len(batch) == 1 or rows[batch].sum() <= token_budget for batch in made):
+            return made
+        count += workers
