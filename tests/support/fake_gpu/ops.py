@@ -141,7 +141,7 @@ def text_embed(dtype):
 
     for rows, whole, types, modality, options in itertools.product(
         (40, 1500), (True, False), (True, False), (True, False),
-        ({}, {"dropout_p": 0.1}, {"deterministic": False}),
+        ({}, {"dropout_p": 0.1}, {"deterministic": False}, {"dropout_p": 0.1, "deterministic": False}),
     ):  # fmt: skip
         zeros = torch.zeros(rows, dtype=torch.int64)
         embeds, *tables, rest = _empty(
@@ -186,7 +186,8 @@ def patch_embed(dtype):
             options = {}
             if pixel_dtype == torch.uint8:
                 options = dict(zip(("pixel_scale", "pixel_shift"), _empty(FLOAT, 3, 3), strict=True))
-            yield True, partial(run, partial(call, indices, options), given)
+            for dropout_p in (0.0, 0.1):
+                yield True, partial(run, partial(call, indices, options | {"dropout_p": dropout_p}), given)
     for grid, patch, width in (((1, 1), 1, 1), ((2, 3), 14, 100)):
         indices, given = inputs(2, grid, patch, width, FLOAT)
         yield False, partial(run, partial(call, indices, {"dropout_p": 0.1}), given)
