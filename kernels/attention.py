@@ -1,15 +1,17 @@
-"""Packed attention for Triton: out = dropout(softmax(scale * Q K^T)) V per sample and head, and what the gradients in
-attention_bwd.py share with it.
+"""Packed attention for Triton: out = dropout(softmax(scale * Q K^T)) V per sample and head.
 
 Shapes: q [Nq, H, d]; k, v [Nk, H, d], dense in d, any row and head strides (slices of a fused projection are read in
 place); out [Nq, H, d] and lse [H, Nq] float32 are new and dense. Query row i of a sample sees the key rows j < used
 with j < max(start, i + 1) where there is a causal start (reference/attention.py), so what a row sees is always a
 leading run of keys and one number per row is the whole mask.
 
-Forward, one program per (query block, head, sample). Where the scores of the longest key run fit (the sequences of
-ViLT: 185 to 281) they all stay in registers as two tiles of power-of-two widths (281 -> 256 + 32): one maximum, one
-sum, no rescaling. Longer runs take online softmax over key blocks (Milakov and Gimelshein 2018; Dao 2023), blocks that
-every row sees entirely without any mask. Scores and sums are float32, in units of log2.
+Where there are enough samples of ViLT's sizes, attention_single.py has one program per (head, sample); gradients are
+in attention_bwd.py and there, what all share in _attention.py.
+
+Here, one program per (query block, head, sample). Where the scores of the longest key run fit (the sequences of ViLT:
+185 to 281) they all stay in registers as two tiles of power-of-two widths (281 -> 256 + 32): one maximum, one sum, no
+rescaling. Longer runs take online softmax over key blocks (Milakov and Gimelshein 2018; Dao 2023), blocks that every
+row sees entirely without any mask. Scores and sums are float32, in units of log2.
 
 Dropout draws 24 Philox bits per probability from (seed, key row, packed query row, head), whatever the tile sizes, so
 that the backward draws the same. The seed is read on the device. The draws need so many registers that the scores of
@@ -19,87 +21,29 @@ No program reads a row of another sample or a key row that is not used: they may
 are 32 bits wide, those of samples and heads 64. Samples without keys give zeros and lse = -inf.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from . import _aot, _device
-from ._tiles import dense, kept
-
-LOG2E = tl.constexpr(math.log2(math.e))
-LN2 = tl.constexpr(math.log(2))
-
-
-# --- what the kernels share -------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def place(blocks, heads, BLOCK: tl.constexpr):
-    """Sample, head and first row of the block of this program."""
-    pid = tl.program_id(0)
-    return pid // blocks // heads, pid // blocks % heads, (pid % blocks) * BLOCK
-
-
-@triton.jit
-def at(base, first, stride, head, stride_head):
-    """Where a head of a sample begins, whose first row is `first`."""
-    return base + first.to(tl.int64) * stride + head.to(tl.int64) * stride_head
-
-
-@triton.jit
-def keys_of(cu, used, sample):
-    """First row and number of the keys of a sample."""
-    first = tl.load(cu + sample)
-    count = tl.load(cu + sample + 1) - first
-    if used is not None:
-        count = tl.minimum(count, tl.load(used + sample))
-    return first, count
-
-
-@triton.jit
-def tile(base, rows, stride, end, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """[rows, BLOCK_D] of a matrix of WIDTH columns; zero from row `end` on (if MASKED) and past the last column."""
-    columns = tl.arange(0, BLOCK_D)
-    from_base = base + (rows[:, None] * stride + columns[None, :])  # summed in 32 bits first: fewer registers
-    if MASKED and BLOCK_D != WIDTH:
-        return tl.load(from_base, mask=(rows[:, None] < end) & (columns[None, :] < WIDTH), other=0.0)
-    elif MASKED:
-        return tl.load(from_base, mask=rows[:, None] < end, other=0.0)
-    elif BLOCK_D != WIDTH:
-        return tl.load(from_base, mask=columns[None, :] < WIDTH, other=0.0)
-    else:
-        return tl.load(from_base)
-
-
-@triton.jit
-def store(base, rows, stride, end, tile, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    columns = tl.arange(0, BLOCK_D)
-    inside = (rows[:, None] < end) & (columns[None, :] < WIDTH)
-    tl.store(base + (rows[:, None] * stride + columns[None, :]), tile.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def sight(start_k, sample, rows, block, BLOCK_M: tl.constexpr, used):
-    """A query row sees keys 0:limit; all rows of its block see 0:all_see, and none looks past some_see."""
-    if start_k is not None:
-        start = tl.load(start_k + sample)
-        limit = tl.minimum(used, tl.maximum(start, rows + 1))[:, None]
-        all_see = tl.minimum(used, tl.maximum(start, block + 1))
-        some_see = tl.minimum(used, tl.maximum(start, block + BLOCK_M))
-        return limit, all_see, some_see
-    else:
-        return used, used, used
-
-
-@triton.jit
-def masked_scores(q_tile, k_tile, keys, limit, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """[M, N] scores in units of log2; -inf where a row may not look."""
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
-    if MASKED:
-        scores = tl.where(keys[None, :] < limit, scores, float("-inf"))
-    return scores
+from . import _aot, _device, attention_single
+from ._attention import (
+    LN2,
+    LOG2E,
+    aot_case,
+    at,
+    bounds_and_numbers,
+    in_place,
+    keys_of,
+    masked_scores,
+    options,
+    place,
+    shape,
+    sight,
+    store,
+    tile,
+    warpgroups,
+)  # fmt: skip
+from ._tiles import kept
 
 
 @triton.jit
@@ -238,16 +182,11 @@ _TILES_OF = {
 _SINGLE_TILES = ((64, 0), (64, 32), (128, 0), (128, 32), (128, 64), (256, 0), (256, 32), (256, 64))
 
 
-def _warpgroups(arch):
-    """Whether four warps together multiply 64 rows, with an operand or both in shared memory."""
-    return arch == 90 or 100 <= arch < 120
-
-
 def tiles_of(arch, itemsize, width, dropout=False):
     """Tiles of the forward, of dq and of dk, dv. With dropout, what streams past comes in halves: the registers are
     needed for random numbers, whose arithmetic takes so long that smaller products do not matter."""
     key = (itemsize, 64 if width <= 64 else 128 if width <= 128 else 256)
-    family = arch if not arch or _warpgroups(arch) else 80
+    family = arch if not arch or warpgroups(arch) else 80
     forward, by_q, by_k = _TILES_OF.get(family, {}).get(key) or _TILES[key]
     if not dropout:
         return forward, by_q, by_k
@@ -255,47 +194,22 @@ def tiles_of(arch, itemsize, width, dropout=False):
     return *halved, (max(16, by_k[0] // 2), *by_k[1:])
 
 
-def options(tiles, **more):
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tiles, strict=True), **more)
-
-
 def _forward_config(arch, itemsize, width, max_seqlen_q, max_seqlen_k, pairs, multiprocessors, dropout=False):
     """Block sizes of the forward; pairs = samples * heads."""
     tiles = tiles_of(arch, itemsize, width, dropout)[0]
     crowded = triton.cdiv(max_seqlen_q, 64) * pairs >= multiprocessors
+    if attention_single.fits(arch, itemsize, width, max_seqlen_k, pairs, multiprocessors, dropout):
+        return attention_single.FORWARD
     if max_seqlen_k <= 320 and itemsize == 2 and width <= 64 and not dropout:
         n, n2 = next(pair for pair in _SINGLE_TILES if sum(pair) >= max_seqlen_k)
-        fits = 288 if _warpgroups(arch) else 192 if arch else 320  # keys whose scores of 64 rows four warps can hold
+        fits = 288 if warpgroups(arch) else 192 if arch else 320  # keys whose scores of 64 rows four warps can hold
         if crowded and n + n2 <= fits:
             return options((64, n, 4, 2), BLOCK_N2=n2, SINGLE=True)
-        if not (crowded and _warpgroups(arch)):  # small blocks, or they are too few; on NVIDIA shared by eight warps
+        if not (crowded and warpgroups(arch)):  # small blocks, or they are too few; on NVIDIA shared by eight warps
             return options((32, n, 8 if arch else 4, 2), BLOCK_N2=n2, SINGLE=True)
     elif arch == 90 and itemsize == 2 and width <= 64 and crowded and not dropout:
         tiles = (128, 64, 4, 3)
     return options(tiles, BLOCK_N2=0, SINGLE=False)
-
-
-def in_place(tensor, longest):
-    """The tensor itself if the kernels can read it as it lies: dense in d, 32 bits for the rows of a sample."""
-    return tensor if tensor.stride(-1) == 1 and (longest + 512) * tensor.stride(0) < 2**31 else tensor.contiguous()
-
-
-def dropout(p):
-    """Draws of 24 bits below the first number are dropped; what stays grows by the second."""
-    return round(p * 2**24), 1 / (1 - p)
-
-
-def shape(width, arch):
-    return dict(WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(width)), PRECISION=_device.precision(arch))
-
-
-def bounds_and_numbers(cu_q, cu_k, used_k, start_k, seed, scale, dropout_p, *matrices):
-    """What all kernels take in this order: cu_q to grow, the strides of the matrices (q, k, v, ...), heads, rows."""
-    rows, heads, _ = matrices[0].shape
-    return (
-        *dense(cu_q, cu_k, used_k, start_k), seed if dropout_p > 0 else None, scale,
-        *dropout(dropout_p), *(stride for matrix in matrices for stride in matrix.stride()[:2]), heads, rows,
-    )  # fmt: skip
 
 
 def attention_fwd(
@@ -315,32 +229,22 @@ def attention_fwd(
             _device.arch(q), q.element_size(), width, max_seqlen_q, max_seqlen_k, pairs, _device.multiprocessors(q),
             dropout_p > 0,
         )  # fmt: skip
-        q_blocks = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
+        arguments = bounds_and_numbers(
+            cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed, scale, dropout_p, q, k, v
+        )
+        config |= shape(width, _device.arch(q))
         with _device.on(q):
-            _attention_fwd_kernel[(q_blocks * pairs,)](
-                q, k, v, out, lse, stats,
-                *bounds_and_numbers(
-                    cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed, scale, dropout_p, q, k, v
-                ),
-                q_blocks, **shape(width, _device.arch(q)), **config,
-            )  # fmt: skip
+            if config["SINGLE"] == "sample":
+                attention_single.forward(q, k, v, out, lse, stats, arguments, pairs, config)
+            else:
+                q_blocks = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
+                _attention_fwd_kernel[(q_blocks * pairs,)](q, k, v, out, lse, stats, *arguments, q_blocks, **config)
     return (out, lse), (stats,) if keep else ()
 
 
 # --- what ships, for compilation ahead of time ------------------------------------------------------------------------
 
 
-def aot_case(kernel, target, dtype, width, config, name, mask, home=True):
-    """One case of benchmarks.compiled.aot_report; away from home (what ViLT never meets) it may spill a few bytes."""
-    name = f"{kernel.__name__.strip('_')} {name} {str(dtype)[6:]} d{width} {target.name}"
-    element = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    return _aot.case(
-        kernel, name, element, config | shape(width, target.arch), targets=[target], matmul=True, home=home,
-        scale="fp32", **dict.fromkeys(ABSENT[mask]),
-    )  # fmt: skip
-
-
-ABSENT = {"plain": ("start_k", "seed", "dlse"), "dropout": ("start_k", "dlse"), "causal": ("seed", "dlse")}
 _LENGTHS = (40, 90, 128, 150, 185, 240, 281, 320)  # each takes another of _SINGLE_TILES
 
 
@@ -349,7 +253,7 @@ def aot_cases():
     for target in _aot.TARGETS:
         seen = []
         for dtype, width, longest, batch, mask in (
-            *((torch.bfloat16, 64, longest, batch, "plain") for longest in _LENGTHS for batch in (64, 1)),
+            *((torch.bfloat16, 64, longest, batch, "plain") for longest in _LENGTHS for batch in (64, 8, 1)),
             (torch.bfloat16, 64, 281, 64, "dropout"), (torch.bfloat16, 64, 281, 64, "causal"),
             (torch.bfloat16, 64, 281, 1, "causal"), (torch.bfloat16, 64, 320, 64, "causal"),
             (torch.bfloat16, 64, 1024, 64, "plain"), (torch.float16, 64, 281, 64, "plain"),
@@ -360,7 +264,7 @@ def aot_cases():
                 target.arch, dtype.itemsize, width, longest, longest, 12 * batch, target.multiprocessors,
                 dropout=mask == "dropout",
             )  # fmt: skip
-            if (dtype, width, mask, config) in seen:
+            if config["SINGLE"] == "sample" or (dtype, width, mask, config) in seen:
                 continue
             seen.append((dtype, width, mask, config))
             yield aot_case(

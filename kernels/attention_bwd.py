@@ -3,9 +3,10 @@
     p = exp(scale * q.k - lse), dp = dropout(dout V^T), delta = sum_d dout * out - dlse, ds = p * (dp - delta)
     dq = scale * ds K, dk = scale * ds^T Q, dv = dropout(p)^T dout
 
-Two kernels. The first, by query block, gives dq and leaves delta [H, Nq] behind; the second, by key block, gives dk and
-dv. Each keeps its block and its sums in registers while the other side streams past, so scores are computed twice and
-nothing else is stored: no atomics, and equal runs give equal bits. dq, dk, dv are new and dense.
+Two kernels, unless a program can have a whole sample (attention_single.py). The first, by query block, gives dq and
+leaves delta [H, Nq] behind; the second, by key block, gives dk and dv. Each keeps its block and its sums in registers
+while the other side streams past, so scores are computed twice and nothing else is stored: no atomics, and equal runs
+give equal bits. dq, dk, dv are new and dense.
 
 p comes back from the row's largest score and its sum, kept apart (`stats`): lse alone would cost it a relative error of
 eps * |lse|, more than PyTorch's own.
@@ -15,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _aot, _device
-from ._tiles import dense, kept
-from .attention import (
+from . import _aot, _device, attention_single
+from ._attention import (
     LOG2E,
     aot_case,
     at,
@@ -31,9 +31,10 @@ from .attention import (
     sight,
     store,
     tile,
-    tiles_of,
 )  # fmt: skip
+from ._tiles import dense, kept
 from .attention import supports as supports
+from .attention import tiles_of
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
@@ -156,7 +157,14 @@ def _attention_bwd_kv_kernel(
     store(dv, keys, stride_out, k_len, tl.where(is_key, dv_acc, 0.0), WIDTH, BLOCK_D)
 
 
-# --- launcher ---------------------------------------------------------------------------------------------------------
+# --- launchers --------------------------------------------------------------------------------------------------------
+
+
+def _config(arch, itemsize, width, longest, pairs, multiprocessors, dropout=False):
+    """Of the kernel for whole samples, if it is the one, and of the two by queries and by keys."""
+    _, by_query, by_key = tiles_of(arch, itemsize, width, dropout)
+    whole = attention_single.fits(arch, itemsize, width, longest, pairs, multiprocessors, dropout)
+    return dict(sample=attention_single.BACKWARD if whole else None, query=options(by_query), key=options(by_key))
 
 
 def attention_bwd(
@@ -168,14 +176,22 @@ def attention_bwd(
     dout = torch.zeros_like(out) if grad_out is None else grad_out
     dout, q = in_place(dout, max_seqlen_q), in_place(q, max_seqlen_q)
     k, v = in_place(k, max_seqlen_k), in_place(v, max_seqlen_k)
-    delta = torch.empty_like(stats[0])
     arguments = bounds_and_numbers(
         cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed, scale, dropout_p, q, k, v, dout
     )
     arch = _device.arch(q)
-    config_q, config_kv = map(options, tiles_of(arch, q.element_size(), width, dropout_p > 0)[1:])
     sizes = shape(width, arch)
     pairs = heads * (len(cu_seqlens_q) - 1)
+    config = _config(
+        arch, q.element_size(), width, max_seqlen_k, pairs, _device.multiprocessors(q), dropout_p > 0
+    )  # fmt: skip
+    if config["sample"] and pairs:
+        with _device.on(q):
+            attention_single.backward(
+                q, k, v, out, stats, dout, *dense(grad_lse), dq, dk, dv, arguments, pairs, config["sample"] | sizes
+            )
+        return (dq, dk, dv), ()
+    config_q, config_kv, delta = config["query"], config["key"], torch.empty_like(stats[0])
     with _device.on(q):
         if dq.numel():
             q_blocks = triton.cdiv(max_seqlen_q, config_q["BLOCK_M"])

@@ -162,10 +162,12 @@ def _attention_gradients(context, case):
     # Both directions: what the forward needs and two and a half times that.
     both = counts.attention_bwd(given.sizes, *given.packed[0].shape[1:], given.packed[0].element_size())
     both = both._replace(products=both.products + given.work.products, bytes=both.bytes + given.work.bytes)
+    ours = gradients(lambda *qkv: given.ours(*qkv, *given.rest), given.packed)
     calls = {
         "eager_padded": of_real(gradients(lambda *qkv: _softmax_attention(*qkv, mask, rows), padded)),
         "sdpa_padded": of_real(gradients(lambda *qkv: _sdpa(*qkv, mask, rows), padded)),
-        "ours": gradients(lambda *qkv: given.ours(*qkv, *given.rest), given.packed),
+        "ours": ours,
+        **variants.of(context, case, "attention_bwd", ours),
     }
     truth = of_real(gradients(given.exact, [_double(t) for t in padded]))
     _group_with_gradients(context, "attention", case, calls, truth, both)

@@ -8,7 +8,7 @@ import contextlib
 from functools import partial
 from unittest import mock
 
-from vilt_fast.kernels import add_layer_norm, attention, linear, linear_qkv, patch_embed
+from vilt_fast.kernels import add_layer_norm, attention, attention_bwd, linear, linear_qkv, patch_embed
 
 from .. import table
 
@@ -46,15 +46,25 @@ def _norm(rows, warps):
     return add_layer_norm, "_config", config
 
 
-def _online(tiles):
-    """Online softmax whatever the length; with dropout and in float32 what ships."""
+def _by_block(tiles, **more):
+    """A program a block of queries whatever the length, by default online; with dropout and in float32 what ships."""
 
     def config(own, arch, itemsize, width, longest_q, longest_k, pairs, processors, dropout=False):
         if itemsize != 2 or width > 64 or dropout:
             return own(arch, itemsize, width, longest_q, longest_k, pairs, processors, dropout)
-        return attention.options(tiles, BLOCK_N2=0, SINGLE=False)
+        return attention.options(tiles, **{"BLOCK_N2": 0, "SINGLE": False} | more)
 
     return attention, "_forward_config", config
+
+
+def _gradients(tiles):
+    """Gradients by two kernels, or by one for a whole sample with other tiles."""
+
+    def config(own, *call, **more):
+        found = own(*call, **more)
+        return found if found["sample"] is None else found | {"sample": tiles and attention.options(tiles)}
+
+    return attention_bwd, "_config", config
 
 
 def _patches(**tiles):
@@ -74,7 +84,16 @@ VARIANTS = {
     },
     "linear qkv": {"128x256": _three(128, 256, 64, 4, 8, 4), "64x128": _three(64, 128, 64, 1, 4, 3)},
     "add_layer_norm": {"4 rows 4 warps": _norm(4, 4), "8 rows 8 warps": _norm(8, 8)},
-    "attention": {"online 64x64": _online((64, 64, 4, 2)), "online 128x64": _online((128, 64, 4, 3))},
+    "attention": {
+        "single 64x288": _by_block((64, 256, 4, 2), BLOCK_N2=32, SINGLE=True),
+        "online 64x64": _by_block((64, 64, 4, 2)),
+        "online 128x64": _by_block((128, 64, 4, 3)),
+    },
+    "attention_bwd": {
+        "two kernels": _gradients(None),
+        "whole sample 64x128": _gradients((64, 128, 8, 1)),
+        "whole sample 32x64": _gradients((32, 64, 4, 1)),
+    },
     "patch_embed": {
         "128x256": _patches(BLOCK_N=256, num_stages=3),
         "64x256": _patches(BLOCK_M=64, BLOCK_N=256, num_stages=3),

@@ -94,6 +94,7 @@ def test_every_variant_is_another_launch():
         "linear": (("tma", 13792, 3072), {"gelu": True}), "linear_qkv": (("tma", 13792, 768), {}),
         "add_layer_norm": ((13792, 768), {}),
         "patch_embed": ((9216, torch.bfloat16, False), {}), "attention": ((90, 2, 64, 281, 281, 768, 132), {}),
+        "attention_bwd": ((90, 2, 64, 281, 768, 132), {}),
     }  # fmt: skip
     for op, some in variants.VARIANTS.items():
         for name, change in some.items():

@@ -6,7 +6,7 @@ from support.triton_case import compiles_ahead_of_time, names_every_argument
 
 from vilt_fast import functional
 from vilt_fast.kernels import attention as kernels
-from vilt_fast.kernels import attention_bwd
+from vilt_fast.kernels import attention_bwd, attention_single
 from vilt_fast.ops import registry
 from vilt_fast.testing import assert_within_budget, offsets, opcheck, sliced, strided
 
@@ -144,7 +144,9 @@ def test_configurations_cover_every_length():
                 for longest in (0, 1, 17, 185, 281, 320, 321, 4096):
                     for pairs in (12, 768):
                         config = kernels._forward_config(arch, itemsize, width, longest, longest, pairs, 132)
-                        assert not config["SINGLE"] or config["BLOCK_N"] + config["BLOCK_N2"] >= longest
+                        whole, tiles = config["SINGLE"] == "sample", config["BLOCK_N"] + config["BLOCK_N2"]
+                        assert not config["SINGLE"] or (attention_single.LONGEST if whole else tiles) >= longest
+                        assert not whole or (arch, itemsize, pairs) == (90, 2, 768)
                         config = kernels._forward_config(arch, itemsize, width, longest, longest, pairs, 132, True)
                         assert not config["SINGLE"]
     shipped = {(c["constexprs"]["BLOCK_N"], c["constexprs"]["BLOCK_N2"]) for c in kernels.aot_cases()}
