@@ -9,9 +9,9 @@ Each op is called with a launcher that only makes its outputs, on inputs of ViLT
 `forward` is a `ViltForQuestionAnswering` of 12 layers and a width of 32, batch 1, on the CPU: processor time of its one
 thread, also where others compete for that. `overhead` is without what the native library takes.
 
-`replayed` is a forward of ViLT-B/32 that replays a CUDA graph, with a recording in place of a graph that launches nothing:
-all that the host does but for the launch itself, with a plan that is given. It is of CPU tensors of one patch, so that
-their copies, which a GPU would do, take no time.
+`replayed` is a forward of ViLT-B/32 that replays a CUDA graph, with a recording in place of a graph that launches
+nothing: all that the host does but for the launch itself, with a plan that is given. It is of CPU tensors of one patch,
+so that their copies, which a GPU would do, take no time.
 """
 
 import argparse
@@ -199,7 +199,8 @@ def main(argv=None):
         "load": os.getloadavg()[0], "device": measure.device(), "versions": measure.versions(),
         "commit": measure.commit(), "date": date.today().isoformat(),
     }  # fmt: skip
-    found = [row | common for row in (*rows(arguments.repeats), *forwards(arguments.repeats), replayed(arguments.repeats))]
+    repeats = arguments.repeats
+    found = [row | common for row in (*rows(repeats), *forwards(repeats), replayed(repeats))]
     from rich.console import Console
 
     lines = [(r["op"], r["way"], f"{r['p50_us']:.1f}", f"{r['overhead_us']:.1f}") for r in found]
