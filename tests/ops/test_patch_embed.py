@@ -212,6 +212,23 @@ def test_a_weight_of_8_bits_rounds_patches_and_channels_to_levels(dtype):
             functional.patch_embed(**blob | {"weight": weight})
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("chosen", [None, 2])
+def test_patches_that_are_cut_out_are_those_of_the_images(backend, chosen):
+    arguments = _arguments(torch.float32, chosen=chosen)
+    pixels, source = arguments["pixels"], arguments["patch_source"]
+    cells = pixels.unflatten(3, (CANVAS[1], PATCH)).unflatten(2, (CANVAS[0], PATCH)).permute(0, 2, 4, 1, 3, 5)
+    cut_out = cells.flatten(0, 2)[source]
+    spare = torch.full((3, *cut_out.shape[1:]), float("nan"))  # which nobody lists
+    whole = functional.patch_embed(**arguments, backend=backend)
+    arguments |= {"pixels": torch.cat([cut_out, spare]), "patch_source": torch.arange(len(source))}
+    found = functional.patch_embed(**arguments, backend=backend)
+    torch.testing.assert_close(found, whole, rtol=0, atol=0)
+    arguments["pixels"] = F.pad(arguments["pixels"], (0, PATCH))
+    with pytest.raises(ValueError, match=f"there are {len(source) + 3} images and {len(GRIDS)} cls_rows"):
+        functional.patch_embed(**arguments, backend=backend)
+
+
 def test_text_and_modality_come_in_pairs():
     arguments = _arguments(torch.float32)
     for name in (*ALONE, *BARE):
