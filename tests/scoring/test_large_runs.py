@@ -5,7 +5,9 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,9 @@ KILLS = int(os.environ.get("VILT_FAST_KILLS", "3"))
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Forty images, one of which is none."""
+    """Twenty-four images, one of which is none."""
     where = tmp_path_factory.mktemp("images")
-    scoring.files(where, [(64, 64 + 16 * (n % 3)) for n in range(40)])
+    scoring.files(where, [(64, 64 + 16 * (n % 3)) for n in range(24)])
     (where / "7.png").write_bytes((where / "7.png").read_bytes()[:300])
     return where
 
@@ -32,7 +34,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(folder):
     """The scores in memory."""
-    with pytest.warns(UserWarning, match="1 of 40 images cannot be read.*7.png"):
+    with pytest.warns(UserWarning, match="1 of 24 images cannot be read.*7.png"):
         found = scored.run(None, folder)
     (bad,) = found.errors
     assert found.images[bad].endswith("7.png") and np.isnan(found.scores[:, bad]).all()
@@ -191,6 +193,40 @@ def test_two_processes_are_one(tmp_path, folder, expected, streamed):
             for path in sorted(tmp_path.glob("scores.*-of-2.npy.journal"))
         ]
         assert len(numbers) == 2 and not numbers[0] & numbers[1] and all(len(n) > 3 for n in numbers)
+
+
+def test_pairs_a_second_are_counted_from_where_a_run_goes_on(tmp_path, monkeypatch):
+    """By tqdm where it is there; without it, or where that is not wanted, nothing is shown."""
+    made, moved = [], []
+
+    class Bar:
+        def __init__(self, **options):
+            made.append(options)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, count):
+            moved.append(count)
+
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    model = scored.model()
+    given = model, scoring.texts(), scoring.photographs()
+    options = dict(processor=scoring.processor(model), out=tmp_path / "scores.npy", resume=True, token_budget=32)
+    vilt_fast.score(*given, **options)
+    assert (made[0]["total"], made[0]["initial"], made[0]["unit"], sum(moved)) == (30, 0, "pair", 30)
+    lines = Path(f"{options['out']}.journal").read_text().splitlines(keepends=True)
+    Path(f"{options['out']}.journal").write_text("".join(lines[:2]))
+    moved.clear()
+    vilt_fast.score(*given, **options)
+    assert made[1]["initial"] == 30 - sum(moved) > 0
+    vilt_fast.score(*given, processor=options["processor"], progress=False)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    vilt_fast.score(*given, processor=options["processor"])
+    assert len(made) == 2
 
 
 def test_nothing_is_synchronised_more_often_than_it_has_to_be(tmp_path, folder, monkeypatch):
