@@ -120,6 +120,8 @@ class Workers:
     def _in_mode(self, function, *arguments):
         """Threads start with the modes of torch as they come; ours are those of the caller, without gradients."""
         with torch.no_grad(), contextlib.ExitStack() as stack:
+            if self._pairs.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self._pairs.device))
             for kind, dtype in self._autocast.items():
                 stack.enter_context(torch.autocast(kind, dtype))
             return function(*arguments)
