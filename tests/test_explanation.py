@@ -75,7 +75,7 @@ def assert_true(explanation, model, seen):
         if row.part.startswith("block "):
             blocks.append(row)
             assert bool(seen.of(module)) == (row.way == "padded"), row
-            assert seen.linears_of(module) == (row.way in ("padded", "packed")), row
+            assert (seen.linears_of(module) or "linear" in row.ops) == (row.way in ("padded", "packed")), row
             assert ("encoder" in row.ops) == row.way.startswith("native"), row
             assert ("linear_fp8" in row.ops) == (row.way == "packed fp8"), row
         elif row.part in ("embedding", "head", "whole trunk"):
