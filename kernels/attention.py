@@ -232,7 +232,7 @@ def attention_fwd(
         arguments = bounds_and_numbers(
             cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed, scale, dropout_p, q, k, v
         )
-        config |= shape(width, _device.arch(q))
+        config = config | shape(width, _device.arch(q))
         with _device.on(q):
             if config["SINGLE"] == "sample":
                 attention_single.forward(q, k, v, out, lse, stats, arguments, pairs, config)

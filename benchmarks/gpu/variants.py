@@ -38,7 +38,8 @@ def _three(*rows):
 
 
 def _norm(rows, warps):
-    """As many warps as rows: a row is one warp's, and no sum crosses shared memory."""
+    """Other rows and warps of a program. With one warp no sum crosses shared memory; Triton lays more of them along a
+    row, however many rows there are."""
 
     def config(own, N, D):
         return own(N, D) | {"ROWS": rows, "num_warps": warps}
@@ -83,7 +84,7 @@ VARIANTS = {
         for by in ("erf", "tail")
     },
     "linear qkv": {"128x256": _three(128, 256, 64, 4, 8, 4), "64x128": _three(64, 128, 64, 1, 4, 3)},
-    "add_layer_norm": {"4 rows 4 warps": _norm(4, 4), "8 rows 8 warps": _norm(8, 8)},
+    "add_layer_norm": {"4 rows 4 warps": _norm(4, 4), "1 row 1 warp": _norm(1, 1), "2 rows 1 warp": _norm(2, 1)},
     "attention": {
         "single 64x288": _by_block((64, 256, 4, 2), BLOCK_N2=32, SINGLE=True),
         "online 64x64": _by_block((64, 64, 4, 2)),

@@ -126,3 +126,11 @@ def test_it_is_for_short_and_many(monkeypatch):
 def test_ahead_of_time():
     assert all(map(names_every_argument, attention_single.aot_cases()))
     assert compiles_ahead_of_time("attention_single") == 2
+
+
+def test_configurations_stay_as_they_are(monkeypatch):
+    before = dict(attention_single.FORWARD), dict(attention_single.BACKWARD)
+    monkeypatch.setattr(attention, "_forward_config", lambda *sizes: attention_single.FORWARD)
+    arguments = _inputs([3], [3])
+    _results(arguments, "triton", (torch.ones(3, 1, 16), torch.zeros(1, 3)))
+    assert (attention_single.FORWARD, attention_single.BACKWARD) == before
