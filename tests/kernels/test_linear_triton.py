@@ -105,7 +105,10 @@ def test_kinds_and_configurations_are_chosen_by_shape(rows, columns, most):
         config = kernels._config(kind, rows, columns)
         assert config["BLOCK_M"] <= rows and columns % config["BLOCK_N"] == 0
         assert config["SPECIALIZE"] is False
-    assert kernels._config("tma", rows, columns, arch=100)["SPECIALIZE"] is True
+        assert config["GELU"] is None and kernels._config(kind, rows, columns, gelu=True)["GELU"] == "tail"
+    assert kernels._config("float32", rows, columns, gelu=True)["GELU"] == "erf"
+    specialized = kernels._config("tma", rows, columns, arch=100, gelu=True)
+    assert specialized["SPECIALIZE"] is True and specialized["GELU"] == "erf"
 
 
 def test_tma_only_where_its_rules_hold(monkeypatch):
