@@ -52,10 +52,10 @@ struct Blob {  // 64-byte aligned
 void linear(int compute, int threads) {
   const int64_t M = 700, N = 130, K = 300;
   const Floats x = drawn(M * K), w = drawn(N * K), bias = drawn(N);
-  Floats out(M * N);
+  Floats out(M * N), pre(M * N);
   const Blob blob(w, N, K, threads);
   const Param weight = compute == Q8 ? Param{blob.data, Q8} : of(w);
-  ops().linear({of(x), weight, of(bias), out.data(), F32, M, N, K, K, N, true, compute, threads});
+  ops().linear({of(x), weight, of(bias), out.data(), F32, M, N, K, K, N, true, compute, threads, pre.data()});
 }
 
 void linear_bwd(int threads) {
