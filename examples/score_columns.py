@@ -27,8 +27,9 @@ class Load:
 def with_ray(name, table, out):
     import ray
 
+    # A model uses all cores of its machine, and reading and writing need one too: as many models as machines.
     ray.data.read_parquet(table).map_batches(
-        ScoreColumns, fn_constructor_args=[Load(name)], batch_size=256, concurrency=2
+        ScoreColumns, fn_constructor_args=[Load(name)], batch_size=256, concurrency=1
     ).write_parquet(out)
 
 
