@@ -33,6 +33,7 @@ CHECKS = ("op", "backend", "dtype", "quantity", "error", "reference_error", "wit
 ON_A_GPU = (
     "tests/engine/test_gpu_path.py",
     "tests/engine/test_graphs.py",
+    "tests/engine/test_whole_forwards.py",
     "tests/kernels/test_attention_triton.py",
     "tests/kernels/test_patch_embed_triton.py",
     "tests/kernels/test_text_embed_triton.py",
