@@ -141,7 +141,7 @@ def examine(learner, plan: Plan, count: int = 256, candidates: int = 48) -> dict
 
     masked_colour: each colour word masked on its own, told from the picture. itm: its own picture, and one of other
     shapes, told apart. image_recall, text_recall: the right one ranked first of `candidates` with different captions.
-    pointing_one, pointing_two: see :func:`points`, in pictures of one and of two shapes.
+    colour_one, noun_one, colour_two, noun_two: see :func:`points`, in pictures of one and of two shapes.
     """
     learner.eval()
     world = held_out(plan, count)
@@ -157,8 +157,9 @@ def examine(learner, plan: Plan, count: int = 256, candidates: int = 48) -> dict
     ranks = torch.arange(len(few))
     marks["image_recall"] = (scores.argmax(1) == ranks).float().mean().item()
     marks["text_recall"] = (scores.argmax(0) == ranks).float().mean().item()
-    for name, share in (("pointing_one", 0.0), ("pointing_two", 1.0)):
-        marks[name] = points(learner, held_out(plan, count, 2, pairs=share), plan)
+    for shapes, share in (("one", 0.0), ("two", 1.0)):
+        found = points(learner, held_out(plan, count, 2, pairs=share), plan)
+        marks |= {f"{word}_{shapes}": part for word, part in zip(("colour", "noun"), found, strict=True)}
     return marks
 
 
@@ -200,8 +201,8 @@ def _repeated(tensor, count):
     return tensor.expand(count, *tensor.shape)
 
 
-def points(learner, world, plan) -> float:
-    """The share of colours and nouns whose strongest patch has its middle within the box of the shape they name."""
+def points(learner, world, plan) -> tuple[float, float]:
+    """Of colours, and of nouns: how many have the middle of their strongest patch in the box of the shape they name."""
     from ..alignment.align import align
 
     texts, images, _ = _inputs(world, plan)
@@ -213,4 +214,5 @@ def points(learner, world, plan) -> float:
             row, column = divmod(int(aligned.plan[word].argmax()), columns)
             top, left, bottom, right = shape.box
             hits.append(bool(top <= (row + 0.5) * side <= bottom and left <= (column + 0.5) * side <= right))
-    return sum(hits) / len(hits)
+    colours, nouns = hits[::2], hits[1::2]
+    return sum(colours) / len(colours), sum(nouns) / len(nouns)

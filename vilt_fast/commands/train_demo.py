@@ -14,8 +14,10 @@ STEPS = 600
 GOALS = {
     "masked_colour": ("masked colours told from the picture", 0.97),
     "itm": ("pictures that belong to the text told from others", 0.97),
-    "pointing_one": ("strongest patch of a colour or noun within the one shape", 0.85),
-    "pointing_two": ("the same with two shapes, within the one it names", None),
+    "colour_one": ("strongest patch of a colour within the shape, one in the picture", 0.85),
+    "noun_one": ("strongest patch of a noun within the shape, one in the picture", 0.85),
+    "colour_two": ("strongest patch of a colour within its shape, of two", None),
+    "noun_two": ("strongest patch of a noun within its shape, of two", None),
     "image_recall": ("right picture of 48 ranked first", None),
     "text_recall": ("right text of 48 ranked first", None),
 }
