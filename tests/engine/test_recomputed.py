@@ -109,7 +109,7 @@ def test_fp8_has_them_too(ran):
     with torch.no_grad():
         want = call(ours, inputs_of(ours)).pooler_output
     got = call(ours, inputs_of(ours)).pooler_output
-    # Another kernel adds up the stream between blocks: what rounding moves in a step of fp8 is far below its own cost.
+    # Another kernel adds up the stream between blocks; what its rounding moves is far below what fp8 costs.
     assert (got - want).norm() < 0.3 * (want - call(plain, inputs_of(plain)).pooler_output).norm()
     ran["recomputed"] = 0
     exact, gradient = (backward(m)["encoder.layer.0.output.dense.weight"] for m in (plain, ours))
