@@ -8,8 +8,8 @@ from support.fake_gpu.processes import played
 
 DTYPES = ["bfloat16", "float16", "float32"]
 OPS = (
-    "attention", "patch_embed", "linear", "linear_fp8", "linear_gelu", "add_layer_norm", "linear_cross_entropy",
-    "text_embed", "word_patch_distance", "ipot", "sinkhorn",
+    "attention", "patch_embed", "linear", "linear_qkv", "linear_fp8", "linear_gelu", "add_layer_norm",
+    "linear_cross_entropy", "text_embed", "word_patch_distance", "ipot", "sinkhorn",
 )  # fmt: skip
 
 

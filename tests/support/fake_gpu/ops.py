@@ -88,6 +88,15 @@ def linear(dtype):
             yield False, partial(run, functional.linear, (x, weight, None, residual))
 
 
+def linear_qkv(dtype):
+    for rows, given in itertools.product(ROWS, ((True, True, True), (False, False, False), (True, False, True))):
+        x, *weights = _empty(dtype, (rows, WIDTH), *[(WIDTH, WIDTH)] * 3)
+        biases = [torch.empty(WIDTH, dtype=dtype) if one else None for one in given]
+        yield True, partial(run, functional.linear_qkv, (x, *weights, *biases))
+    for x, weight in _odd(dtype):
+        yield False, partial(run, functional.linear_qkv, (x, weight, weight.clone(), weight, None, None, None))
+
+
 def linear_gelu(dtype):
     for rows, bias in itertools.product(ROWS, (True, False)):
         x, weight, added = _empty(dtype, (rows, WIDTH), (INNER, WIDTH), INNER)
@@ -234,7 +243,7 @@ def word_patch_distance(dtype):
 CALLS = {
     function.__name__: function
     for function in (
-        add_layer_norm, attention, linear, linear_gelu, linear_fp8, linear_cross_entropy, text_embed, patch_embed, ipot,
-        sinkhorn, word_patch_distance,
+        add_layer_norm, attention, linear, linear_qkv, linear_gelu, linear_fp8, linear_cross_entropy, text_embed,
+        patch_embed, ipot, sinkhorn, word_patch_distance,
     )
 }  # fmt: skip
