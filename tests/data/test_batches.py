@@ -205,7 +205,9 @@ def test_batches_are_filled_to_the_budget():
     assert max(sums) <= 4000 and np.mean(sums[:-1]) > 0.97 * 4000
     assert sorted(index for batch in batches for _, index in batch) == list(range(5000))
     first = [index for _, index in batches[0]]
-    assert lengths[first].sum() + lengths[batches[1][0][1]] > 4000  # none that would have fitted
+    following = [lengths[batch[0][1]] for batch in batches[1:]]
+    assert all(total + extra > 4000 for total, extra in zip(sums, following, strict=False))  # none would have fitted
+    assert [len(batch) for batch in TokenBudget([5] * 6, 10)] == [2, 2, 2]
     sampler.set_epoch(1)
     assert list(sampler)[0][0][0] == 1 and [index for _, index in list(sampler)[0]] != first
     assert [index for _, index in next(iter(TokenBudget(lengths, 4000, shuffle=False)))][:3] == [0, 1, 2]
