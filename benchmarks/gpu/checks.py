@@ -353,7 +353,7 @@ OPS = {
 def tests(context):
     """Tests on the GPU, whole files and what is marked in others; their output is in pytest.txt."""
     if context.dry:  # without a GPU all that are marked are skipped, and say so
-        context.item("marked", partial(pytest, context, ["-m", "gpu", ON_A_GPU[2]]))
+        context.item("marked", partial(pytest, context, ["-m", "gpu", SOME_MARKED[-1]]))
         return
     context.item("marked", partial(pytest, context, ["-m", "gpu", *SOME_MARKED]), 10, 600)
     context.item("whole files", partial(pytest, context, ON_A_GPU), 15, 600)

@@ -122,7 +122,7 @@ def winners(results):
     groups = {}
     for row in table.read(results / "kernels.csv"):
         op, _, case = row["case"].rpartition(" ")
-        if op in VARIANTS and row["provider"].startswith("ours"):
+        if row["provider"] in ("ours", *(f"ours {name}" for name in VARIANTS.get(op, ()))):
             groups.setdefault(op, {}).setdefault(int(case.removeprefix("b")), {})[row["provider"]] = row
     found = {}
     for op, cases in groups.items():

@@ -151,7 +151,9 @@ def test_what_the_sanitizer_sees_is_a_failure(tmp_path, monkeypatch, status, sum
 
 
 def test_every_test_that_wants_a_gpu_is_run_on_one():
-    wants = re.compile(r"mark\.gpu|^DEVICE = |^GPU = |torch\.cuda\.is_available\(\):\n        return", re.MULTILINE)
+    wants = re.compile(
+        r"mark\.gpu|^DEVICE = |^GPU = |^    GPU,$|torch\.cuda\.is_available\(\):\n        return", re.MULTILINE
+    )
     found = {
         str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")
         if wants.search(path.read_text()) and path != Path(__file__)
