@@ -76,14 +76,15 @@ types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python build/readme.py
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the native tests and a long fuzz (GCC). The instrumented library lies
-# in a copy of the package, found first; memory that nobody has written yet is filled with NaN.
+# in a copy of the package, found first; memory that nobody has written yet is filled with NaN. GCC's UBSan writes to the
+# terminal alone, which pytest must not capture.
 sanitize: $(VENV)/.installed races
 	rm -rf $(SANITIZED)/lib $(SANITIZED)/report.*
 	VILT_FAST_SANITIZE=1 VILT_FAST_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/objects
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:max_malloc_fill_size=1000000000:malloc_fill_byte=255:log_path=$(CURDIR)/$(SANITIZED)/report \
-	UBSAN_OPTIONS=print_stacktrace=1:log_path=$(CURDIR)/$(SANITIZED)/report \
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -o pythonpath="tests $(SANITIZED)/lib" -k "not triton and not graphs" \
+	UBSAN_OPTIONS=print_stacktrace=1 \
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup --max-worker-restart=0 --capture=sys -o pythonpath="tests $(SANITIZED)/lib" -k "not triton and not graphs" \
 		--hypothesis-profile=large $(NATIVE_TESTS) $(ARGS) || { cat $(SANITIZED)/report.* 2>/dev/null; exit 1; }
 
 # ThreadSanitizer over every native op, with OpenMP on std::thread: it takes all that libgomp does for races.

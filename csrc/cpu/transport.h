@@ -43,6 +43,7 @@ static bool column_minima(const Transport& t) {
 
 // plan [M, N] = u G v / (m n) at the real places, 0 elsewhere (everywhere for a sample with nothing real).
 static void scatter_plan(const Transport& t, const float* u, const float* v, float* plan, int64_t M, int64_t N) {
+  if (N == 0) return;  // an empty plan may be at no address, which memset must not be given
   const float scale = t.m ? 1.f / ((float)t.m * (float)t.n) : 0.f;
   for (int64_t p = 0, i = 0; p < M; ++p) {
     float* to = plan + p * N;
