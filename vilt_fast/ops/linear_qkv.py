@@ -78,9 +78,17 @@ def linear_qkv(
     """
     given = _check.autocast(x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias)
     _validate(*given)
-    name = _OP.resolve(backend, _facts(given[0], _check.needs_grad(*given)))
-    if backend is None and name in registry.PLAIN:  # no kernel takes all three: each by what is best for it
+    facts = _facts(given[0], _check.needs_grad(*given))
+    if backend is None and not _kernels(facts):  # each by what is best for it
         sides = (query_weight, query_bias), (key_weight, key_bias), (value_weight, value_bias)
         return tuple(linear(x, weight, bias) for weight, bias in sides)
+    name = _OP.resolve(backend, facts)
     arguments = dict(zip(_OP.arguments, given, strict=True))
     return _OP.plain(name, **arguments) if name in registry.PLAIN else _OP(name, **arguments)
+
+
+def _kernels(facts):
+    """The backends of this device that can take all three together."""
+    written = {*registry.backends("linear_qkv")} - {*registry.PLAIN}
+    asked = [name for name in registry.asked_in_turn("linear_qkv", facts.device) if name in written]
+    return [name for name in asked if not registry.why_unavailable("linear_qkv", name, facts)]
