@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.triton_case import compiles_ahead_of_time, names_every_argument
+from support.triton_case import names_every_argument
 
 from vilt_fast import functional
 from vilt_fast.kernels import attention, attention_bwd, attention_single
@@ -125,7 +125,6 @@ def test_it_is_for_short_and_many(monkeypatch):
 
 def test_ahead_of_time():
     assert all(map(names_every_argument, attention_single.aot_cases()))
-    assert compiles_ahead_of_time("attention_single") == 2
 
 
 def test_configurations_stay_as_they_are(monkeypatch):

@@ -154,4 +154,4 @@ def test_bad_inputs():
 
 def test_ahead_of_time():
     assert all(map(names_every_argument, linear_fp8.aot_cases()))
-    assert compiles_ahead_of_time("linear_fp8", (89, 90)) == 4
+    assert compiles_ahead_of_time("linear_fp8", (89,)) == 2
