@@ -18,7 +18,6 @@ from support.graphs import (
     call_quietly,
     in_place,
     inputs_of,
-    played,
     small,
     through_data,
 )
@@ -27,15 +26,6 @@ from torch import nn
 
 import vilt_fast
 from vilt_fast.engine import graphs
-
-
-@pytest.fixture
-def device(monkeypatch):
-    if GPU:
-        return "cuda"
-    played(monkeypatch)
-    return "cpu"
-
 
 # --- buckets ----------------------------------------------------------------------------------------------------------
 

@@ -267,10 +267,31 @@ def test_parameters_that_are_let_go_of_are_freed():
 
 def test_modules_that_looking_does_not_tell_all_of():
     assert Snapshot.of([nn.Linear(2, 2)])
-    hooked, odd = nn.Linear(2, 2), nn.Linear(2, 2)
-    hooked.register_forward_hook(more)
+    odd = nn.Linear(2, 2)
     odd.__dict__["scale"] = torch.ones(2)
-    assert not any(Snapshot.of([module]) for module in (hooked, odd, nn.BatchNorm1d(2)))
+    assert not any(Snapshot.of([module]) for module in (odd, nn.BatchNorm1d(2)))
+    assert Snapshot.of([nn.BatchNorm1d(2), None], placed=True) and not Snapshot.of([odd], placed=True)
+
+
+def test_who_listens():
+    module = nn.Linear(2, 2)
+    deaf = Snapshot.of([module])
+    handle = module.register_forward_hook(more)
+    heard = Snapshot.of([module])
+    assert heard.holds([module]) and not deaf.holds([module])
+    handle.remove()
+    assert deaf.holds([module]) and not heard.holds([module])
+
+
+@pytest.mark.parametrize("name", ["weight", "running_mean"])
+def test_where_tensors_lie_matters_to_what_reads_them_there(name):
+    module = nn.BatchNorm1d(2)
+    snapshot = Snapshot.of([module], placed=True)
+    with torch.no_grad():
+        getattr(module, name).add_(1)
+    assert snapshot.holds([module])
+    getattr(module, name).data = getattr(module, name).data.clone()
+    assert not snapshot.holds([module])
 
 
 def test_attributes_that_cannot_say_whether_they_are_equal():

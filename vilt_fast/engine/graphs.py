@@ -26,7 +26,7 @@ import torch
 from .. import record
 from .asked import Asked
 from .packing import Packing, Selection, Spans
-from .snapshot import Anchored
+from .snapshot import Snapshot
 
 MAX_GRAPHS = 64  #: kept at a time, the least recently used goes first
 MOST_ROWS = 1 << 14  #: of a bucket; beyond, the GPU takes longer for a forward than the host for its launches
@@ -106,14 +106,16 @@ class Graphs(Asked):
     def standing(self, kind: str, modules: Sequence, look: Callable):
         """What `look()` finds out about these modules, asked anew only where something about them has changed since.
 
-        Then all graphs of this kind, which hold that fixed, are dropped.
+        Then all graphs of this kind, which hold that fixed, are dropped. None where that cannot be told by looking.
         """
         with self._lock:
-            known = self._standing.get(kind)
-            if known is None or not known[0].holds(modules):
+            snapshot, found = self._standing.get(kind, (None, None))
+            if snapshot is None or not snapshot.holds(modules):
                 self._drop(lambda key: key[0] == kind)
-                known = self._standing[kind] = Anchored(modules), look()
-            return known[1]
+                snapshot = Snapshot.of(modules, placed=True)
+                found = None if snapshot is None else look()
+                self._standing[kind] = snapshot, found
+            return found
 
     def _drop(self, stale):
         for key in [key for key in self._graphs if stale(key)]:

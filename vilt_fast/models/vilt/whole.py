@@ -189,7 +189,7 @@ def standing(
             return False, False
         return True, head is not None and all(map(functools.partial(_is_of, kinds=head.kinds), head.modules))
 
-    whole, with_head = graphs.standing(kind, parts, look)
+    whole, with_head = graphs.standing(kind, parts, look) or (False, False)
     return Standing(kind, whole, head if with_head else None)
 
 
