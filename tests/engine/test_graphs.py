@@ -206,6 +206,31 @@ def test_changes_are_seen(change, quantize, device):
         assert (list(cache(model)._graphs.values()) == captured) == (change in (in_place, loaded))
 
 
+def other_heads(model):
+    for module in model.modules():
+        if hasattr(module, "num_attention_heads"):
+            module.num_attention_heads, module.attention_head_size = 2, module.all_head_size // 2
+
+
+def other_function_within(model):
+    for layer in model.vilt.encoder.layer:
+        layer.intermediate.intermediate_act_fn.act = torch.tanh
+
+
+@pytest.mark.parametrize("change", [other_heads, other_function_within, nn.Module.double])
+def test_changes_are_seen_where_blocks_alone_are_a_graph(change, device):
+    plain, model = small(device, "nlvr2")
+    inputs = {k: v.to(device) for k, v in batch("nlvr2", torch.float32).items()}
+    before = assert_same(model, plain, inputs).logits
+    assert {key[0] for key in model.vilt.forward.graphs._graphs} == {"blocks"}
+    change(plain)
+    change(model)
+    dtype = next(model.parameters()).dtype
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    after = assert_same(model, plain, inputs).logits
+    assert after.dtype != before.dtype or not torch.allclose(before, after, rtol=1e-3)
+
+
 def test_hooks_are_honoured(device):
     plain, model = small(device)
     assert_same(model, plain, inputs_of(device))

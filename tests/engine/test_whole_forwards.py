@@ -214,7 +214,7 @@ def test_captures_that_do_not_pay_are_not_made(device, monkeypatch):
     for _ in range(2):
         for samples in ([0, 1, 2, 3], [0], [1, 3]):
             assert_same(model, plain, inputs_of(device, samples))
-    assert len(cache(model)) == 3 and Again.made in (0, 3)  # the third when the first two had been replayed
+    assert len(cache(model)) == 3 and Again.made == (0 if GPU else 3)  # the third when the first two had been replayed
     monkeypatch.setattr(graphs, "PAID_BY", 1000)
     _, other = automatic(device)
     for samples in ([0, 1, 2, 3], [0], [1, 3]):

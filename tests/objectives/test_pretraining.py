@@ -224,6 +224,8 @@ def test_the_model_itself(model, tmp_path):
         out, want = ours(**given), pretraining_loss(model, given)
         assert_close(out.loss, want.loss)
         assert_close(ours(**given, return_dict=False)[0], want.loss)
+        soft = torch.rand(int((given["labels"] != -100).sum()), 50, dtype=torch.float64).softmax(-1)
+        assert_close(ours(**given, soft_labels=soft).loss, pretraining_loss(model, given | {"soft_labels": soft}).loss)
         text = {k: given[k] for k in ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "pixel_mask")}
         logits = ours(**text)
         assert logits.mlm_logits.shape == (5, written.TEXT, 50) and logits.itm_logits.shape == (5, 2)
@@ -282,8 +284,10 @@ def test_models_and_weights_that_do_not_fit(model):
     for weights, message in (({"ipot": 1}, "no 'ipot'"), (dict.fromkeys(("mlm", "itm", "wpa"), 0), "more than 0")):
         with pytest.raises(ValueError, match=message):
             pretraining_loss(model, given, weights=weights)
-    with pytest.raises(InputError, match="mlm_input_ids need labels"):
+    with pytest.raises(InputError, match="mlm_input_ids and soft_labels need labels"):
         model(input_ids=given["input_ids"], pixel_values=given["pixel_values"], mlm_input_ids=given["input_ids"])
+    with pytest.raises(TypeError, match="token_type_ids must be a tensor, got list"):
+        model(**given | {"token_type_ids": given["attention_mask"].tolist()})
 
 
 def test_labels_of_padding_where_padding_is_computed(model):

@@ -18,7 +18,7 @@ import torch
 
 
 class Unknown(dict):
-    """In the place of an object whose class is not looked up; keeps the items and attributes that it is given."""
+    """In the place of an object whose class is not looked up; keeps the items that it is given, drops the rest."""
 
     def __init__(self, *args, **kwargs):
         super().__init__()

@@ -153,7 +153,8 @@ def _sizes(state, known, layers, path) -> dict:
     patch, table = state["transformer.patch_embed.proj.weight"], state["transformer.pos_embed"]
     words, text = (state[f"text_embeddings.{name}_embeddings.weight"] for name in ("word", "position"))
     side = round((table.shape[1] - 1) ** 0.5) if table.ndim == 3 else 0
-    if patch.ndim != 4 or patch.shape[2] != patch.shape[3] or table.shape[1] != 1 + side**2 or words.ndim != 2:
+    known_forms = table.ndim == 3 and patch.ndim == 4 and words.ndim == 2
+    if not known_forms or patch.shape[2] != patch.shape[3] or table.shape[1] != 1 + side**2:
         raise ValueError(
             f"{path}: transformer.patch_embed.proj.weight {list(patch.shape)}, transformer.pos_embed "
             f"{list(table.shape)} and the table of words {list(words.shape)} are not those of words and of square "

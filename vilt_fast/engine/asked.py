@@ -12,12 +12,12 @@ class Asked:
 
     def __init__(self, option: str, insists: bool = True):
         self._option = option
-        self._insists = insists
+        self.insists = insists
         self._said = False
 
     def say(self, but: str) -> None:
         """Warn, once, that it was asked for, `but` something is not as a user would expect."""
-        if self._insists:
+        if self.insists:
             self._warn(f"{self._option} was asked for, but {but}")
 
     def say_without(self, who: str, reason: str) -> None:

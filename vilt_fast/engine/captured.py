@@ -12,7 +12,6 @@ from . import graphs as engine
 from . import packed, recomputed
 from .blocks import Block
 from .graphs import Bucket, Graphs
-from .listeners import stamp
 from .packing import Packing, Selection, Spans
 from .quantization import WeightCache
 
@@ -28,15 +27,21 @@ def why_not_now(graphs: Graphs, device: torch.device, want_hidden: bool, want_at
     return engine.why_not_usable(device) or graphs.failed
 
 
+def why_not_captured(blocks: Sequence[Block]) -> str:
+    """Why blocks, as they stand, cannot be one CUDA graph, or ""."""
+    if odd := next(filter(None, (block.why_not_plain() for block in blocks)), ""):
+        return odd
+    training = any(module.training for block in blocks for module in block.module.modules())
+    return "it is in training mode" if training else ""
+
+
 def why_not_these(blocks: Sequence[Block], packing: Packing) -> str:
     """Why blocks have no CUDA graph where the call would allow it."""
-    if odd := next(filter(None, (block.why_not_plain() for block in blocks)), ""):
+    if odd := why_not_captured(blocks):
         return odd
     if Bucket.of(packing).rows > engine.MOST_ROWS:
         return f"{packing.total_rows} rows are more than a graph is captured for ({engine.MOST_ROWS})"
-    if any(module.training for block in blocks for module in block.module.modules()):
-        return "it is in training mode, or its parameters are no ordinary tensors"
-    return "batches of so many sizes are not worth capturing, or its parameters are no ordinary tensors"
+    return "batches of so many sizes are not worth capturing, or what its modules hold does not tell what they compute"
 
 
 def replayed(
@@ -49,20 +54,10 @@ def replayed(
     wanted: Selection | None,
 ) -> torch.Tensor | None:
     """The blocks alone as one CUDA graph; None where they are not plain, or there is none for them."""
-    identity = stamp(modules)
-    if identity is None:
+    if not graphs.standing("blocks", modules, lambda: not why_not_captured(list(map(describe, modules)))):
         return None
-    if weights is not None:
-        blocks = list(map(describe, modules))
-        if any(block.why_not_plain() for block in blocks):
-            return None
-        identity += places_of_copies(blocks, weights)
-
-    def prepare():
-        blocks = list(map(describe, modules))
-        return None if any(block.why_not_plain() for block in blocks) else stack(blocks, weights)
-
-    return graphs.blocks(prepare, rows, packing, identity, wanted)
+    identity = () if weights is None else places_of_copies(list(map(describe, modules)), weights)
+    return graphs.blocks(lambda: stack(list(map(describe, modules)), weights), rows, packing, identity, wanted)
 
 
 def places_of_copies(blocks: Sequence[Block], weights: WeightCache) -> tuple[int, ...]:

@@ -89,7 +89,8 @@ def encode(
             return Encoded(replayed, [], [])
     blocks = Described(modules, describe)
     if graphs is not None:
-        no_graph = no_graph or captured.why_not_these(blocks, packing)
+        if graphs.insists or record.listened():
+            no_graph = no_graph or captured.why_not_these(blocks, packing)
         graphs.say_without("the stack of blocks", no_graph)
     result = Encoded(rows, [], [])
     if want_hidden:
@@ -199,7 +200,7 @@ def _way(block, rows, copies, reason, no_graph):
     if copies is not None:
         emulated = why_emulated(rows)
         return "packed fp8", emulated and f"it is emulated here, with no gain: {emulated}"
-    if rows.is_cuda:  # where packed is the fastest way, unless a graph was asked for
+    if rows.is_cuda:  # where packed is the fastest way but for a graph
         reason, also = no_graph, block.why_not_plain() if no_graph else ""
     else:
         also = native.why_not(block)
@@ -274,7 +275,7 @@ def foretell(
     here = next((p for module in modules for p in module.parameters()), torch.empty(0))
     no_graph = "" if graphs is None else captured.why_not_now(graphs, here.device, False, False)
     if graphs is not None:
-        no_graph = no_graph or next(filter(None, (block.why_not_plain() for block in blocks)), "")
+        no_graph = no_graph or captured.why_not_captured(blocks)
     at_once = _why_at_once(False, False) if torch.is_grad_enabled() or transforming() else ""
     fp8 = weights if weights is not None and weights.kind == "fp8" and not at_once else None
     for i, block in enumerate(blocks):

@@ -129,7 +129,7 @@ class Graphs(Asked):
         """What `prepare()({name: buffer})`, a tuple of tensors, gives: captured the first time, replayed from then on.
 
         The tensors are of the bucket's sizes, and written over by the next replay. None where there is no such graph
-        and none is made: `prepare()` is None, capturing has failed, or has been done too often for what it brought.
+        and none is made: capturing has failed, or has been done too often for what it brought.
 
         Args:
             key: (kind, bucket, ...): all that the graph depends on besides the shapes, dtypes and device of `given`.
@@ -154,7 +154,7 @@ class Graphs(Asked):
 
     def _capture(self, key, device, given, prepare, identity, pool):
         """A new graph, whose buffers are filled."""
-        affordable = self._insists or self._captured < FREE + self._replayed // PAID_BY
+        affordable = self.insists or self._captured < FREE + self._replayed // PAID_BY
         function = prepare() if affordable and not self.failed else None
         if function is None:
             return None
@@ -201,7 +201,7 @@ class Graphs(Asked):
         """`prepare()(rows, spans, wanted)`, a function [N, D] -> [N or W, D], as a graph; None where there is none.
 
         Args:
-            identity: everything that a captured graph holds fixed of its model: addresses of parameters, eps.
+            identity: what a captured graph holds fixed besides what `standing` compares: addresses of 8-bit copies.
         """
         bucket = Bucket.of(packing, wanted)
         if bucket.rows > MOST_ROWS:
@@ -220,8 +220,6 @@ class Graphs(Asked):
 
         def prepared():
             encode = prepare()
-            if encode is None:
-                return None
 
             def function(at):
                 some = None if wanted is None else Selection(at["wanted"], at["cu_wanted"], bucket.wanted[1])
@@ -233,7 +231,7 @@ class Graphs(Asked):
         return None if result is None else result[0][: len(rows) if wanted is None else len(wanted.rows)]
 
     def __getstate__(self):
-        return {"insists": self._insists}
+        return {"insists": self.insists}
 
     def __setstate__(self, state):
         self.__init__(state["insists"])

@@ -95,32 +95,6 @@ def live(dropout: nn.Module) -> float:
     return getattr(dropout, "p", 0.0) if dropout.training else 0.0
 
 
-def stamp(modules: Iterable[nn.Module]) -> tuple | None:
-    """What must be equal for `modules` to compute, on parameters in the same places, what they computed before.
-
-    None where that cannot be told by looking: hooks, training, parameters that are no ordinary tensors.
-    """
-    if all_are_hooked():
-        return None
-    found = []
-    kinds = set()
-    for module in inside(modules):
-        own = module.__dict__
-        if _has_own_hooks(own) or "forward" in own or own["training"]:
-            return None
-        found.append(id(own))
-        kinds.add(type(module))
-        if "eps" in own:
-            found.append(own["eps"])
-        for parameter in own["_parameters"].values():
-            if type(parameter) is nn.Parameter:
-                found.append(parameter.data_ptr())
-            elif parameter is not None:
-                return None
-    found += sorted((id(kind), id(kind.forward), bool(own_methods(kind))) for kind in kinds)
-    return tuple(found)
-
-
 def plain_parameters(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether these are ordinary tensors, which a kernel can read where they lie."""
     return all(type(t) in _ORDINARY for t in tensors)

@@ -14,6 +14,7 @@ from transformers.models.vilt import modeling_vilt as hf
 from transformers.utils import ModelOutput
 
 from ..errors import InputError
+from ..models.vilt.given import check_tensors
 from ..models.vilt.reads import Reads
 from ..models.vilt.states import states, trunk_of, why_apart
 from ._batch import tensor
@@ -151,13 +152,23 @@ class ViltForPreTraining(hf.ViltPreTrainedModel):
         false_pixel_values: torch.Tensor | None = None,
         false_pixel_mask: torch.Tensor | None = None,
         itm_labels: torch.Tensor | None = None,
+        soft_labels: torch.Tensor | None = None,
         return_dict: bool | None = None,
     ) -> PretrainingOutput | tuple:
         """:func:`pretraining_loss` of these, or without labels and false images the logits of both heads."""
-        given = {name: value for name, value in locals().items() if isinstance(value, torch.Tensor)}
+        given = dict(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            pixel_values=pixel_values, pixel_mask=pixel_mask, mlm_input_ids=mlm_input_ids, labels=labels,
+            false_pixel_values=false_pixel_values, false_pixel_mask=false_pixel_mask, itm_labels=itm_labels,
+            soft_labels=soft_labels,
+        )  # fmt: skip
+        check_tensors(**given)
+        given = {name: value for name, value in given.items() if value is not None}
         if labels is None and false_pixel_values is None:
-            if mlm_input_ids is not None or itm_labels is not None:
-                raise InputError("mlm_input_ids need labels, and itm_labels need false_pixel_values: pass them too.")
+            if not given.keys().isdisjoint(("mlm_input_ids", "soft_labels", "itm_labels")):
+                raise InputError(
+                    "mlm_input_ids and soft_labels need labels, and itm_labels need false_pixel_values: pass them too."
+                )
             outputs = self.vilt(**given, return_dict=True)
             text = outputs.last_hidden_state[:, : input_ids.shape[1]]
             result = PretrainingOutput(

@@ -30,13 +30,18 @@ def _fake_backward(
     return tuple(None if t is None else t.new_empty(t.shape) for t in given), ()
 
 
+def _check_shapes(x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias):
+    _check.shapes(
+        "linear_qkv", x=(x, "... K"),
+        query_weight=(query_weight, "N K"), key_weight=(key_weight, "N K"), value_weight=(value_weight, "N K"),
+        query_bias=(query_bias, "N"), key_bias=(key_bias, "N"), value_bias=(value_bias, "N"),
+    )  # fmt: skip
+
+
 def _validate(x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias):
+    _check_shapes(x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias)
     weights = dict(query_weight=query_weight, key_weight=key_weight, value_weight=value_weight)
     biases = dict(query_bias=query_bias, key_bias=key_bias, value_bias=value_bias)
-    _check.shapes(
-        "linear_qkv", x=(x, "... K"), **{name: (t, "N K") for name, t in weights.items()},
-        **{name: (t, "N") for name, t in biases.items()},
-    )  # fmt: skip
     _check.dtypes("linear_qkv", _check.FLOATS, x=x)
     _check.same_dtype("linear_qkv", x=x, **weights, **biases)
     _check.same_device("linear_qkv", x=x, **weights, **biases)
@@ -76,12 +81,15 @@ def linear_qkv(
 
     Source: ``torch.nn.functional.linear``, three times.
     """
-    given = _check.autocast(x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias)
-    _validate(*given)
-    facts = _facts(given[0], _check.needs_grad(*given))
-    if backend is None and not _kernels(facts):  # each by what is best for it
+    given = (x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias)
+    (x,) = _check.autocast(x)
+    facts = _facts(x, _check.needs_grad(*given))
+    if backend is None and not _kernels(facts):  # each by what is best for it, which looks at it and casts what it must
+        _check_shapes(*given)
         sides = (query_weight, query_bias), (key_weight, key_bias), (value_weight, value_bias)
         return tuple(linear(x, weight, bias) for weight, bias in sides)
+    given = _check.autocast(*given)
+    _validate(*given)
     name = _OP.resolve(backend, facts)
     arguments = dict(zip(_OP.arguments, given, strict=True))
     return _OP.plain(name, **arguments) if name in registry.PLAIN else _OP(name, **arguments)

@@ -31,7 +31,7 @@ def in_raster_order(swapped: SwappedTrunk) -> SwappedTrunk:
     """
     options = dataclasses.replace(swapped.options, patch_order="raster", padding="zero")
     other = type(swapped)(swapped.module, options)
-    other.weights, other.graphs = swapped.weights, swapped.graphs
+    other.weights, other.graphs, other.runs = swapped.weights, swapped.graphs, swapped.runs
     return other
 
 

@@ -21,7 +21,7 @@ from transformers.models.vilt import modeling_vilt as hf
 from ... import record
 from ...engine import captured
 from ...engine import encode as engine
-from ...engine.graphs import MOST_ROWS, Given, Graphs, length_of, power_of_two, put, rows_of
+from ...engine.graphs import MOST_ROWS, Given, Graphs, length_of, multiple, power_of_two, put, rows_of
 from ...engine.listeners import any_hooked, is_plain
 from ...engine.packing import Selection, Spans
 from ...engine.quantization import WeightCache
@@ -77,23 +77,26 @@ class Places:
     @classmethod
     def within(cls, memory: torch.Tensor, bucket: Bucket, weights: torch.dtype) -> Places:
         """Views of the bytes that they take together."""
+        views, start = [], 0
+        for dtype, *shape in cls._shapes(bucket, weights):
+            size = math.prod(shape) * dtype.itemsize
+            views.append(memory[start : start + size].view(dtype).view(shape))
+            start += multiple(size, 16)
+        return cls(*views, bucket.rows)
+
+    @classmethod
+    def bytes(cls, bucket: Bucket, weights: torch.dtype) -> int:
+        """How many they take."""
+        return sum(multiple(math.prod(shape) * dtype.itemsize, 16) for dtype, *shape in cls._shapes(bucket, weights))
+
+    @staticmethod
+    def _shapes(bucket, weights):
         i32, i64 = torch.int32, torch.int64
         n, p, b = bucket.texts, bucket.patches, bucket.samples
-        shapes = (
+        return (
             (i32, b + 1), (i32, b), (i64, n), (i64, n), (i64, p), (i64, p), (i64, p), (i64, p, 4), (weights, p, 4),
             (i64, b), (i64, b), (i64, bucket.shown), (i32, b + 1),
         )  # fmt: skip
-        views, start = [], 0
-        for dtype, *shape in shapes:
-            size = math.prod(shape) * dtype.itemsize
-            views.append(memory[start : start + size].view(dtype).view(shape))
-            start += -(-size // 16) * 16
-        return cls(*views, bucket.rows)
-
-    @staticmethod
-    def bytes(bucket: Bucket) -> int:
-        """At least as many as they take."""
-        return 8 * (4 * bucket.samples + 3 * bucket.texts + 11 * bucket.patches + 64)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,7 +116,8 @@ def _lay_out(plan: SequencePlan, bucket: Bucket) -> _LaidOut:
     if bucket in known:
         return known[bucket]
     with torch.inference_mode(False), torch.no_grad():
-        memory = torch.zeros(Places.bytes(bucket), dtype=torch.uint8, device=plan.device)
+        size = Places.bytes(bucket, plan.pos_weight.dtype)
+        memory = torch.zeros(size, dtype=torch.uint8, device=plan.device)
         at = Places.within(memory, bucket, plan.pos_weight.dtype)
         put(at.cu_seqlens, plan.cu_seqlens, plan.total_rows)
         put(at.text_places, plan.text_source % max(plan.text_length, 1), 0)
@@ -235,7 +239,7 @@ def _is_of(module, kinds):
 
 
 def _given(plan, bucket, inputs, patch) -> dict[str, Given]:
-    laid_out = _lay_out(plan, bucket)
+    # Laid out by what writes, in its turn: another stream may be the first to want it.
     ids, types, pixels = inputs.input_ids, inputs.token_type_ids, inputs.pixel_values
     (gh, gw), (ph, pw) = plan.patch_grid, patch
     texts, patches = len(plan.text_source), len(plan.patch_source)
@@ -245,10 +249,14 @@ def _given(plan, bucket, inputs, patch) -> dict[str, Given]:
 
     def cut_out(to):
         cells = pixels[:, :, : gh * ph, : gw * pw].unflatten(3, (gw, pw)).unflatten(2, (gh, ph))
-        torch.ops.aten.index.Tensor_out(cells.permute(0, 2, 4, 1, 3, 5), laid_out.cells, out=to[:patches])
+        torch.ops.aten.index.Tensor_out(cells.permute(0, 2, 4, 1, 3, 5), _lay_out(plan, bucket).cells, out=to[:patches])
 
     given = {
-        "places": Given(laid_out.memory.shape, torch.uint8, lambda to: to.copy_(laid_out.memory)),
+        "places": Given(
+            (Places.bytes(bucket, plan.pos_weight.dtype),),
+            torch.uint8,
+            lambda to: to.copy_(_lay_out(plan, bucket).memory),
+        ),
         "ids": Given((bucket.texts,), ids.dtype, gathered(ids)),
         "pixels": Given((bucket.patches, pixels.shape[1], ph, pw), pixels.dtype, cut_out, shared=True),
     }
