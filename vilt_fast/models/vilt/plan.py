@@ -39,6 +39,7 @@ class SequencePlan(Packing):
 
     text_length: int  #: T
     image_length: int  #: I
+    text_counts: tuple[int, ...]  #: text rows of each sample that have a place in the padded output, m in all
     grids: tuple[tuple[int, int], ...]  #: (h, w) patches of each image; empty for `image_embeds`
     patch_grid: tuple[int, int]  #: (gh, gw) patches of the padded pixel tensor; (1, P) for `image_embeds`
     text_source: torch.Tensor  #: [n] position in the flattened [B * T] text
@@ -70,8 +71,8 @@ class SequencePlan(Packing):
         return self.text_source.index_select(0, self.shown_text)
 
     def texts_of(self, samples: int) -> int:
-        """How many of `texts` are those of so many samples, from the first on; known on the host on a CPU alone."""
-        return len(self.text_places) if samples == self.batch else int(self.text_starts[samples])
+        """How many of `texts` are those of so many samples, from the first on."""
+        return sum(self.text_counts[:samples])
 
     def __getstate__(self):
         # On a GPU they are views of one storage, of several dtypes, which torch does not save.
@@ -249,6 +250,7 @@ class SequencePlan(Packing):
             image_length=max(p.image_length for p in plans),
             lengths=sum((p.lengths for p in plans), ()),
             key_lengths=sum((p.key_lengths for p in plans), ()),
+            text_counts=sum((p.text_counts for p in plans), ()),
             grids=sum((p.grids for p in plans), ()),
             patch_grid=plans[0].patch_grid,
             cu_seqlens=torch.cat([plans[0].cu_seqlens[:1], *cu_seqlens]),
@@ -387,6 +389,7 @@ def _assemble(text, cells, grid, image_tokens, grids, positions, has_cls, paddin
         image_length=image_length,
         lengths=tuple(lengths),
         key_lengths=tuple(key_lengths),
+        text_counts=tuple(map(int, text_counts)),
         grids=tuple(grids),
         patch_grid=tuple(grid),
         dense=start == len(text) * width and lengths == key_lengths and _in_order(places),
