@@ -19,6 +19,8 @@ def main(name, images, texts, out):
     cuda = torch.cuda.is_available()
     torch.distributed.init_process_group("nccl" if cuda else "gloo")
     device = torch.device("cuda", torch.distributed.get_node_local_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     model = ViltForImageAndTextRetrieval.from_pretrained(name).eval().to(device)
     vilt_fast.accelerate(model)
     found = vilt_fast.score(

@@ -91,13 +91,14 @@ def test_answers(home, tmp_path):
     [
         (["-o", "out.xlsx"], "tables are"),
         (["-o", "missing/out.csv"], "no folder"),
+        (["-o", "out.csv", "--sheet", "missing/sheet.png"], "no folder"),
         (["-o", "out.csv", "--images", "texts.txt"], "is no folder"),
         (["-o", "out.csv", "--images", "empty"], "no file that is named like an image"),
         (["-o", "out.csv", "--texts", "missing.txt"], "missing.txt cannot be read"),
         (["-o", "out.csv", "--texts", "blank.txt"], "holds no texts"),
         (["-o", "out.csv", "--texts", "images/0.png"], "no text in UTF-8"),
         (["-o", "out.csv", "--texts", "long.txt"], "has 20 tokens; the model takes 1 to 12"),
-        (["-o", "out.csv", "--sheet", "sheet.xyz"], "cannot draw xyz"),
+        (["-o", "out.csv", "--sheet", "sheet.xyz"], "cannot write xyz"),
         (["-o", "out.csv", "--resume"], "--resume needs what was streamed"),
         (["-o", "out.npy", "--scores", "all.npy"], "leave --scores out"),
         (["-o", "out.csv", "--model", "nowhere"], "nowhere"),
@@ -111,6 +112,28 @@ def test_what_cannot_be_used_is_said(home, tmp_path, monkeypatch, capsys, more, 
     before = set(home.rglob("*"))
     assert _call(home, *more) == 2
     assert said in capsys.readouterr().err and set(home.rglob("*")) == before
+
+
+def test_a_table_without_pyarrow_is_said(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert _call(home, "-o", tmp_path / "out.parquet") == 2
+    assert "pip install pyarrow" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["score --images a --texts b -o c", "align a b", "demo"])
+def test_the_model_of_the_environment_is_that_of_every_command(monkeypatch, command):
+    asked = []
+    monkeypatch.setenv("VILT_FAST_MODEL", "some/model")
+    module = getattr(cli, command.split()[0])
+    monkeypatch.setattr(module, "_run", lambda arguments, rest: asked.append(arguments.model) or 0)
+    assert cli.main(command.split()) == 0 and cli.main([*command.split(), "--model", "another"]) == 0
+    assert asked == ["some/model", "another"]
+
+
+def test_one_gpu_for_several_processes_is_refused(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _call(home, "-o", tmp_path / "out.csv", "--device", "cuda:0") == 2
+    assert "cuda:0 is one GPU, and each of several processes has its own" in capsys.readouterr().err
 
 
 def _example(name):

@@ -1,5 +1,6 @@
 """Runs that are streamed to a file, killed, resumed, refused, out of room, or shared by several processes."""
 
+import contextlib
 import errno
 import json
 import os
@@ -15,9 +16,15 @@ import pytest
 import torch
 from support import scored, scoring
 from support.models import build
+from support.original_vilt import ViLTransformerSS
 
 import vilt_fast
-from vilt_fast import InputError
+from vilt_fast import InputError, testing
+from vilt_fast.models import find_pairs
+from vilt_fast.scoring import ranks
+from vilt_fast.scoring.score import _fingerprint
+from vilt_fast.scoring.tiling import Tiling
+from vilt_fast.scoring.workers import autocast
 
 KILLS = int(os.environ.get("VILT_FAST_KILLS", "3"))
 
@@ -99,6 +106,8 @@ def test_another_run_is_refused_by_what_is_other(tmp_path):
     other_weights = build("retrieval", torch.float32, seed=1)
     one_weight = scored.model()
     one_weight.vilt.encoder.layer[2].output.dense.weight.data[3, 4] += 1e-6
+    epsilon = scored.model()
+    epsilon.config.layer_norm_eps = 1e-5
     other_image = [*images[:-1], images[-1].copy()]
     other_image[-1][0, 0, 0] ^= 1
     fewer = type(given["processor"]).from_dict({**given["processor"].to_dict(), "size_divisor": 32})
@@ -106,6 +115,7 @@ def test_another_run_is_refused_by_what_is_other(tmp_path):
     for named, arguments, more in (
         ("model", (other_weights, scoring.texts(), images), {}),
         ("model", (one_weight, scoring.texts(), images), {}),
+        ("model", (epsilon, scoring.texts(), images), {}),
         ("model", (quantized, scoring.texts(), images), {}),
         ("texts", (model, scoring.texts()[:-1] + [[1, 2, 4]], images), {}),
         ("texts, options", (model, scoring.texts()[::-1], images), {"token_budget": 100}),
@@ -115,13 +125,68 @@ def test_another_run_is_refused_by_what_is_other(tmp_path):
     ):
         with pytest.raises(InputError, match=f"begun with other {named}: nothing has been changed"):
             vilt_fast.score(*arguments, **{**given, "resume": True, **more})
+    with pytest.raises(InputError, match="begun with other options"), torch.autocast("cpu", torch.bfloat16):
+        vilt_fast.score(model, scoring.texts(), images, **given, resume=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    numbers = np.load(tmp_path / "scores.npy")
+    with open(tmp_path / "scores.npy", "wb") as file:
+        np.lib.format.write_array(file, numbers, version=(1, 0))
+    with pytest.raises(InputError, match=r"no results that can be resumed: an array in version \(1, 0\)"):
+        vilt_fast.score(model, scoring.texts(), images, **given, resume=True)
     (tmp_path / "scores.npy.journal").write_text("{}\n")
     with pytest.raises(InputError, match="no results that can be resumed"):
         vilt_fast.score(model, scoring.texts(), images, **given, resume=True)
     (tmp_path / "scores.npy.journal").unlink()
     with pytest.raises(InputError, match="has no journal"):
         vilt_fast.score(model, scoring.texts(), images, **given, resume=True)
+
+
+def test_what_else_a_model_computes_by_is_told_apart():
+    """The kinds of autocast, on a GPU too, and the original's settings."""
+    model = testing.random_weights(ViLTransformerSS()).eval()
+    model.rank_output = torch.nn.Linear(32, 1)
+    mark = lambda: _fingerprint(find_pairs(model), [np.array([1])], [], None, None, (1,))  # noqa: E731
+    plain = mark()
+    assert mark() == plain
+    model.hparams.config["max_image_len"] = 7
+    assert {name for name, value in mark().items() if value != plain[name]} == {"model"}
+    model.hparams.config["max_image_len"] = -1
+    seen = [plain["options"]]
+    for kind, dtype in (("cpu", torch.bfloat16), ("cpu", torch.float16)):
+        with torch.autocast(kind, dtype):
+            assert autocast() == {kind: dtype}
+            seen.append(mark()["options"])
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        seen.append(mark()["options"])
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert len(set(seen)) == 4
+
+
+def test_nccl_sends_from_the_gpu_of_the_model(monkeypatch, tmp_path):
+    """Whichever was current; told by stand-ins, for it takes two GPUs to go wrong."""
+    current, seen = [], []
+
+    @contextlib.contextmanager
+    def device(of):
+        current.append(of)
+        yield
+        current.pop()
+
+    fakes = dict(get_rank=lambda: 0, get_world_size=lambda: 1, is_initialized=lambda: True, get_backend=lambda: "nccl")
+    fakes["broadcast"] = lambda piece, sender: seen.append(("broadcast", *current))
+    fakes["all_gather_object"] = lambda into, mine: seen.append(("errors", *current)) or into.__setitem__(0, mine)
+    fakes["barrier"] = lambda: seen.append(("barrier", *current))
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.distributed, name, fake)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, on: self)
+    tiling, gpu = Tiling([3], 2, None, 64), torch.device("cuda", 1)
+    mine, out = np.array([1, 2], np.float32), tmp_path / "all.npy"
+    array, errors = ranks.together(mine, {1: "gone"}, tiling, (1, 2), mine.dtype, 1, out, gpu)
+    assert np.array_equal(array, [[1, 2]]) and errors == {1: "gone"} and np.array_equal(np.load(out), array)
+    assert seen == [("broadcast", gpu), ("errors", gpu), ("barrier", gpu)]
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_computed(tmp_path, monkeypatch):
@@ -135,7 +200,7 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_computed(tmp_p
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "fsync", full)  # where a file system that writes late says so
     with pytest.raises(OSError, match="cannot be written: No space left") as caught:
         vilt_fast.score(model, scoring.texts(), images, out=tmp_path / "scores.npy", **given)
     assert caught.value.errno == errno.ENOSPC and not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from support.models import build
 
 import vilt_fast
 from vilt_fast import InputError, Recall, ScoreMatrix, recall
+from vilt_fast.scoring import sheet
 
 NAN = float("nan")
 
@@ -81,8 +82,9 @@ def test_the_best_images():
     images, scores = listed.top(2)
     assert images.tolist() == [[1, -1], [2, 0]] and np.isnan(scores[0, 1]) and scores[1].tolist() == [5, 1]
     assert np.asarray(found, np.float64).dtype == np.float64
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        found.top(-1)
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k must be at least 1, got {k}"):
+            found.top(k)
     with pytest.raises(ValueError, match="full grid"):
         listed.recall([0, 0])
 
@@ -135,7 +137,9 @@ def test_tables_that_cannot_be_written(tmp_path):
         found.save(tmp_path / "a.xlsx")
     with pytest.raises(OSError, match="no folder"):
         found.save(tmp_path / "missing" / "a.csv")
-    broken = matrix([[1.0]], top_k=0)
+    with pytest.raises(OSError, match="no folder"):
+        found.save(tmp_path / "pyarrow" / "a.csv")
+    broken = matrix([[1.0]])
     broken.__dict__["texts"] = None
     with pytest.raises(TypeError):
         broken.save(tmp_path / "a.csv")
@@ -165,6 +169,20 @@ def test_a_sheet(tmp_path):
     assert Image.open(tmp_path / "answers.jpg").size[0] > 500
     with pytest.raises(ValueError, match="numbers from 0 to 1"):
         found.sheet(tmp_path / "sheet.png", texts=[2])
+
+
+def test_a_sheet_ranks_once_and_shows_five_at_most(tmp_path, monkeypatch):
+    calls, shown, own = [], [], sheet._thumbnail
+    monkeypatch.setattr(sheet, "_thumbnail", lambda matrix, image, dpi: shown.append(image) or own(matrix, image, dpi))
+    top = ScoreMatrix.top
+    monkeypatch.setattr(ScoreMatrix, "top", lambda self, k=None: calls.append(k) or top(self, k))
+    scores = np.tile(np.arange(8.0)[::-1], (3, 1))
+    for kept, asked, count in ((None, None, 5), (2, None, 2), (7, None, 5), (2, 6, 6)):
+        matrix(scores, top_k=kept).sheet(tmp_path / "sheet.png", top_k=asked, dpi=20)
+        assert calls == [count] and shown == list(range(count))
+        calls.clear(), shown.clear()
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        matrix(scores).sheet(tmp_path / "sheet.png", top_k=0)
 
 
 def _halves(ys, xs, height):

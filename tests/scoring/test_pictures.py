@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -9,15 +10,23 @@ import torch
 from PIL import Image
 from support import scoring
 from support.models import build
+from support.original_vilt import ViLTransformerSS
 
 import vilt_fast
-from vilt_fast import ImageProcessor
+from vilt_fast import ImageProcessor, testing
 from vilt_fast.scoring import pictures
 
 
 @pytest.fixture(scope="module")
 def model():
     return build("retrieval", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def original():
+    model = testing.random_weights(ViLTransformerSS()).eval()
+    model.rank_output = testing.random_weights(torch.nn.Linear(32, 1), seed=3)
+    return model
 
 
 def score(model, images, **more):
@@ -41,9 +50,11 @@ def test_however_an_image_is_given(model, tmp_path):
         "pixel_values": torch.nn.functional.pad(made["pixel_values"], (0, 32, 0, 16), value=float("nan")),
         "pixel_mask": torch.nn.functional.pad(made["pixel_mask"], (0, 32, 0, 16)),
     }
+    padded_arrays = {name: np.asarray(part) for name, part in padded.items()}
     images = [
         str(tmp_path / "a.png"), pathlib.Path(tmp_path / "a.png"), png, bytearray(png), memoryview(png), image, array,
         torch.from_numpy(array), torch.from_numpy(array).float() / 255, dict(made), loose, padded,
+        padded_arrays,
     ]  # fmt: skip
     scores = score(model, images).scores
     assert np.isfinite(scores).all() and (scores == scores[:, :1]).all()
@@ -100,19 +111,23 @@ def test_one_in_a_hundred_is_no_image(model, tmp_path):
         ({"pixel_values": torch.zeros(2, 3, 32, 32)}, "of one image"),
         ({"pixel_values": torch.zeros(1, 4, 32, 32)}, "channel"),
         ({"pixel_values": torch.zeros(1, 3, 32, 32), "pixel_mask": torch.zeros(1, 32, 32)}, "pixel_mask"),
+        ({"pixel_values": torch.ones(1, 3, 32, 32), "pixel_mask": torch.eye(32)[None, :16]}, "like pixel_values"),
+        ({"pixel_values": torch.ones(1, 3, 32, 32), "pixel_mask": torch.eye(32)}, "like pixel_values"),
+        ({"pixel_values": torch.ones(1, 3, 32, 32), "pixel_mask": "no"}, "Error"),
         ({"pixels": 1}, "KeyError"),
     ],
 )
-def test_what_is_no_image_is_told_and_the_rest_is_right(model, bad, why):
-    good = scoring.photographs()[:2]
-    with pytest.warns(UserWarning, match="1 of 3 images cannot be read"):
-        found = score(model, [good[0], bad, good[1]])
-    assert np.isnan(found.scores[:, 1]).all() and np.array_equal(found.scores[:, ::2], score(model, good).scores)
-    import re
-
-    assert re.search(why, found.errors[1])
-    with pytest.raises(vilt_fast.InputError, match="none of the images can be read"):
-        score(model, [bad])
+def test_what_is_no_image_is_told_and_the_rest_is_right(model, original, bad, why):
+    good, given = scoring.photographs()[:2], dict(processor=scoring.processor(model))
+    told = lambda kind, images: vilt_fast.score(kind, scoring.texts()[:2], images, **given)  # noqa: E731
+    for kind in (model, original):
+        with pytest.warns(UserWarning, match="1 of 3 images cannot be read"):
+            found = told(kind, [good[0], bad, good[1]])
+        whole = told(kind, good).scores
+        assert np.isnan(found.scores[:, 1]).all() and np.array_equal(found.scores[:, ::2], whole)
+        assert re.search(why, found.errors[1]) or (kind is original and "pixel_mask" in found.errors[1])
+        with pytest.raises(vilt_fast.InputError, match="none of the images can be read"):
+            told(kind, [bad])
 
 
 def test_a_bomb_is_told(model, monkeypatch):

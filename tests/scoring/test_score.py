@@ -1,6 +1,7 @@
 """`score` against HuggingFace's own forward pair by pair, and against itself in other batches, orders and parts."""
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -179,6 +180,48 @@ def test_autocast_of_the_caller_is_that_of_the_threads():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = vilt_fast.score(*given, processor=scoring.processor(model)).scores
     assert not np.array_equal(plain, rounded) and np.allclose(plain, rounded, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("kernel"), torch.OutOfMemoryError("full"), MemoryError(), KeyError(1)])
+def test_what_goes_wrong_in_the_model_is_no_image_that_cannot_be_read(monkeypatch, error):
+    model = build("retrieval", torch.float32)
+    given = model, scoring.texts(), scoring.photographs()
+
+    def failing(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vilt_fast.models.vilt.pairs.TaskPairs, "image", failing)
+        with pytest.raises(type(error)):
+            vilt_fast.score(*given, processor=scoring.processor(model))
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        with pytest.raises(type(error)):
+            vilt_fast.score(*given, processor=failing)
+    else:
+        with pytest.raises(InputError, match=f"none of the images can be read: image 0: {type(error).__name__}"):
+            vilt_fast.score(*given, processor=failing)
+
+
+def test_a_text_that_two_threads_come_for_takes_its_room_once():
+    together = threading.Barrier(2)
+
+    class Slow:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def why_whole(self):
+            return ""
+
+        def text(self, ids):
+            together.wait(20)  # both of them have found that it is not there
+            return torch.zeros(len(ids), 8)
+
+    with workers.Workers(Slow(), [np.arange(3)], [], 64, 2, None) as busy:
+        threads = [threading.Thread(target=busy._text, args=(0,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert workers._KEPT_TEXTS - busy._room == 3 * 8 * 4 and list(busy._texts) == [0]
 
 
 def test_numbers_that_are_out_of_range(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from . import checkpoint as checkpoints
 from . import report
-from .arguments import above_zero, add_model, add_threads, set_threads, whole
+from .arguments import above_zero, add_model, add_threads, check_picture, set_threads, whole
 
 
 def add(commands):
@@ -67,7 +67,7 @@ def run(
         FileNotFoundError, ValueError: a file that is missing, no image, or cannot be written; a text without words or
             too long for the model. BadCheckpoint: see `checkpoint.load`.
     """
-    from matplotlib.figure import Figure  # missing packages are to be named before minutes of work, not after
+    import matplotlib  # noqa: F401  missing packages are to be named before minutes of work, not after
     from rich.console import Console
     from rich.markup import escape
 
@@ -75,10 +75,7 @@ def run(
     from ..alignment.draw import draw
 
     console = console or Console()
-    known = Figure().canvas.get_supported_filetypes()
-    suffix = Path(out).suffix.lstrip(".").lower()
-    if suffix not in known:
-        raise ValueError(f"{out}: cannot write {suffix or 'a file without suffix'}; pictures are {', '.join(known)}.")
+    check_picture(out)
     photograph = _opened(image)
     with report.progress(console) as bar:
         what = "Making random weights" if checkpoint is None else f"Loading {escape(checkpoint)}"

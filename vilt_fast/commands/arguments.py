@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 
 
 def whole(low, high):
@@ -34,12 +35,20 @@ def _short(text):
     return text if len(text) <= 30 else f"{text[:27]}..."
 
 
-def add_model(parser):
-    """--model, for commands that run without one too."""
+def add_model(parser, otherwise=", else random weights"):
+    """--model; `otherwise` says in the help what a command does without one."""
     default = os.environ.get("VILT_FAST_MODEL") or None
-    parser.add_argument(
-        "--model", default=default, help="folder or hub id (default: $VILT_FAST_MODEL, else random weights)"
-    )
+    parser.add_argument("--model", default=default, help=f"folder or hub id (default: $VILT_FAST_MODEL{otherwise})")
+
+
+def check_picture(path):
+    """ValueError where `path` has no suffix of a picture that can be drawn; ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    suffix = Path(path).suffix.lstrip(".").lower()
+    if suffix not in known:
+        raise ValueError(f"{path}: cannot write {suffix or 'a file without suffix'}; pictures are {', '.join(known)}.")
 
 
 def add_threads(parser):

@@ -136,9 +136,6 @@ def draw(path, pairs, flat, config, times, lines):
     """The picture of the report: every photograph on the patch grid it gets, its text, and speed and error bars."""
     import textwrap
 
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     columns = 4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import checkpoint as checkpoints
 from . import report
-from .arguments import add_threads, set_threads, whole
+from .arguments import add_model, add_threads, check_picture, set_threads, whole
 
 
 def add(commands):
@@ -18,8 +18,7 @@ def add(commands):
     parser.add_argument("-o", "--out", required=True, help="table to write: .csv, .parquet, or .npy for all scores")
     parser.add_argument("--top-k", type=whole(1, 2**31 - 1), help="best images a text (of questions: answers a pair)")
     parser.add_argument("--sheet", metavar="PICTURE", help="also a picture of each text with its best images")
-    default = os.environ.get("VILT_FAST_MODEL") or None
-    parser.add_argument("--model", default=default, help="folder or hub id (default: $VILT_FAST_MODEL)")
+    add_model(parser, otherwise="")
     parser.add_argument("--task", choices=("retrieval", "vqa"), help="class to load, as for check")
     parser.add_argument("--dtype", choices=report.PRECISIONS, default="float32", help="default: float32")
     parser.add_argument("--device", help="default: a GPU where torch has one, but for int8; else cpu")
@@ -57,7 +56,7 @@ def run(
 
     Raises:
         ValueError, OSError: files that are missing, empty or cannot be written, and what `vilt_fast.score` raises.
-        ImportError: a package that the table or the picture needs is missing. BadCheckpoint: see `checkpoint.load`.
+        ImportError: a package that the picture needs is missing. BadCheckpoint: see `checkpoint.load`.
     """
     import torch
 
@@ -65,10 +64,12 @@ def run(
     from ..scoring.score import score
     from ..swap import accelerate
 
-    if reason := table.why_not(out):
-        raise ValueError(reason)
+    if problem := table.why_not(out):
+        raise ValueError(str(problem)) from problem
     if sheet is not None:
-        _check_picture(sheet)
+        check_picture(sheet)
+        if not Path(sheet).parent.is_dir():
+            raise ValueError(f"{sheet} cannot be written: there is no folder {Path(sheet).parent}.")
     streamed = out if Path(out).suffix == ".npy" else scores
     if scores is not None and streamed is not scores:
         raise ValueError(f"-o {out} holds all scores already: leave --scores out.")
@@ -103,17 +104,6 @@ def run(
     wrote = " and ".join(str(path) for path in (out, scores, sheet) if path is not None)
     print(f"Wrote {wrote}: {len(lines)} texts, {len(paths)} images, {found.scores.shape[0] * len(paths)} pairs")
     return found
-
-
-def _check_picture(path):
-    from matplotlib.figure import Figure
-
-    known = Figure().canvas.get_supported_filetypes()
-    suffix = Path(path).suffix.lstrip(".").lower()
-    if suffix not in known:
-        raise ValueError(f"{path}: cannot draw {suffix or 'a file without suffix'}; pictures are {', '.join(known)}.")
-    if not Path(path).parent.is_dir():
-        raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}.")
 
 
 def _lines(path) -> list[str]:

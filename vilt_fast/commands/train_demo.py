@@ -113,9 +113,6 @@ def _marks(marks):
 
 def draw(path, ours, theirs):
     """The losses against seconds, and the first of them against steps, where the two models should agree."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.4), facecolor="white", layout="constrained")

@@ -20,10 +20,8 @@ class Pairs:
     head: str  #: what gives a pair its logits: its name in the model
     answers = False  #: whether a pair has a logit an answer, and not one score
     names: dict[int, str] = {}  #: what answers are called, where the model knows
-    processor_at = ""  #: folder or hub id that the model was loaded from, if any
     positions: int  #: tokens of the longest text
     vocabulary: int  #: ids are below it
-    patch_size: tuple[int, int]  #: (height, width) in pixels
 
     def __init__(self, model: torch.nn.Module):
         self.model = model

@@ -46,10 +46,10 @@ class ScoreColumns:
             (texts.add(_plain(text)), images.add(_plain(image)))
             for text, image in zip(batch[self._text], batch[self._image], strict=True)
         ]
-        answers = find_pairs(self._model).answers if not pairs else None
         if not pairs:
-            empty = {"answer": np.zeros(0, np.str_), "probability": np.zeros(0, np.float32)}
-            return {**batch, **(empty if answers else {"score": np.zeros(0, np.float32)})}
+            if find_pairs(self._model).answers:
+                return {**batch, "answer": np.zeros(0, np.str_), "probability": np.zeros(0, np.float32)}
+            return {**batch, "score": np.zeros(0, np.float32)}
         found = score(self._model, texts.all, images.all, pairs=pairs, **self._options)
         if found.answers is None:
             return {**batch, "score": np.asarray(found.scores)}

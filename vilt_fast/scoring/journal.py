@@ -95,8 +95,8 @@ class OnDisk(Results):
         made = []
         try:
             for path in (self.path, self.journal):
-                made.append(path) if not path.exists() else None
                 path.open("xb").close()
+                made.append(path)
             with open(self.path, "r+b") as file:
                 header = {
                     "descr": np.lib.format.dtype_to_descr(self.dtype),
@@ -106,7 +106,6 @@ class OnDisk(Results):
                 np.lib.format.write_array_header_2_0(file, header)
                 self._start, total = file.tell(), int(np.prod(self.shape))
                 # A file with holes would be found too large for its disk in the middle of the run.
-                os.posix_fallocate(file.fileno(), 0, self._start + total * self.dtype.itemsize)
                 empty = np.zeros(min(total, 1 << 20), self.dtype)
                 missing(empty)
                 for start in range(0, total, len(empty) or 1):
@@ -126,9 +125,9 @@ class OnDisk(Results):
     def _open(self, fingerprint):
         try:
             with open(self.path, "rb") as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_2_0 if version >= (2, 0) else np.lib.format.read_array_header_1_0
-                shape, _, dtype = read(file)
+                if (version := np.lib.format.read_magic(file)) != (2, 0):
+                    raise ValueError(f"an array in version {version} of NumPy's format, not (2, 0)")
+                shape, _, dtype = np.lib.format.read_array_header_2_0(file)
                 self._start = file.tell()
             with open(self.journal, "rb") as file:
                 first = json.loads(file.readline())

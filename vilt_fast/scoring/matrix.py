@@ -46,7 +46,8 @@ class ScoreMatrix:
         """
         if self.answers is not None:
             raise ValueError("ScoreMatrix.top: question answering gives answers, which do not rank images.")
-        k = k or self.top_k or len(self.images)
+        k = self.top_k if k is None else k
+        k = len(self.images) if k is None else k
         if k < 1:
             raise ValueError(f"ScoreMatrix.top: k must be at least 1, got {k}.")
         k = min(k, len(self.images))

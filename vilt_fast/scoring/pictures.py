@@ -55,11 +55,13 @@ class Picture:
             processor = self._processor()
             made = processor(self._for(processor), return_tensors="pt")
         values, mask = made["pixel_values"], made.get("pixel_mask")
-        values = values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
+        values, mask = _tensor(values), None if mask is None else _tensor(mask)
         if values.ndim == 3:
             values, mask = values[None], None if mask is None else mask[None]
         if values.ndim != 4 or len(values) != 1:
             raise InputError(f"pixel_values must be of one image, [1, C, H, W], got {list(values.shape)}.")
+        if mask is not None and mask.shape != (1, *values.shape[2:]):
+            raise InputError(f"pixel_mask must be {[1, *values.shape[2:]]} like pixel_values, got {list(mask.shape)}.")
         if mask is not None and bool((mask != 0).all()):
             mask = None
         return values, mask
@@ -116,6 +118,10 @@ class Picture:
 
 
 _ENCODED = str | os.PathLike | bytes | bytearray | memoryview
+
+
+def _tensor(values) -> torch.Tensor:
+    return values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
 
 
 def _file(source):

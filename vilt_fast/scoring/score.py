@@ -26,7 +26,7 @@ from . import texts as texts_of
 from .journal import InMemory, OnDisk
 from .matrix import ScoreMatrix
 from .tiling import Tiling
-from .workers import Workers
+from .workers import Workers, autocast
 
 #: Rows of a batch. On a CPU two chunks of the native encoder; on a GPU not measured.
 TOKEN_BUDGET = {"cpu": 1792, "cuda": 16384}
@@ -248,6 +248,7 @@ def _fingerprint(task, ids, pictures, pairs, processor, options) -> dict[str, st
     for module in model.modules():
         if swapped := swap_of(module):
             seen.add(f"{type(swapped).__name__} {swapped.options.quantize}")
+    seen.add(_config(model))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         seen.add(f"{name} {tensor.dtype} {list(tensor.shape)}")
         seen.add(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else "")
@@ -260,7 +261,7 @@ def _fingerprint(task, ids, pictures, pairs, processor, options) -> dict[str, st
         made = processor()
         images.add(f"{type(made).__qualname__} {made.to_dict() if hasattr(made, 'to_dict') else made!r}")
     chosen = _Seen()
-    chosen.add(f"{options} {torch.is_autocast_enabled('cpu')}")
+    chosen.add(f"{options} {autocast()}")
     if pairs is not None:
         chosen.add(pairs.tobytes())
     native = registry.why_unavailable("encoder", "cpp")
@@ -269,6 +270,13 @@ def _fingerprint(task, ids, pictures, pairs, processor, options) -> dict[str, st
         "model": seen.digest(), "texts": texts.digest(), "images": images.digest(), "options": chosen.digest(),
         "versions": versions,
     }  # fmt: skip
+
+
+def _config(model) -> str:
+    """The settings of a model and what is in it, of the original those of its `hparams`."""
+    found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    made = [config.to_json_string() for config in found.values() if hasattr(config, "to_json_string")]
+    return f"{made} {sorted(getattr(getattr(model, 'hparams', None), 'config', {}).items())}"
 
 
 class _Seen:

@@ -24,7 +24,7 @@ def draw(matrix, path, *, top_k: int | None = None, texts=None, note: str = "", 
         note: written small below. dpi: pixels an inch.
 
     Raises:
-        ImportError: matplotlib is missing. ValueError: an unknown suffix, or a text that is not there.
+        ImportError: matplotlib is missing. ValueError: an unknown suffix, a text that is not there, or `top_k` below 1.
     """
     try:
         from matplotlib.figure import Figure
@@ -35,8 +35,13 @@ def draw(matrix, path, *, top_k: int | None = None, texts=None, note: str = "", 
     chosen = list(range(min(20, len(matrix.texts))) if texts is None else texts)
     if not chosen or not all(0 <= text < len(matrix.texts) for text in chosen):
         raise ValueError(f"sheet: texts must be numbers from 0 to {len(matrix.texts) - 1}, got {chosen}.")
-    count = min(top_k or matrix.top_k or 5, len(matrix.images))
-    panels = [_panels(matrix, text, count) for text in chosen]
+    if top_k is None:
+        top_k = 5 if matrix.top_k is None else min(matrix.top_k, 5)
+    if top_k < 1:
+        raise ValueError(f"sheet: top_k must be at least 1, got {top_k}.")
+    count = min(top_k, len(matrix.images))
+    best = matrix.top(count) if matrix.answers is None else None
+    panels = [_panels(matrix, text, count, best) for text in chosen]
     width, row = TEXT + count * (PANEL + 0.15) + 0.2, PANEL + 0.42
     below = 0.3 if note else 0.1
     height = len(chosen) * row + below + 0.1
@@ -69,10 +74,10 @@ def draw(matrix, path, *, top_k: int | None = None, texts=None, note: str = "", 
     figure.savefig(path, dpi=dpi)
 
 
-def _panels(matrix, text, count):
-    """(image, what is written below it) of the panels of a text."""
-    if matrix.answers is None:
-        images, scores = matrix.top(count)
+def _panels(matrix, text, count, best):
+    """(image, what is written below it) of the panels of a text; `best` is what `top` gives, None of answers."""
+    if best is not None:
+        images, scores = best
         shown = zip(images[text].tolist(), scores[text].tolist(), strict=True)
         return [(image, f"{score:.3g}") for image, score in shown if image >= 0]
     if matrix.pairs is None:

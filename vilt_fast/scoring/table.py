@@ -14,21 +14,22 @@ SUFFIXES = (".npy", ".csv", ".parquet")
 _GROUP = 1 << 16  # rows of a table that are in memory at a time
 
 
-def why_not(path) -> str:
-    """Why a table cannot be written to `path`, as far as can be told ahead, or ""."""
+def why_not(path) -> Exception | None:
+    """What `write` would raise for `path`, as far as can be told ahead: see there."""
     path = Path(path)
     if path.suffix not in SUFFIXES:
-        return f"{path}: tables are {', '.join(SUFFIXES)}, not {path.suffix or 'without suffix'}."
+        return ValueError(f"{path}: tables are {', '.join(SUFFIXES)}, not {path.suffix or 'without suffix'}.")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        return f"{path} cannot be written: {path.parent} is no folder that can be written to, or {path} is one."
+        return OSError(
+            f"{path} cannot be written: {path.parent} is no folder that can be written to, or {path} is one."
+        )
     if path.suffix == ".parquet":
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            return (
-                f"{path}: Parquet is written with pyarrow, which is not installed: pip install pyarrow, or take .csv."
-            )
-    return ""
+            why = "Parquet is written with pyarrow, which is not installed: pip install pyarrow, or take .csv."
+            return ImportError(f"{path}: {why}", name="pyarrow")
+    return None
 
 
 def rows(matrix) -> Iterator[tuple]:
@@ -67,9 +68,8 @@ def write(matrix, path) -> None:
         ValueError: another suffix. ImportError: pyarrow is missing. OSError: it cannot be written.
     """
     path = Path(path)
-    if reason := why_not(path):
-        kind = ImportError if "pyarrow" in reason else ValueError if path.suffix not in SUFFIXES else OSError
-        raise kind(reason)
+    if problem := why_not(path):
+        raise problem
     temporary = path.with_name(f".{path.name}.part")
     try:
         if path.suffix == ".npy":
@@ -104,12 +104,9 @@ def _parquet(matrix, path):
     import pyarrow
     from pyarrow import parquet
 
-    last = [("score", pyarrow.float64())]
-    if matrix.answers is not None:
-        last = [("answer", pyarrow.string()), ("probability", pyarrow.float64())]
-    names = ("text_number", "text", "image_number", "image", "rank")
-    kinds = (pyarrow.int64(), pyarrow.string(), pyarrow.int64(), pyarrow.string(), pyarrow.int64())
-    schema = pyarrow.schema([*zip(names, kinds, strict=True), *last])
+    last = [pyarrow.float64()] if matrix.answers is None else [pyarrow.string(), pyarrow.float64()]
+    kinds = [pyarrow.int64(), pyarrow.string(), pyarrow.int64(), pyarrow.string(), pyarrow.int64(), *last]
+    schema = pyarrow.schema(list(zip(columns(matrix), kinds, strict=True)))
     left = rows(matrix)
     with parquet.ParquetWriter(path, schema) as file:
         while group := list(itertools.islice(left, _GROUP)):

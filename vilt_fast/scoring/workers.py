@@ -1,8 +1,7 @@
 """The pairs of tiles, computed: images are prepared ahead of the batches that want them, in bounded memory.
 
 On a CPU each thread is an engine of its own: it takes whatever is next, an image to decode and embed or a batch of
-pairs to encode, and waits for no other. Two of them are faster than one engine of two threads, whose barriers the
-decoding of images would hold up. On a GPU one thread feeds the device, and others decode.
+pairs to encode, and waits for no other. On a GPU decoders also embed; one thread runs the blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
+from ..errors import InputError
 from ..models.pairs import Pairs
 from . import tiling
 from .pictures import Picture
@@ -35,6 +35,10 @@ class Done:
     errors: dict[int, str]
 
 
+class _Unreadable(Exception):
+    """An image that is none, or none for this model; the message says why in a line."""
+
+
 class Workers:
     """Computes tiles, in order. Use as a context manager."""
 
@@ -45,12 +49,10 @@ class Workers:
         self._pairs, self._ids, self._pictures = pairs, ids, pictures
         self._budget, self._kept = token_budget, kept
         self.whole = pairs.why_whole()
-        self._texts, self._room = {}, _KEPT_TEXTS
+        self._texts, self._room, self._keeping = {}, _KEPT_TEXTS, threading.Lock()
         first = {}  # images that are the same one are read as the first of them
         self._same = [first.setdefault(picture.key(), place) for place, picture in enumerate(pictures)]
-        self._autocast = {
-            kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
-        }
+        self._autocast = autocast()
         threads = torch.get_num_threads()
         if pairs.device.type == "cpu":
             self.engines = 1 if self.whole else min(threads, _MOST_WORKERS, count)
@@ -97,8 +99,8 @@ class Workers:
         for image in self._wanted(tile):
             try:
                 ready[image] = images[image].result()
-            except Exception as error:  # other people's files, read by other people's code
-                errors[image] = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            except _Unreadable as error:
+                errors[image] = str(error)
         of = [self._same[image] for image in tile.images.tolist()]
         good = np.array([place for place, image in enumerate(of) if image in ready], np.int64)
         rows = np.array([len(self._ids[tile.texts[p]]) + _size(ready[of[p]]) for p in good], np.int64)
@@ -128,10 +130,20 @@ class Workers:
 
     def _image(self, image):
         """Embedded rows of an image; its pixels and mask where the model takes whole pairs."""
-        pixels, mask = self._pictures[image].pixels()
+        try:
+            pixels, mask = self._pictures[image].pixels()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # other people's files, read by other people's code
+            raise _unreadable(error) from error
         pixels = pixels.to(self._pairs.device, self._pairs.dtype, non_blocking=True)
         mask = None if mask is None else mask.to(self._pairs.device)
-        return (pixels, mask) if self.whole else self._pairs.image(pixels, mask)
+        if self.whole:
+            return pixels, mask
+        try:
+            return self._pairs.image(pixels, mask)
+        except InputError as error:
+            raise _unreadable(error) from error
 
     def _batch(self, given):
         """What is kept of each of some pairs (text, prepared image)."""
@@ -153,10 +165,16 @@ class Workers:
         if rows is None:
             rows = self._pairs.text(self._ids_of(text))
             size = rows.numel() * rows.element_size()
-            if size <= self._room:
-                self._room -= size
-                self._texts[text] = rows
+            with self._keeping:
+                if text not in self._texts and size <= self._room:
+                    self._room -= size
+                    self._texts[text] = rows
         return rows
+
+
+def autocast() -> dict[str, torch.dtype]:
+    """{kind of device: dtype} of the autocast that is on in this thread."""
+    return {kind: torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)}
 
 
 def missing(values: np.ndarray) -> None:
@@ -165,6 +183,10 @@ def missing(values: np.ndarray) -> None:
         values["answer"], values["score"] = -1, np.nan
     else:
         values.fill(np.nan)
+
+
+def _unreadable(error: Exception) -> _Unreadable:
+    return _Unreadable(f"{type(error).__name__}: {error}".strip().splitlines()[0])
 
 
 def _size(image) -> int:

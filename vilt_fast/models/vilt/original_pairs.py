@@ -37,7 +37,6 @@ class OriginalPairs(Pairs):
         found = model.text_embeddings
         self.positions = found.position_embeddings.num_embeddings
         self.vocabulary = found.word_embeddings.num_embeddings
-        self.patch_size = tuple(model.transformer.patch_embed.proj.kernel_size)
         swapped = swap_of(model)
         self._swapped = features.in_raster_order(
             swapped if isinstance(swapped, InferSwap) else InferSwap(model, ViltOptions())

@@ -17,7 +17,7 @@ from ..base import swap_of, wrapper_of
 from ..pairs import Pairs, packing
 from . import embedding, features
 from .inputs import Inputs
-from .known import known_tables, patch_size, tables, why_not_known
+from .known import known_tables, tables, why_not_known
 from .options import ViltOptions
 from .rows import embed, planned
 from .trunk import TrunkForward
@@ -49,7 +49,6 @@ class TaskPairs(Pairs):
         self.head, self.trunk = head, model.vilt
         self.answers = head == "classifier"
         self.names = dict(model.config.id2label) if self.answers else {}
-        self.processor_at = getattr(model.config, "_name_or_path", "")
         found = self.trunk.embeddings.text_embeddings
         self.positions = found.position_embeddings.num_embeddings
         self.vocabulary = found.word_embeddings.num_embeddings
@@ -57,7 +56,6 @@ class TaskPairs(Pairs):
         if not isinstance(swapped, TrunkForward):
             swapped = TrunkForward(self.trunk, ViltOptions())
         self._swapped = features.in_raster_order(swapped)
-        self.patch_size = patch_size(self.trunk.embeddings) if not self.why_whole() else (model.config.patch_size,) * 2
 
     def why_whole(self) -> str:
         model, trunk = self.model, self.trunk
