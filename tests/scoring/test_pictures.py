@@ -109,7 +109,7 @@ def test_one_in_a_hundred_is_no_image(model, tmp_path):
         (np.zeros((64, 64, 5), np.uint8), "channels|array"),
         (np.zeros((4, 4000, 3), np.uint8), "."),
         ({"pixel_values": torch.zeros(2, 3, 32, 32)}, "of one image"),
-        ({"pixel_values": torch.zeros(1, 4, 32, 32)}, "channel"),
+        ({"pixel_values": torch.ones(1, 4, 32, 32)}, "channel"),
         ({"pixel_values": torch.zeros(1, 3, 32, 32), "pixel_mask": torch.zeros(1, 32, 32)}, "pixel_mask"),
         ({"pixel_values": torch.ones(1, 3, 32, 32), "pixel_mask": torch.eye(32)[None, :16]}, "like pixel_values"),
         ({"pixel_values": torch.ones(1, 3, 32, 32), "pixel_mask": torch.eye(32)}, "like pixel_values"),

@@ -11,6 +11,7 @@ from torch import nn
 from ... import record
 from ...engine import encode as engine
 from ...engine.head import run_head
+from ...errors import InputError
 from ..base import swap_of, wrapper_of
 from ..pairs import Pairs, packing
 from . import embedding, features
@@ -55,6 +56,9 @@ class OriginalPairs(Pairs):
         return embedding.text_of(found, torch.arange(len(ids), device=ids.device), ids=ids)
 
     def image(self, pixels, mask):
+        channels = self.model.transformer.patch_embed.proj.in_channels
+        if pixels.shape[1] != channels:
+            raise InputError(f"image must have {channels} channels, [1, {channels}, H, W], got {list(pixels.shape)}.")
         none = torch.zeros(1, 0, dtype=torch.long, device=self.device)
         swapped = features.in_raster_order(self._swapped)
         swapped.options = dataclasses.replace(swapped.options, generator=torch.Generator().manual_seed(0))
