@@ -18,6 +18,7 @@ static void add_layer_norm(Address x, const std::string& x_dtype, Address residu
   a.threads = threads_of(num_threads);
   require(N >= 0 && D >= 1 && ldx >= D && ldr >= D, "add_layer_norm needs N >= 0, D >= 1, ldx >= D and ldr >= D");
   require(dropout_p >= 0 && dropout_p < 1, "add_layer_norm needs 0 <= dropout_p < 1");
+  require(!mean == !rstd, "add_layer_norm needs mean and rstd, or neither");
   call(kernels().add_layer_norm, a);
 }
 

@@ -47,6 +47,14 @@ VF_INLINE void tile_chains(int rows, int columns, const uint32_t* a, int64_t lda
     tile_any<T>(rows, columns, a + u, lda, b + u * kPanel, min64(kChain, units - u), c, ldc, add || u > 0);
 }
 
+// c[rows][columns] = a b for a right operand of any number of columns, in panels of 64; added to what is there if `add`.
+template <class T>
+VF_INLINE void tile_panels(int rows, int64_t columns, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t units,
+                           float* c, int64_t ldc, bool add) {
+  for (int64_t j = 0; j < columns; j += kPanel)
+    tile_chains<T>(rows, (int)min64(kPanel, columns - j), a, lda, b + j * units, units, c + j, ldc, add);
+}
+
 // values [n keys][d] -> per 64 dims a panel [ceil(n/u)][64][u]
 template <class T>
 static void pack_values(const void* v, int64_t ldv, int64_t n, int64_t d, uint32_t* out) {
@@ -134,9 +142,7 @@ static void attention_item(const AttentionArgs& a, int b, int h, int64_t q0, int
       const int rows = (int)min64(kTileRows, q1 - r0);
       for (int r = 0; r < rows; ++r)
         to_units<T>(advance(a.q, dtype, (row + r0 + r) * a.ldq + head), dtype, d, s.q + r * units, nullptr, nullptr);
-      for (int64_t j = 0; j < keys; j += kPanel)
-        tile_chains<T>(rows, (int)min64(kPanel, keys - j), s.q, units, s.keys + j * units, units, s.scores + j,
-                       s.ld_scores, false);
+      tile_panels<T>(rows, keys, s.q, units, s.keys, units, s.scores, s.ld_scores, false);
       float* out = s.out + (r0 - q0) * s.ld_out;
       float shrink[kTileRows];
       softmax_tile<T>(s.scores, s.ld_scores, rows, keys, factor, s.top + r0 - q0, s.sum + r0 - q0, shrink, s.probs);
@@ -144,9 +150,7 @@ static void attention_item(const AttentionArgs& a, int b, int h, int64_t q0, int
         if (shrink[r] != 1.f)
           for (int64_t c = 0; c < d; c += kLanes)
             store(out + r * s.ld_out + c, load(out + r * s.ld_out + c) * set1(shrink[r]));
-      for (int64_t c = 0; c < d; c += kPanel)
-        tile_chains<T>(rows, (int)min64(kPanel, d - c), s.probs, s.ld_scores,
-                       s.values + c / kPanel * key_units * kPanel, key_units, out + c, s.ld_out, !first_block);
+      tile_panels<T>(rows, d, s.probs, s.ld_scores, s.values, key_units, out, s.ld_out, !first_block);
       if (!last_block) continue;
       for (int r = 0; r < rows; ++r) {
         const F inverse = set1(1.f / s.sum[r0 - q0 + r]);
@@ -169,6 +173,20 @@ static void attention_item(const AttentionArgs& a, int b, int h, int64_t q0, int
   }
 }
 
+// Pairs of a query and a key.
+VF_INLINE int64_t pairs(const int32_t* cu_q, const int32_t* cu_k, int B) {
+  int64_t sum = 0;
+  for (int b = 0; b < B; ++b) sum += (int64_t)(cu_q[b + 1] - cu_q[b]) * (cu_k[b + 1] - cu_k[b]);
+  return sum;
+}
+
+// Most rows of one of samples [b0, b1).
+VF_INLINE int64_t most_rows(const int32_t* cu, int b0, int b1) {
+  int64_t most = 0;
+  for (int b = b0; b < b1; ++b) most = cu[b + 1] - cu[b] > most ? cu[b + 1] - cu[b] : most;
+  return most;
+}
+
 // Items of one call: (sample, head, query block), in that order. Returns the number of blocks of a sample.
 VF_INLINE int64_t query_blocks(int64_t rows, int64_t block) { return ceil_div(rows, block); }
 
@@ -183,12 +201,7 @@ VF_INLINE int64_t query_block(int64_t longest, int64_t samples_heads, int thread
 // All items of samples [b0, b1).
 template <class T>
 static void attention_phase(Team& team, const AttentionArgs& a, int b0, int b1, const AttentionSpace& space) {
-  int64_t longest = 0;
-  for (int b = b0; b < b1; ++b) {
-    const int64_t rows = a.cu_q[b + 1] - a.cu_q[b];
-    longest = rows > longest ? rows : longest;
-  }
-  const int64_t block = query_block(longest, (int64_t)(b1 - b0) * a.H, team.size);
+  const int64_t block = query_block(most_rows(a.cu_q, b0, b1), (int64_t)(b1 - b0) * a.H, team.size);
   int64_t passed = 0, item = team.take();
   for (int b = b0; b < b1; ++b) {
     const int64_t rows = a.cu_q[b + 1] - a.cu_q[b], items = query_blocks(rows, block) * a.H;

@@ -60,14 +60,6 @@ Space lay_out(Arena& arena, int64_t m, int64_t d) {
   return s;
 }
 
-// c[rows][columns] = a b for a right operand of any number of columns, in panels of 64
-template <class T>
-VF_INLINE void product(int rows, int64_t columns, const uint32_t* a, int64_t lda, const uint32_t* b, int64_t units,
-                       float* c, int64_t ldc) {
-  for (int64_t j = 0; j < columns; j += kPanel)
-    tile_chains<T>(rows, (int)min64(kPanel, columns - j), a, lda, b + j * units, units, c + j, ldc, false);
-}
-
 template <class T>
 void store_rows(const float* x, int64_t ldx, int64_t rows, int64_t d, float factor, void* to, int64_t ld) {
   constexpr int dtype = T::kUnit == 1 ? F32 : BF16;
@@ -152,12 +144,12 @@ void item(const AttentionBwdArgs& a, int b, int h, const Space& s) {
         to_units<T>(at(a.v, key + r, a.ldv), dtype, d, s.value + r * du, nullptr, nullptr);
       }
       uint32_t* ds = s.ds + k0 * s.ld;
-      product<T>(rows, m, s.key, du, s.q, du, s.scores, s.ld_scores);
-      product<T>(rows, m, s.value, du, s.g, du, s.dp, s.ld_scores);
+      tile_panels<T>(rows, m, s.key, du, s.q, du, s.scores, s.ld_scores, false);
+      tile_panels<T>(rows, m, s.value, du, s.g, du, s.dp, s.ld_scores, false);
       weigh<T>(s, rows, m, a.scale * 1.44269504088896341f, ds);
-      product<T>(rows, d, s.probs, s.ld, s.g_sums, mu, s.sum, s.wide);
+      tile_panels<T>(rows, d, s.probs, s.ld, s.g_sums, mu, s.sum, s.wide, false);
       store_rows<T>(s.sum, s.wide, rows, d, 1.f, at(a.dv, key, ld), ld);
-      product<T>(rows, d, ds, s.ld, s.q_sums, mu, s.sum, s.wide);
+      tile_panels<T>(rows, d, ds, s.ld, s.q_sums, mu, s.sum, s.wide, false);
       store_rows<T>(s.sum, s.wide, rows, d, a.scale, at(a.dk, key, ld), ld);
     }
     if constexpr (u == 2) {
@@ -170,44 +162,27 @@ void item(const AttentionBwdArgs& a, int b, int h, const Space& s) {
     pack<f32>(s.pairs, F32, u == 1 ? s.ld : s.ld_scores, (int)units, 0, m, s.turned);
     pack_values<T>(at(a.k, first + j, a.ldk), a.ldk, chunk, d, s.k_sums);
     for (int64_t r = 0; r < m; r += kTileRows)
-      for (int64_t c = 0; c < d; c += kPanel)
-        tile_any<T>((int)min64(kTileRows, m - r), (int)min64(kPanel, d - c), s.turned + r * kPanel, kPanel,
-                    s.k_sums + c * units, units, s.dq + r * s.wide + c, s.wide, j > 0);
+      tile_panels<T>((int)min64(kTileRows, m - r), d, s.turned + r * kPanel, kPanel, s.k_sums, units, s.dq + r * s.wide,
+                     s.wide, j > 0);
   }
   store_rows<T>(s.dq, s.wide, m, d, a.scale, at(a.dq, row, ld), ld);
 }
 
 template <class T>
 void run(const AttentionBwdArgs& a) {
-  int64_t longest = 0;
-  for (int b = 0; b < a.B; ++b) {
-    const int64_t m = a.cu_q[b + 1] - a.cu_q[b];
-    longest = m > longest ? m : longest;
-  }
-  Arena measure{nullptr, 0};
-  lay_out<T>(measure, longest, a.d);
-  char* buffer = (char*)scratch_acquire(measure.used * (size_t)a.threads);
-  Phase shared{};
-#pragma omp parallel num_threads(a.threads)
-  {
-    Phase own{};
-    Team team{team_size(), team_rank(), nullptr};
-    team.phase = team.size > 1 ? &shared : &own;
-    Arena arena{buffer + (size_t)team.rank * measure.used, 0};
-    const Space space = lay_out<T>(arena, longest, a.d);
-    for (int64_t i; (i = team.take()) < (int64_t)a.B * a.H;) item<T>(a, (int)(i / a.H), (int)(i % a.H), space);
-  }
-  scratch_release(buffer);
+  const int64_t most = most_rows(a.cu_q, 0, a.B);
+  share_out(
+      a.threads, [&](Arena& arena) { return lay_out<T>(arena, most, a.d); },
+      [&](Team& team, const Space& space) {
+        for (int64_t i; (i = team.take()) < (int64_t)a.B * a.H;) item<T>(a, (int)(i / a.H), (int)(i % a.H), space);
+      });
 }
 
 }  // namespace
 
 void attention_bwd(const AttentionBwdArgs& given) {
   AttentionBwdArgs a = given;
-  int64_t work = 0;
-  for (int b = 0; b < a.B; ++b)
-    work += (int64_t)(a.cu_q[b + 1] - a.cu_q[b]) * (a.cu_k[b + 1] - a.cu_k[b]) * 5 * a.H * a.d;
-  a.threads = worthwhile(a.threads, work);
+  a.threads = worthwhile(a.threads, pairs(a.cu_q, a.cu_k, a.B) * 5 * a.H * a.d);
   if (a.dtype == F32) run<f32>(a);
   else run<bf16x2>(a);
 }

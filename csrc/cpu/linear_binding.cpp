@@ -14,6 +14,7 @@ static void linear(Address x, const std::string& x_dtype, Address w, const std::
   a.M = M, a.N = N, a.K = K, a.ldx = ldx, a.ldo = ldo, a.gelu = gelu;
   a.compute = compute_of(compute), a.threads = threads_of(num_threads);
   require(M >= 0 && N >= 0 && K >= 1 && ldx >= K && ldo >= N, "linear needs M, N >= 0, K >= 1, ldx >= K and ldo >= N");
+  require(gelu || !pre, "pre is what goes into the GELU: it needs gelu");
   check_weight(a.compute, a.w.dtype, K);
   const auto kernel = kernels().linear;
   if (M && N) call(kernel, a);

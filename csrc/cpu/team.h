@@ -6,6 +6,7 @@
 #pragma once
 #include <sched.h>
 
+#include "kernels.h"
 #include "vec.h"
 
 #if defined(_OPENMP)
@@ -82,5 +83,25 @@ struct Arena {
     return base ? (X*)(base + start) : nullptr;
   }
 };
+
+// Calls work(team, space) on every thread of a team with one phase. lay_out(arena) takes the space of a thread from the
+// arena and returns it; it is called once more, to measure.
+template <class LayOut, class Work>
+static void share_out(int threads, LayOut lay_out, Work work) {
+  Arena measure{nullptr, 0};
+  lay_out(measure);
+  char* buffer = (char*)scratch_acquire(measure.used * (size_t)threads);
+  Phase shared{};
+#pragma omp parallel num_threads(threads)
+  {
+    Phase own{};
+    Team team{team_size(), team_rank(), nullptr};
+    team.phase = team.size > 1 ? &shared : &own;
+    Arena arena{buffer + (size_t)team.rank * measure.used, 0};
+    const auto space = lay_out(arena);
+    work(team, space);
+  }
+  scratch_release(buffer);
+}
 
 }  // namespace vf::VF_ISA

@@ -421,6 +421,12 @@ def test_bad_arguments():
         _C.linear(*[address(x), "f32", address(w), "f32", 0, "f32", address(x), "f32"], 4, 4, 8, 8, 8, False, "int8", 1)
     with pytest.raises(ValueError, match="x_dtype"):
         _C.linear(*[address(x), "f16", address(w), "f32", 0, "f32", address(x), "f32"], 4, 4, 8, 8, 8, False, "f32", 1)
+    with pytest.raises(ValueError, match="pre is what goes into the GELU"):
+        _C.linear(*[address(x), "f32", address(w), "f32", 0, "f32", address(x), "f32"], 4, 4, 8, 8, 8, False, "f32", 1,
+                  pre=address(x))  # fmt: skip
+    with pytest.raises(ValueError, match="mean and rstd, or neither"):
+        _C.add_layer_norm(*[address(x), "f32"] * 2, 0, 0, "f32", *[address(x), "f32"] * 2, address(w), 0, 4, 8, 8, 8,
+                          1e-6, 0.0, 0, 1)  # fmt: skip
     q, four, wrong = randn(4, 1, 300), offsets([4]), torch.tensor([0, -4], dtype=torch.int32)
     with pytest.raises(ValueError, match="d <= 256"):
         attention(q, q, q, four, four)
