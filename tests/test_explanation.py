@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from support import readme
 from support.changes import LoRA
 from support.models import batch, build, trunk_of
 from support.original_vilt import ViLTransformerSS
@@ -18,6 +19,7 @@ from transformers.models.vilt import modeling_vilt as hf
 
 import vilt_fast
 from vilt_fast import functional
+from vilt_fast.engine import blocks
 from vilt_fast.functional import LayerParameters
 from vilt_fast.ops import registry
 
@@ -321,6 +323,23 @@ def test_the_table_has_a_line_for_blocks_that_went_the_same_way():
     assert re.search(r"vilt\.encoder\.layer\.0-2 +native \(encoder: cpp\)$", table[3])
     assert re.fullmatch(r" +because a forward hook \(listener\) listens to calls of its output", table[5])
     assert "Nothing was run" in str(vilt_fast.explain(model))
+
+
+def test_the_table_in_the_readme_is_what_is_said(monkeypatch):
+    known = blocks.is_tokenwise  # of peft's LoRA, which has more parts than the one here, as of a linear layer
+    monkeypatch.setattr(blocks, "is_tokenwise", lambda module: isinstance(module, LoRA) or known(module))
+    model = vilt_fast.accelerate(build("question_answering", torch.float32, num_hidden_layers=12))
+    for i in (10, 11):
+        attention = layer(model, i).attention.attention
+        attention.query = LoRA(attention.query)
+    layer(model, 3).attention.register_forward_hook(listener)
+    with torch.no_grad():
+        found = str(vilt_fast.explain(model, **batch("question_answering", torch.float32)))
+    (shown,) = re.findall(r"```\n(part .*?)```", (readme.ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    said, told = (
+        [re.split(" {2,}", line)[::2] for line in table.splitlines() if line[0] != " "] for table in (found, shown)
+    )
+    assert said == told
 
 
 def test_the_log_says_a_way_once(caplog):
