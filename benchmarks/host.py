@@ -65,7 +65,6 @@ def calls():
 @torch.no_grad()
 def replayed(repeats):
     """The row of a replayed forward."""
-    from transformers import ViltConfig, ViltForQuestionAnswering
 
     class Nothing:
         def __init__(self, function, device, pool):
@@ -146,12 +145,12 @@ def forwards(repeats):
         token_type_ids=torch.zeros(1, 40, dtype=torch.long), pixel_values=torch.randn(1, 3, 384, 384),
         pixel_mask=torch.ones(1, 384, 384, dtype=torch.long),
     )  # fmt: skip
-    found, native, own = [], [0.0], {name: getattr(_C, name) for name in NATIVE}
+    found, inside, own = [], [0.0], {name: getattr(_C, name) for name in NATIVE}
 
     def timed(function, *arguments):
         start = time.thread_time()
         result = function(*arguments)
-        native[0] += time.thread_time() - start
+        inside[0] += time.thread_time() - start
         return result
 
     for name, function in own.items():
@@ -162,10 +161,10 @@ def forwards(repeats):
             model(**inputs)
             whole, python = [], []
             for _ in range(repeats * 10):
-                native[0], start = 0.0, time.thread_time()
+                inside[0], start = 0.0, time.thread_time()
                 model(**inputs)
                 whole.append(time.thread_time() - start)
-                python.append(whole[-1] - native[0])
+                python.append(whole[-1] - inside[0])
             (p20, p50, p80), (_, overhead, _) = (sorted(t * 1e6 for t in report.quantiles(v)) for v in (whole, python))
             found.append(
                 dict(op="forward", way=quantize or "float32", p20_us=p20, p50_us=p50, p80_us=p80, overhead_us=overhead)

@@ -177,7 +177,7 @@ def forward_memory(call):
 
 def memory_in_subprocess(provider, options):
     """`forward_memory` of one provider in a process of its own, which gets `options` (a case, a model); (None, None)
-    where it cannot be measured."""
+    where it cannot be measured, and why on stderr."""
     arguments = ["-m", "benchmarks.run", "memory", "--provider", provider, *options]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
     threads = ["--threads", str(torch.get_num_threads())]
@@ -185,7 +185,8 @@ def memory_in_subprocess(provider, options):
         [sys.executable, *arguments, *threads], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        print(done.stderr.strip().splitlines()[-1:], file=sys.stderr)
+        why = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        print(f"The memory of {provider} cannot be measured: {why}", file=sys.stderr)
         return None, None
     peak, above = done.stdout.split()[-2:]
     return int(peak), int(above)

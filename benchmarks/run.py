@@ -10,15 +10,15 @@ import argparse
 import os
 import sys
 from datetime import date
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
-from vilt_fast.commands import report
+from vilt_fast.commands import checkpoint, report
 from vilt_fast.commands.arguments import whole
-from vilt_fast.commands.checkpoint import BadCheckpoint
 
 from . import cases as shapes
 from . import destination, images, measure, ops, providers, score, training, transport
@@ -43,12 +43,7 @@ def main(argv=None):
     arguments = _arguments(argv)
     torch.set_num_threads(arguments.threads)
     if arguments.what == "memory":
-        model = _trunk(arguments.model)
-        (case,) = _cases(arguments, model.config)
-        inputs = shapes.inputs(case, model.config)
-        call = {**providers.PROVIDERS, **providers.PEERS, **training.steps()}[arguments.provider].build(model)
-        del model
-        print(*measure.forward_memory(lambda: call(inputs)))
+        print(*measure.forward_memory(_measured(arguments)))
         return 0
     common = {
         "load": os.getloadavg()[0],
@@ -60,13 +55,27 @@ def main(argv=None):
     }
     try:
         rows, best = _timed(arguments)
-    except (BadCheckpoint, shapes.BadShape) as error:
+    except (checkpoint.BadCheckpoint, shapes.BadShape) as error:
         print(f"python -m benchmarks.run {arguments.what}: {error}", file=sys.stderr)
         return 2
     rows = [finish(row, best, common) for row in rows]
     if rows:
         show(f"{arguments.what}: {common['device']}", rows)
-    return destination.put(arguments.out, rows, FIELDS, KEYS)
+    status = destination.put(arguments.out, rows, FIELDS, KEYS)
+    if unknown := [row["provider"] for row in rows if arguments.memory and row["peak_mib"] is None]:
+        print(f"No memory was measured of: {', '.join(unknown)}.", file=sys.stderr)
+    return status or int(bool(unknown))
+
+
+def _measured(arguments):
+    """What `memory` calls. A training step has a model and a batch of its own, and no other model in memory."""
+    steps = training.steps()
+    if arguments.provider in steps:
+        return partial(steps[arguments.provider].build(None), None)
+    model = _trunk(arguments.model)
+    (case,) = _cases(arguments, model.config)
+    call = {**providers.PROVIDERS, **providers.PEERS}[arguments.provider].build(model)
+    return partial(call, shapes.inputs(case, model.config))
 
 
 def _timed(arguments):
@@ -84,7 +93,7 @@ def _timed(arguments):
         elif arguments.what == "transport":
             rows = transport.rows(arguments.repeats, step)
         elif arguments.what == "images":
-            rows = images.rows(_answering(), arguments.repeats, step)
+            rows = images.rows(checkpoint.random_vqa(), arguments.repeats, step)
         elif arguments.what == "score":
             rows = score.rows(arguments.cases or score.CASES[1:], arguments.dtypes, arguments.repeats, step)
         else:
@@ -162,16 +171,8 @@ def _stepper(bar):
     return lambda what: bar.update(task, description=what, advance=1)
 
 
-def _trunk(checkpoint=None):
-    from vilt_fast.commands import checkpoint as checkpoints
-
-    return report.trunk(checkpoints.load(checkpoint) if checkpoint else checkpoints.random_vqa())
-
-
-def _answering():
-    from vilt_fast.commands import checkpoint as checkpoints
-
-    return checkpoints.random_vqa()
+def _trunk(name=None):
+    return report.trunk(checkpoint.load(name) if name else checkpoint.random_vqa())
 
 
 def model_rows(model, cases, arguments, step=lambda what: None):

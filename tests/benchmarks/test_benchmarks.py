@@ -1,7 +1,10 @@
 """The benchmarks: what the cases hold, what a row holds, one tiny run end to end."""
 
+import contextlib
 import csv
+import io
 import os
+import subprocess
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from benchmarks import (
     table,
     training,
 )
-from vilt_fast.commands import report
+from vilt_fast.commands import checkpoint, report
 from vilt_fast.commands.samples import token_counts
 
 CONFIG = ViltConfig()
@@ -132,6 +135,38 @@ def test_a_training_step_of_each_kind(tiny, tmp_path, monkeypatch):
             assert not row["error"]
 
 
+def test_the_memory_of_a_training_step(quiet, tmp_path, monkeypatch, capsys):
+    """What the process of each is told is what this one can do, and a failure there is no empty column and success."""
+    small = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=128, image_size=64)
+    monkeypatch.setattr(training, "CASE", cases.CASES["small"])
+    monkeypatch.setattr(training, "config", lambda p: ViltConfig(**small, vocab_size=200, hidden_dropout_prob=p))
+    monkeypatch.setattr(run, "_trunk", lambda name=None: pytest.fail("a model that the step does not use"))
+    process = subprocess.run
+
+    def within(command, **options):
+        if "memory" not in command:
+            return process(command, **options)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = run.main(command[command.index("memory") :])
+        return subprocess.CompletedProcess(command, status, out.getvalue(), "")
+
+    monkeypatch.setattr(subprocess, "run", within)
+    out = tmp_path / "train.csv"
+    command = ["train", "--memory", "--repeats", "1", "--dtypes", "float32", "--out", str(out)]
+    assert run.main(command) == 0
+    rows = table.read(out)
+    assert len(rows) == 4 and all(float(row["peak_mib"]) > float(row["forward_mib"]) >= 0 for row in rows)
+
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nValueError: of three cases")
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **o: failed if "memory" in command else process(command, **o)
+    )
+    assert run.main([*command[:-1], str(tmp_path / "other.csv")]) == 1
+    told = capsys.readouterr().err
+    assert "The memory of ours_float32_dropout_0.1 cannot be measured: ValueError: of three cases" in told
+    assert "No memory was measured of: hf_eager, ours" in told
+
+
 def test_a_run_writes_every_column(tiny, tmp_path, capsys):
     out = tmp_path / "model.csv"
     assert run.main(["model", "--cases", "small", "--repeats", "2", "--out", str(out)]) == 0
@@ -165,7 +200,7 @@ def test_images_from_the_jpeg_to_the_answer(tiny, tmp_path, monkeypatch):
     """Exact pixels are HuggingFace's; the error of the fast ones is told."""
     monkeypatch.setattr(images, "PHOTOGRAPHS", {"480p": ((1300, 1600),), "b2": ((100, 90), (90, 120))})
     model = ViltForQuestionAnswering(run._trunk().config).eval()
-    monkeypatch.setattr(run, "_answering", lambda: model)
+    monkeypatch.setattr(checkpoint, "random_vqa", lambda: model)
     out = tmp_path / "images.csv"
     assert run.main(["images", "--repeats", "1", "--out", str(out)]) == 0
     rows = {(row["case"], row["provider"]): row for row in table.read(out)}

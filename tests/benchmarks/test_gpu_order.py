@@ -56,12 +56,17 @@ def test_a_device_comes_before_any_and_an_op_too(an_order, monkeypatch):
 
 
 def test_a_campaign_writes_what_was_faster_at_the_largest_batch(an_order, tmp_path, capsys):
-    an_order(("any", "any", "cuda triton torch reference", "a guess"), ("sm_90", "ipot", "cuda", "an older run"))
+    an_order(
+        ("any", "any", "cuda triton torch reference", "a guess"), ("sm_90", "ipot", "cuda", "an older run"),
+        ("sm_90", "sinkhorn", "cuda", "an older run"), ("sm_80", "ipot", "cuda", "another device"),
+        ("sm_90", "linear_gelu", "reference cuda", "an older run"),
+    )  # fmt: skip
     common = {"device": "H100", "commit": "abc", "date": "2026-01-01", "dtype": "bfloat16"}
     kernels = [
         ("linear out b64", "eager", 3), ("linear out b64", "ours", 2.5), ("linear fc2 b64", "eager", 3),
         ("linear fc2 b64", "ours", 4), ("linear out b1", "eager", 9), ("linear out b1", "ours", 1),
         ("linear_gelu b64", "eager", 2), ("linear_gelu b64", "ours", 1), ("linear_gelu b64", "ours erf", 0.5),
+        ("linear qkv b64", "eager", 2), ("linear qkv b64", "ours", 1), ("linear qkv b64", "eager one_product", 0.1),
         ("attention b64", "sdpa_padded", 1), ("attention b64", "ours", 2),
     ]  # fmt: skip
     alignment = [("ipot full", "loop", 1), ("ipot full", "triton", 0.2), ("ipot full", "cuda", 0.3)]
@@ -69,20 +74,26 @@ def test_a_campaign_writes_what_was_faster_at_the_largest_batch(an_order, tmp_pa
         columns = ("case", "provider", "p50_ms")
         rows = [common | more | dict(zip(columns, row, strict=True)) for row in rows]
         table.write(tmp_path / f"{name}.csv", rows, (*columns, *common))
-    with zipfile.ZipFile(tmp_path / "results.zip", "w") as archive:
-        for name in ("kernels.csv", "alignment.csv"):
-            archive.write(tmp_path / name, name)
+    for archive, names in (("results", ("kernels.csv", "alignment.csv")), ("empty", ())):
+        with zipfile.ZipFile(tmp_path / f"{archive}.zip", "w") as file:
+            for name in names:
+                file.write(tmp_path / name, name)
     command = [str(tmp_path / "results.zip"), "--device", "sm_90"]
     before = order.TABLE.read_text()
     assert written.main(command) == 0 and order.TABLE.read_text() == before
     assert "linear: reference triton cuda torch (measured on H100, commit abc, 2026-01-01)" in capsys.readouterr().out
+    assert written.main([str(tmp_path / "empty.zip"), "--device", "sm_90", "--update"]) == 1
+    assert order.TABLE.read_text() == before, "nothing was measured, so nothing is written"
     written.main([*command, "--update"])
     order.table.cache_clear()
     found = {key: entry.backends for key, entry in order.table().items()}
     assert found == {
         ("sm_90", "linear"): ("reference", "triton", "cuda", "torch"),
-        ("sm_90", "linear_gelu"): ("triton", "reference", "cuda", "torch"),
-        ("sm_90", "ipot"): ("triton", "cuda", "torch", "reference"),
+        ("sm_90", "linear_qkv"): ("triton", "reference", "cuda", "torch"),
+        ("sm_90", "linear_gelu"): ("triton", "reference", "cuda"),  # after what this device had
+        ("sm_90", "ipot"): ("triton", "cuda"),
+        ("sm_90", "sinkhorn"): ("cuda",),
+        ("sm_80", "ipot"): ("cuda",),
         ("any", "any"): ("cuda", "triton", "torch", "reference"),
     }
     with pytest.raises(SystemExit):

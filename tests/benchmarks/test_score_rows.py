@@ -1,10 +1,9 @@
 """Rows of scoring, on a tiny model and photographs of a few pixels."""
 
-import csv
-
+import pytest
 from support.models import build
 
-from benchmarks import destination, measure, run, score
+from benchmarks import destination, measure, run, score, table
 from vilt_fast.commands import checkpoint
 
 
@@ -19,7 +18,7 @@ def test_rows_of_a_grid_and_of_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(destination, "NEW", tmp_path)
     out = tmp_path / "score.csv"
     assert run.main(["score", "--cases", "small", "jpegs", "--repeats", "1", "--out", str(out)]) == 0
-    rows = {(row["case"], row["provider"]): row for row in csv.DictReader(open(out, newline=""))}
+    rows = {(row["case"], row["provider"]): row for row in table.read(out)}
     ours = [f"ours_{dtype}" for dtype in ("float32", "bfloat16", "int8")]
     grid = ["hf_padded", "hf_loop", "hf_padded_bf16", *ours]
     assert list(rows) == [("small", name) for name in grid] + [
@@ -30,9 +29,6 @@ def test_rows_of_a_grid_and_of_files(tmp_path, monkeypatch, capsys):
     assert "ours_float32 ranks the images as hf_loop for 8 of 8 texts" in capsys.readouterr().err
     for case in ("b1", "small"):
         what = "score" if case == "b1" else "linear"
-        try:
+        with pytest.raises(SystemExit) as ended:
             run.main([what, "--cases", case, "--out", str(tmp_path / "other.csv")])
-        except SystemExit as ended:
-            assert ended.code == 2
-        else:
-            raise AssertionError(what)
+        assert ended.value.code == 2
