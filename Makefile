@@ -21,7 +21,8 @@ CORE = -m pytest -n $(WORKERS) -q -m core
 
 # Triton besides the one in $(VENV) that `make fake-gpu` compiles with, and what it has passed on: one file a state of the sources.
 OLD_TRITON = 3.6.0
-FAKED = build/fake_gpu/passed-$$(cat kernels/*.py tests/fake_gpu/*.py tests/support/fake_gpu/*.py pyproject.toml | sha256sum | cut -c1-16)
+FAKED = build/fake_gpu/passed-$$(git ls-files --cached --others --exclude-standard kernels vilt_fast \
+	':!vilt_fast/kernels' tests/fake_gpu tests/support/fake_gpu benchmarks/compiled pyproject.toml | sort | xargs cat | sha256sum | cut -c1-16)
 
 .PHONY: demo train-demo test core fake-gpu wheel types sanitize races hf-suite lint format bench plot info clean
 
@@ -52,7 +53,7 @@ fake-gpu: $(VENV)/.installed $(VENV)/triton-$(OLD_TRITON)/.installed
 	$(if $(ARGS),,test -e $(FAKED) ||) { \
 		$(BIN)/python -m pytest -n $(WORKERS) -q tests/fake_gpu/whole.py $(ARGS) && \
 		PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(BIN)/python -m pytest -n $(WORKERS) -q tests/fake_gpu/whole.py $(ARGS) && \
-		$(if $(ARGS),true,touch $(FAKED)); }
+		$(if $(ARGS),true,mkdir -p build/fake_gpu && touch $(FAKED)); }
 
 $(VENV)/triton-%/.installed: | $(VENV)/.installed
 	rm -rf $(@D)
