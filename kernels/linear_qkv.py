@@ -106,21 +106,24 @@ def linear_qkv_bwd(
 # --- ahead of time ----------------------------------------------------------------------------------------------------
 
 
-def aot_cases(N=768, K=768):
+WIDTH = 768  #: of ViLT: K, and N of each of the three
+
+
+def aot_cases():
     """Every configuration for ViLT's three products."""
     for target in _aot.TARGETS:
         seen = []
         kinds = [("pointer", "bf16"), ("float32", "fp32"), *[("tma", "bf16")] * (target.arch in (90, 100))]
         for kind, dtype in kinds:
             for M in linear.ROWS:
-                config = _config(kind, M, N, arch=target.arch)
+                config = _config(kind, M, WIDTH, arch=target.arch)
                 if (kind, config) in seen:
                     continue
                 seen.append((kind, config))
-                yield _aot_case(target, kind, dtype, M, N, K, config)
+                yield _aot_case(target, kind, dtype, M, config)
 
 
-def _aot_case(target, kind, dtype, M, N, K, config):
+def _aot_case(target, kind, dtype, M, config):
     tma = kind.startswith("tma")
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
 
@@ -130,6 +133,6 @@ def _aot_case(target, kind, dtype, M, N, K, config):
     three = ("query", "key", "value")
     types = dict(x=matrix(block_m, block_k), **{f"{name}_weight": matrix(block_n, block_k) for name in three})
     types |= dict.fromkeys(three, matrix(block_m, block_n // config["PARTS"]))
-    more = dict(TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=target.precision)
-    name = f"linear_qkv {kind} M<={M} N={N} K={K} {block_m}x{block_n}x{block_k}"
+    more = dict(TMA=tma, WHOLE_K=WIDTH % block_k == 0, PRECISION=target.precision)
+    name = f"linear_qkv {kind} M<={M} N={WIDTH} K={WIDTH} {block_m}x{block_n}x{block_k}"
     return _aot.case(_linear_qkv_fwd_kernel, name, dtype, config | more, targets=[target], matmul=True, **types)
