@@ -14,6 +14,7 @@ from torch import nn
 from .. import functional
 from ..functional import LayerParameters
 from ..ops import registry
+from ..ops._known import Memory
 from . import listeners, packed
 from .blocks import Block, Described, layer_parameters
 from .packing import Packing, Selection
@@ -36,6 +37,7 @@ class Run:
     blocks: int = 0
     weights: WeightCache | None = None  #: of the 8-bit copies to compute with
     first: int = 0  #: number of the first block
+    memory: Memory | None = None  #: of the tensors, whose forms a `Snapshot` watches
 
     def encode(
         self, rows: torch.Tensor, packing: Packing, return_hidden: bool, wanted: Selection | None
@@ -60,7 +62,8 @@ class Run:
         return recomputed(lambda rows: self._fast(rows, packing, wanted), exact, rows, self.parameters)
 
     def _fast(self, rows, packing, wanted, return_hidden=False):
-        given = (rows, self.parameters, packing.cu_seqlens, packing.seqused_k, packing.max_seqlen)
+        parameters = self.parameters if self.memory is None else self.memory.of(self.parameters)
+        given = (rows, parameters, packing.cu_seqlens, packing.seqused_k, packing.max_seqlen)
         options = dict(num_heads=self.num_heads, eps=self.eps, return_hidden=return_hidden)
         options |= dict(wanted=None, cu_wanted=None)
         if wanted is not None:
@@ -72,7 +75,10 @@ class Run:
     def again(self, weights: WeightCache | None) -> Run:
         """The same blocks with the tensors that they have now."""
         parameters = [t for sublayers in self.sublayers for t in layer_parameters(sublayers)]
-        return dataclasses.replace(self, parameters=parameters, weights=weights)
+        return Run(
+            parameters, self.eps, self.sublayers, self.compute, self.num_heads, self.blocks, weights, self.first,
+            self.memory,
+        )  # fmt: skip
 
     def _part(self, start, end):
         """Some of the blocks."""
@@ -80,7 +86,7 @@ class Run:
         tensors = slice(start * layer, end * layer)
         return dataclasses.replace(
             self, parameters=self.parameters[tensors], eps=self.eps[2 * start : 2 * end],
-            sublayers=self.sublayers[start:end], blocks=end - start, first=self.first + start,
+            sublayers=self.sublayers[start:end], blocks=end - start, first=self.first + start, memory=None,
         )  # fmt: skip
 
 
@@ -166,7 +172,8 @@ class Runs:
             # Once more, of what the snapshot has seen: another thread may have been at work meanwhile.
             run, reason = run_from(blocks.anew(), first, weights)
             if run.blocks == len(modules):
-                self._kept[asked] = snapshot, dataclasses.replace(run, parameters=[], weights=None)
+                kept = dataclasses.replace(run, parameters=[], weights=None, memory=Memory())
+                self._kept[asked] = snapshot, kept
         return run, reason
 
     def live_with(self, model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .. import functional, record
 from ..backends.cpp.quantize_linear import blob_size, gathered
 from ..ops import fingerprint, registry
+from ..ops._known import Known, once
 from ..reference.encoder import MATRICES, LayerParameters
 from .asked import Asked
 
@@ -54,8 +55,10 @@ class WeightCache(Asked):
         """`parameters` of whole blocks, the first of them `first_block`, with each matrix replaced by its int8 copy."""
         size = len(LayerParameters._fields)
         places = [start + place for start in range(0, len(parameters), size) for place in _PLACES]
-        matrices = {first_block * size + place: parameters[place] for place in places}
-        marks = dict(zip(matrices, _marks(list(matrices.values())), strict=True))
+        known = type(parameters) is Known
+        sources = parameters.part("matrices", places) if known else [parameters[place] for place in places]
+        matrices = {first_block * size + place: source for place, source in zip(places, sources, strict=True)}
+        marks = dict(zip(matrices, _marks(sources), strict=True))
         blobs, missing = self._found(marks)
         if missing:
             with self._making:
@@ -66,10 +69,10 @@ class WeightCache(Asked):
                 for place, blob in zip(missing, made, strict=True):
                     blobs[place] = blob
                     self._keep(place, [marks[place]], blob, [matrices[place]])
-        result = list(parameters)
-        for place, blob in blobs.items():
-            result[place - first_block * size] = blob
-        return result
+        copies = {place - first_block * size: blob for place, blob in blobs.items()}
+        if known:
+            return parameters.replaced("int8", copies)
+        return [copies.get(place, tensor) for place, tensor in enumerate(parameters)]
 
     def _found(self, marks):
         """({place: its copy}, the places that have none) of weights with these marks."""
@@ -177,13 +180,10 @@ class _Unknown:
 
 def _marks(tensors: Sequence[torch.Tensor]) -> list[tuple]:
     """What tells each tensor from another one, and from itself with other values, while its storage is known."""
-    return [_mark(*pair) for pair in zip(tensors, _bits(tensors), strict=True)]
-
-
-def _mark(tensor, bits):
-    version = None if tensor.is_inference() else tensor._version
-    storage = tensor.untyped_storage()._cdata
-    return storage, tensor.storage_offset(), version, tensor.dtype, tensor.shape, tensor.stride(), bits
+    forms = once(tensors, "forms", lambda: [(t.storage_offset(), t.dtype, t.shape, t.stride()) for t in tensors])
+    versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+    storages = [tensor.untyped_storage()._cdata for tensor in tensors]
+    return list(zip(storages, versions, forms, _bits(tensors), strict=True))
 
 
 def _bits(tensors):
@@ -191,7 +191,7 @@ def _bits(tensors):
     check = os.environ.get("VILT_FAST_CHECK") == "1"
     whole = [check or tensor.is_inference() for tensor in tensors]
     known = not fingerprint.why_unavailable("cpu")
-    if known and all(tensor.is_cpu for tensor in tensors):
+    if known and once(tensors, "on the CPU", lambda: all(tensor.is_cpu for tensor in tensors)):
         return fingerprint.fingerprint(tensors, whole)
     bits = [_Unknown() if all_of_it else None for all_of_it in whole]
     for i, tensor in enumerate(tensors):

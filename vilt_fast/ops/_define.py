@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from . import _check, registry
+from ._known import once
 
 _inside = threading.local()  #: `validated`: this thread is within a call whose arguments have been looked at
 OPS = {}  #: {name: Op} of all that have been imported
@@ -421,6 +422,10 @@ def _plain_eager(values):
         if isinstance(value, Tensor):
             if type(value) not in _PLAIN_TYPES:
                 return False
-        elif type(value) is list and any(isinstance(v, Tensor) and type(v) not in _PLAIN_TYPES for v in value):
+        elif isinstance(value, list) and not once(value, "plain", lambda value=value: _are_plain(value)):
             return False
     return True
+
+
+def _are_plain(values):
+    return not any(isinstance(value, Tensor) and type(value) not in _PLAIN_TYPES for value in values)

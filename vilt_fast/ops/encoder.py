@@ -8,6 +8,7 @@ from torch import Tensor
 from ..reference.encoder import MATRICES, LayerParameters
 from . import _check, registry
 from ._define import Op
+from ._known import Known, once
 
 COMPUTE = ("float32", "bfloat16", "int8")
 _LAYER = len(LayerParameters._fields)
@@ -42,10 +43,10 @@ def _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute, ret
         raise ValueError(f"encoder: compute is {compute!r}, expected one of {', '.join(COMPUTE)}.")
     if sizes["D"] % num_heads:
         raise ValueError(f"encoder: hidden size {sizes['D']} is not a multiple of num_heads {num_heads}.")
-    blobs = torch.uint8 in {p.dtype for p in parameters}
+    blobs = torch.uint8 in _dtypes(parameters)
     if blobs and compute != "int8":
         raise ValueError(f"encoder: compute is {compute!r} but the weights are quantised; use compute='int8'.")
-    _check_parameters(parameters, sizes["D"], blobs)
+    once(parameters, ("right", sizes["D"]), lambda: _check_parameters(parameters, sizes["D"], blobs))
     if len(eps) != 2 * (len(parameters) // _LAYER):
         raise ValueError(f"encoder: eps holds {len(eps)} numbers, expected 2 a layer (LN1, LN2).")
     _check.dtypes("encoder", (torch.float32, torch.float64), x=x)
@@ -110,14 +111,22 @@ def _check_layer(start, p, width, blobs):
 
 
 def _facts(x, parameters, num_heads, compute, requires_grad):
-    dtypes = {p.dtype for p in parameters}
-    if len(dtypes - {torch.uint8}) > 1:  # an empty tensor, which stands for no bias, is of no dtype
-        dtypes = {p.dtype for p in parameters if p.numel()}
+    dtypes = _dtypes(parameters)
     return Facts(
         device=x.device.type, dtype=x.dtype, compute=compute, head_dim=x.shape[1] // num_heads,
         blobs=torch.uint8 in dtypes, parameter_dtypes=frozenset(dtypes - {torch.uint8}),
         requires_grad=requires_grad,
     )  # fmt: skip
+
+
+def _dtypes(parameters):
+    """Their dtypes; an empty tensor, which stands for no bias, is of none."""
+
+    def found():
+        dtypes = {p.dtype for p in parameters}
+        return dtypes if len(dtypes - {torch.uint8}) < 2 else {p.dtype for p in parameters if p.numel()}
+
+    return once(parameters, "dtypes", found)
 
 
 _OP = Op("encoder", _fake, outputs=("stream",), validate=_validate, facts=_facts)
@@ -163,7 +172,8 @@ def encoder(
 
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """
-    parameters, eps = list(parameters), [float(e) for e in eps]
+    parameters = parameters if type(parameters) is Known else list(parameters)
+    eps = [float(e) for e in eps]
     _validate(x, parameters, cu_seqlens, seqused_k, num_heads, eps, compute, return_hidden, wanted, cu_wanted)
     name = _OP.resolve(backend, _facts(x, parameters, num_heads, compute, _check.needs_grad(x, *parameters)))
     arguments = dict(

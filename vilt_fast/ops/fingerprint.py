@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from . import registry
+from ._known import once
 
 _FAR = 1021  #: elements between those that a sample looks at, at most
 
@@ -24,7 +25,9 @@ def fingerprint(tensors: Sequence[Tensor], whole: Sequence[bool]) -> list[int]:
     if reason := why_unavailable("cpu"):
         raise RuntimeError(f"fingerprint: {reason}")
     launch = registry.launcher("fingerprint", "cpp")
-    steps = [0 if all_of_it else _step(tensor) for tensor, all_of_it in zip(tensors, whole, strict=True)]
+    steps = once(tensors, "steps", lambda: [_step(tensor) for tensor in tensors])
+    if any(whole):
+        steps = [0 if all_of_it else step for step, all_of_it in zip(steps, whole, strict=True)]
     (hashes,), _ = launch(tensors=tensors, steps=steps, keep=False)
     return hashes
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from ...ops._known import once
 from ...reference.encoder import MATRICES, LayerParameters
 from . import _native, quantize_linear
 
@@ -36,8 +37,35 @@ def encoder_fwd(
     cu_seqlens, seqused_k = cu_seqlens.contiguous(), seqused_k.contiguous()
     if wanted is not None:
         wanted, cu_wanted = wanted.contiguous(), cu_wanted.contiguous()
-    held = [p if p.is_contiguous() else p.contiguous() for p in parameters]  # until the call is over
-    layers, inner = len(held) // _LAYER, _size(held, _PLACES["fc1"][0])[0]
+    layers, held = len(parameters) // _LAYER, parameters  # until the call is over
+    if not once(parameters, "dense", lambda: all(p.is_contiguous() for p in parameters)):
+        held = [p.contiguous() for p in parameters]
+    if not once(held, "aligned", lambda: not _unaligned(held)):
+        held = list(held)
+        for place in _unaligned(held):
+            held[place] = held[place].clone()
+    inner, addresses, dtypes = once(held, ("native", width), lambda: _laid_out(held, layers, width))
+    out = x.new_empty(rows if wanted is None else len(wanted), width)
+    hidden = x.new_empty(layers, rows, width) if return_hidden else None
+    if len(out):
+        x = x.contiguous()
+        _C.encoder(
+            x.data_ptr(), out.data_ptr(), _native.address(hidden), rows, width, layers,
+            addresses, dtypes, inner, num_heads, eps, cu_seqlens.data_ptr(), seqused_k.data_ptr(), len(seqused_k),
+            _native.address(wanted), _native.address(cu_wanted), _COMPUTE[compute],
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return (hidden if return_hidden else out,), ()
+
+
+def _unaligned(parameters):
+    """Places of the blobs that the library cannot read where they lie."""
+    return [place for place, p in enumerate(parameters) if p.dtype == torch.uint8 and not quantize_linear.aligned(p)]
+
+
+def _laid_out(held, layers, width):
+    """(inner, addresses, names of the dtypes) of the tensors of layers, all of one size."""
+    inner = _size(held, _PLACES["fc1"][0])[0]
     for name, (weight, bias) in _PLACES.items():
         want = inner if name == "fc1" else width, inner if name == "fc2" else width
         for number in range(layers):
@@ -53,26 +81,13 @@ def encoder_fwd(
                     f"encoder: layer {number}: {name}_bias has shape {list(size)}, expected [{want[0]}], or [0] for "
                     "none."
                 )
-    out = x.new_empty(rows if wanted is None else len(wanted), width)
-    hidden = x.new_empty(layers, rows, width) if return_hidden else None
-    if len(out):
-        x = x.contiguous()
-        _C.encoder(
-            x.data_ptr(), out.data_ptr(), _native.address(hidden), rows, width, layers,
-            [p.data_ptr() for p in held], [_native.NAMES.get(p.dtype, "f32") for p in held], inner,
-            num_heads, eps, cu_seqlens.data_ptr(), seqused_k.data_ptr(), len(seqused_k),
-            _native.address(wanted), _native.address(cu_wanted), _COMPUTE[compute],
-            torch.get_num_threads(),
-        )  # fmt: skip
-    return (hidden if return_hidden else out,), ()
+    return inner, [p.data_ptr() for p in held], [_native.NAMES.get(p.dtype, "f32") for p in held]
 
 
 def _size(held, place):
-    """(N, K) of a matrix, which a blob knows of itself; from here on that is aligned."""
+    """(N, K) of a matrix, which a blob knows of itself."""
     matrix = held[place]
     if matrix.dtype != torch.uint8:
         return matrix.shape
-    held[place], size = quantize_linear.opened(
-        matrix, "encoder: layer {}: {}", place // _LAYER, LayerParameters._fields[place % _LAYER]
-    )
-    return size
+    name = "encoder: layer {}: {}"
+    return quantize_linear.opened(matrix, name, place // _LAYER, LayerParameters._fields[place % _LAYER])[1]

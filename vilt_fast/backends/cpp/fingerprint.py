@@ -2,6 +2,7 @@
 
 import torch
 
+from ...ops._known import once
 from . import _native
 
 
@@ -12,18 +13,18 @@ def supports(*, device=None, dtype=None):
 def fingerprint_fwd(*, tensors, steps, keep):
     from vilt_fast import _C
 
-    held, spans = [], []  # held: copies, until the call is over
-    for tensor, step in zip(tensors, steps, strict=True):
-        size = tensor.element_size()
-        if not tensor.is_contiguous():
-            if _rows(tensor):
-                rows, columns = tensor.shape
-                spans.append((tensor.data_ptr(), rows, columns * size, tensor.stride(0) * size, step * size))
-                continue
-            tensor = tensor.detach().contiguous()
-            held.append(tensor)
-        spans.append((tensor.data_ptr(), 1, tensor.numel() * size, 0, step * size))
+    if not once(tensors, "in place", lambda: all(t.is_contiguous() or _rows(t) for t in tensors)):
+        tensors = [t if t.is_contiguous() or _rows(t) else t.detach().contiguous() for t in tensors]
+    spans = once(tensors, ("spans", *steps), lambda: [*map(_span, tensors, steps)])
     return (_C.fingerprint(spans, torch.get_num_threads()),), ()
+
+
+def _span(tensor, step):
+    size = tensor.element_size()
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), 1, tensor.numel() * size, 0, step * size
+    rows, columns = tensor.shape
+    return tensor.data_ptr(), rows, columns * size, tensor.stride(0) * size, step * size
 
 
 def _rows(tensor):

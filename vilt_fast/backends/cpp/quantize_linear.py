@@ -40,6 +40,11 @@ def quantize_linear_fwd(*, weight, keep):
     return (blob,), ()
 
 
+def aligned(blob):
+    """Whether the library can read a blob where it lies."""
+    return blob.data_ptr() % _ALIGNMENT == 0
+
+
 def opened(blob, name, *parts):
     """The blob as the library wants it, aligned, and the (N, K) it was made from; ValueError if it is none.
 
@@ -51,7 +56,7 @@ def opened(blob, name, *parts):
         rows, columns = _Sizes.from_address(address + size - 16)
     if min(rows, columns) < 1 or blob_size(rows, columns) != size:
         raise ValueError(f"{name.format(*parts)} is uint8 but no blob of quantize_linear; make one.")
-    return (blob.clone() if address % _ALIGNMENT else blob), (rows, columns)
+    return (blob if aligned(blob) else blob.clone()), (rows, columns)
 
 
 def gathered(blobs: Iterable[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
