@@ -33,8 +33,9 @@ import typing
 import torch
 from torch import Tensor
 
+from ..remembered import once
 from . import _check, registry
-from ._known import once
+from ._twice import TWICE, differentiable_once, gradients_of
 
 _inside = threading.local()  #: `validated`: this thread is within a call whose arguments have been looked at
 OPS = {}  #: {name: Op} of all that have been imported
@@ -255,7 +256,7 @@ class Op:
         arguments = {name: known[name] for name in self._wanted}
         if self._backward:
             gradients = self._backward(**arguments)
-            gradients = _differentiable_once(self.name, arguments.values(), gradients)
+            gradients = differentiable_once(self.name, arguments.values(), gradients)
         else:
             with _validated():
                 made = iter(self._op_bwd(*arguments.values(), *(known[name] for name in self._also), ctx.backend))
@@ -308,7 +309,7 @@ class Op:
     def _differentiate_again(self, ctx, grads):
         """Of the gradients that autograd finds for the reference, on what the backward was given."""
         if self._again is None or ctx.others.get("dropout_p", 0) > 0:
-            raise RuntimeError(_TWICE.format(self.name))
+            raise RuntimeError(TWICE.format(self.name))
         reference = registry.launcher(self.name, "reference")
         needed = dict(zip((*self._wanted, *self._also), ctx.needs_input_grad, strict=False))
         with torch.enable_grad():  # views, so that the gradient of one argument does not pass through another
@@ -320,10 +321,10 @@ class Op:
                 source.requires_grad_()
             outputs = reference(**{n: given[n] for n in inspect.signature(reference).parameters if n in given})
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            first = _gradients(outputs, [given.get(f"grad_{n}") for n in self.outputs], sources)
+            first = gradients_of(outputs, [given.get(f"grad_{n}") for n in self.outputs], sources)
         names = [name for name in known if needed[name]]
         # What the kernel left out is the gradient of another argument, and nobody asks for it here.
-        found = dict(zip(names, _gradients(first, grads, [known[name] for name in names]), strict=True))
+        found = dict(zip(names, gradients_of(first, grads, [known[name] for name in names]), strict=True))
         return tuple(map(found.get, (*self._wanted, *self._also, "backend")))
 
 
@@ -338,21 +339,7 @@ def _validated():
         _inside.validated = before
 
 
-_TWICE = (
-    "{0}: its gradient cannot be differentiated again where a kernel has drawn dropout or a transport plan counts as a "
-    "constant; backend='reference' can."
-)
 _TENSORS = (Tensor, Tensor | None, list[Tensor])  #: annotations
-
-
-def _gradients(outputs, given, sources):
-    """Of `sources`, as differentiable as the grad mode says; None where there is none."""
-    pairs = [(o, g) for o, g in zip(outputs, given, strict=False) if g is not None and o is not None]
-    pairs = [(o, g) for o, g in pairs if o.requires_grad]
-    if not pairs or not sources:
-        return [None] * len(sources)
-    outputs, given = zip(*pairs, strict=True)
-    return torch.autograd.grad(outputs, sources, given, create_graph=torch.is_grad_enabled(), allow_unused=True)
 
 
 def _for_schema(annotation):
@@ -365,26 +352,6 @@ def _register(name, schema, run, fake):
     torch.library.impl(f"vilt_fast::{name}", "CompositeExplicitAutograd")(run)
     torch.library.register_fake(f"vilt_fast::{name}")(fake)
     return getattr(torch.ops.vilt_fast, name).default
-
-
-class _Once(torch.autograd.Function):
-    """The identity; what it is the gradient of cannot be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, op, gradient, *sources):
-        ctx.op = op
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(_TWICE.format(ctx.op))
-
-
-def _differentiable_once(op, sources, gradients):
-    sources = [s for s in sources if isinstance(s, Tensor)]
-    if not _check.needs_grad(*sources):
-        return gradients
-    return tuple(None if g is None else _Once.apply(op, g.detach(), *sources) for g in gradients)
 
 
 @torch.compiler.assume_constant_result
