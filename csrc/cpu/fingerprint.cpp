@@ -70,7 +70,7 @@ static uint64_t hash_whole(const Span& s, int64_t from, int64_t to) {
 static uint64_t hash_sample(const Span& s, int64_t from, int64_t to) {
   Lanes lanes((uint64_t)from);
   for (; from < to; ++from) {
-    __builtin_prefetch(s.data + (from + 32) * s.step, 0, 2);  // a hint: places are a page apart
+    __builtin_prefetch(s.data + (from + 32) * s.step, 0, 0);  // a hint: places are a page apart, and are not read again
     const int64_t place = from * s.step, row = place / s.bytes;
     const char *first = s.data + row * s.stride, *last = first + s.bytes, *at = first + place % s.bytes;
     const char* line = at - ((uintptr_t)at & (uintptr_t)(kLine - 1));

@@ -1,9 +1,24 @@
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "../binding.h"
 #include "patch_embed_args.h"
 
 namespace vf {
+
+// Of int64 lists: what one is called, where it lies, how long it is, and what all of it has to be less than.
+using Indices = std::vector<std::tuple<std::string, Address, int64_t, int64_t>>;
+
+static void check_indices(const Indices& lists) {
+  for (const auto& [name, address, count, limit] : lists) {
+    const int64_t* list = pointer<int64_t>(address);
+    for (int64_t i = 0; i < count; ++i)
+      if (list[i] < 0 || list[i] >= limit)
+        throw py::index_error("patch_embed: " + name + " holds " + std::to_string(list[i]) +
+                              ", expected 0 <= index < " + std::to_string(limit) + ".");
+  }
+}
 
 static void patch_embed(Address pixels, const std::string& dtype, const std::array<int64_t, 4>& strides, int64_t P,
                         int64_t C, Address weight, const std::string& w_dtype, Address bias,
@@ -12,7 +27,7 @@ static void patch_embed(Address pixels, const std::string& dtype, const std::arr
                         const std::string& pos_dtype, Address cls_token, const std::string& cls_dtype, Address cls_rows,
                         Address modality, const std::string& modality_dtype, Address modality_rows,
                         Address sample_of_patch, Address out, int64_t n, int64_t B, const std::string& compute,
-                        int num_threads) {
+                        int num_threads, const Indices& indices) {
   PatchEmbedArgs a{};
   a.pixels = param(pixels, dtype, "dtype");
   for (int i = 0; i < 4; ++i) a.stride[i] = strides[i];
@@ -27,8 +42,7 @@ static void patch_embed(Address pixels, const std::string& dtype, const std::arr
   a.compute = compute_of(compute), a.threads = threads_of(num_threads);
   require(P >= 1 && C >= 1 && D >= 1 && n >= 0 && B >= 0, "patch_embed: a size is out of range");
   require(n == 0 || (gh >= 1 && gw >= 1), "patch_embed needs a patch grid");
-  for (int64_t i = 0; i < n; ++i)
-    require(a.patch_source[i] >= 0 && a.patch_source[i] < B * gh * gw, "patch_source must lie in [0, B*gh*gw)");
+  check_indices(indices);
   check_weight(a.compute, a.weight.dtype, C * P * P);
   call(kernels().patch_embed, a);
 }
@@ -40,11 +54,12 @@ void bind_patch_embed(py::module_& m) {
       arg("w_dtype"), arg("bias"), arg("bias_dtype"), arg("D"), arg("patch_source"), arg("gh"), arg("gw"),
       arg("patch_rows"), arg("pos_index"), arg("pos_weight"), arg("position"), arg("pos_dtype"), arg("cls_token"),
       arg("cls_dtype"), arg("cls_rows"), arg("modality"), arg("modality_dtype"), arg("modality_rows"),
-      arg("sample_of_patch"), arg("out"), arg("n"), arg("B"), arg("compute"), arg("num_threads"),
+      arg("sample_of_patch"), arg("out"), arg("n"), arg("B"), arg("compute"), arg("num_threads"), arg("indices"),
       "Writes n patch rows and B image [CLS] rows into out f32 [N, D]; other rows are not touched.\n"
       "pixels [B, C, H, W] with any 4 element strides; weight [D, C*P*P]; patch_source int64 [n] = b*(gh*gw) + y*gw + x; patch_rows int64 [n] and\n"
       "cls_rows int64 [B]: rows of out; pos_index int64 [n, 4] and pos_weight f32 [n, 4]: rows of position [G*G+1, D] (row 0 is [CLS]) and their\n"
-      "weights; modality: table [*, D] with modality_rows int64 [B], or 0; sample_of_patch int64 [n]: index into modality_rows.");
+      "weights; modality: table [*, D] with modality_rows int64 [B], or 0; sample_of_patch int64 [n]: index into modality_rows.\n"
+      "indices: (name, address, length, limit) of int64 lists that are to lie in [0, limit), which is an IndexError else.");
 }
 
 }  // namespace vf

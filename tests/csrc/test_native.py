@@ -391,7 +391,7 @@ def test_patch_embed(layout, dtype, compute):
             width, at["patch_source"], gh, gw, at["patch_rows"], at["pos_index"], at["pos_weight"],
             address(position), name(position), address(cls), name(cls), at["cls_rows"],
             address(modality), name(modality), address(modality_rows), at["patch_sample"], address(out),
-            len(index["patch_rows"]), batch, compute, threads,
+            len(index["patch_rows"]), batch, compute, threads, [],
         )  # fmt: skip
         cells = pixels[:, :, : gh * patch, : gw * patch].unflatten(2, (gh, patch)).unflatten(4, (gw, patch))
         cells = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, k)[index["patch_source"]]

@@ -14,7 +14,7 @@ from torch import nn
 from .. import functional
 from ..functional import LayerParameters
 from ..ops import registry
-from ..ops._known import Memory
+from ..remembered import Memory
 from . import listeners, packed
 from .blocks import Block, Described, layer_parameters
 from .packing import Packing, Selection

@@ -24,8 +24,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .. import functional, record
 from ..backends.cpp.quantize_linear import blob_size, gathered
 from ..ops import fingerprint, registry
-from ..ops._known import Known, once
 from ..reference.encoder import MATRICES, LayerParameters
+from ..remembered import Known, once
 from .asked import Asked
 
 #: Places of the six matrices among the tensors of a layer.

@@ -18,6 +18,11 @@ from . import listeners
 from .genuine import own_methods
 
 _TENSORS = ("_parameters", "_buffers")
+_IDLE = {
+    "_non_persistent_buffers_set", "_forward_hooks_with_kwargs", "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+}  # fmt: skip
 
 
 class Snapshot:
@@ -70,5 +75,8 @@ class Snapshot:
 
 
 def _held(name, value):
-    """An attribute to compare with: of dictionaries a copy, but for those of tensors, which cannot be compared."""
-    return value if name in _TENSORS and value else dict(value) if isinstance(value, dict) else value
+    """An attribute to compare with: of dictionaries a copy, but for those of tensors, which cannot be compared, and for
+    those that change nothing of a call without hooks (looking into these takes as long as all else)."""
+    if name in _IDLE or (name in _TENSORS and value):
+        return value
+    return dict(value) if isinstance(value, dict) else value

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..reference.encoder import MATRICES, LayerParameters
+from ..remembered import Known, once
 from . import _check, registry
 from ._define import Op
-from ._known import Known, once
 
 COMPUTE = ("float32", "bfloat16", "int8")
 _LAYER = len(LayerParameters._fields)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..remembered import once
 from . import registry
-from ._known import once
 
 _FAR = 1021  #: elements between those that a sample looks at, at most
 

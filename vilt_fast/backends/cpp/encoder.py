@@ -2,8 +2,8 @@
 
 import torch
 
-from ...ops._known import once
 from ...reference.encoder import MATRICES, LayerParameters
+from ...remembered import once
 from . import _native, quantize_linear
 
 _LAYER = len(LayerParameters._fields)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...ops._known import once
+from ...remembered import once
 from . import _native
 
 

@@ -6,6 +6,10 @@ import torch
 
 from . import _native, quantize_linear
 
+_INDICES = (
+    "text_rows", "patch_source", "patch_rows", "patch_sample", "pos_index", "cls_rows", "modality_index",
+)  # fmt: skip
+
 
 def supports(
     *, device=None, dtype=None, pixel_dtype=None, out_dtype=None, dtypes=(), square=True, requires_grad=False,
@@ -18,16 +22,6 @@ def supports(
     weight = None if dtype == torch.uint8 else dtype
     tables = {f"a table ({place})": table for place, table in enumerate(sorted(dtypes, key=str))}
     return _native.problem(device, dropout=dropout, weight=weight, pixels=pixel_dtype, out=out_dtype, **tables)
-
-
-def _check_indices(limits, indices):
-    for name, tensor in indices.items():
-        if tensor is not None and tensor.numel():
-            low, high = (bound.item() for bound in tensor.aminmax())
-            if low < 0 or high >= limits[name]:
-                raise IndexError(
-                    f"patch_embed: {name} holds {low if low < 0 else high}, expected 0 <= index < {limits[name]}."
-                )
 
 
 def patch_embed_fwd(
@@ -51,28 +45,24 @@ def patch_embed_fwd(
     else:
         compute, size = _native.NAMES[weight.dtype], weight.shape[-1]
     gh, gw = height // size, columns // size
-    limits = dict(
-        text_rows=total_rows, patch_rows=total_rows, cls_rows=total_rows, patch_source=images * gh * gw,
-        patch_sample=len(cls_rows), pos_index=position.shape[0],
-        modality_index=0 if modality is None else modality.shape[0],
-    )  # fmt: skip
-    indices = dict(
-        text_rows=text_rows, patch_rows=patch_rows, cls_rows=cls_rows, patch_source=patch_source,
-        patch_sample=patch_sample, pos_index=pos_index, modality_index=modality_index,
-    )  # fmt: skip
-    _check_indices(limits, indices)
     dense = [
         None if t is None else t.contiguous()
-        for t in (weight, bias, patch_source, patch_rows, pos_index, position, cls_token, cls_rows, modality)
-    ]
-    weight, bias, patch_source, patch_rows, pos_index, position, cls_token, cls_rows, modality = dense
-    modality_index = None if modality_index is None else modality_index.contiguous()
-    patch_sample = patch_sample.contiguous()
+        for t in (
+            weight, bias, position, cls_token, modality, text_rows, patch_source, patch_rows, patch_sample, pos_index,
+            cls_rows, modality_index,
+        )
+    ]  # fmt: skip
+    weight, bias, position, cls_token, modality, *indices = dense
+    text_rows, patch_source, patch_rows, patch_sample, pos_index, cls_rows, modality_index = indices
+    limits = (
+        total_rows, images * gh * gw, total_rows, len(cls_rows), len(position), total_rows,
+        0 if modality is None else len(modality),
+    )  # fmt: skip
+    named = zip(_INDICES, indices, limits, strict=True)
+    checked = [(name, t.data_ptr(), t.numel(), limit) for name, t, limit in named if t is not None]
     pos_weight = pos_weight.to(torch.float32).contiguous()
     listed = (0 if text is None else len(text_rows)) + len(patch_rows) + len(cls_rows)
     out = (torch.empty if listed == total_rows else torch.zeros)(total_rows, width, dtype=torch.float32)
-    if text is not None:
-        out.index_copy_(0, text_rows, text.to(torch.float32))
     address, names = _native.address, _native.NAMES
     _C.patch_embed(
         pixels.data_ptr(), names[pixels.dtype], list(pixels.stride()), size, channels, weight.data_ptr(),
@@ -82,7 +72,10 @@ def patch_embed_fwd(
         cls_token.data_ptr(), names[cls_token.dtype], cls_rows.data_ptr(), address(modality),
         "f32" if modality is None else names[modality.dtype], address(modality_index), address(patch_sample),
         out.data_ptr(), len(patch_rows), len(cls_rows), compute, torch.get_num_threads(),
+        checked,
     )  # fmt: skip
+    if text is not None:
+        out.index_copy_(0, text_rows, text.to(torch.float32))
     return (out.to(out_dtype),), ()
 
 

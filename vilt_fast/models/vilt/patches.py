@@ -19,13 +19,13 @@ def patch_grids(pixel_mask, batch, grid) -> tuple[tuple[int, int], ...]:
         raise InputError(
             f"pixel_mask must be [{batch}, height, width] like pixel_values, got {list(pixel_mask.shape)}."
         )
-    rows = torch.from_numpy(_nearest(pixel_mask.shape[1], grid[0])).to(pixel_mask.device, non_blocking=True)
-    columns = torch.from_numpy(_nearest(pixel_mask.shape[2], grid[1])).to(pixel_mask.device, non_blocking=True)
-    sampled = pixel_mask[:, rows[:, None], columns].cpu()
-    mask = (sampled.float() if sampled.dtype == torch.bfloat16 else sampled).numpy()
-    if not ((mask == 0) | (mask == 1)).all():
+    mask = _sampled(pixel_mask, *map(_nearest, pixel_mask.shape[1:], grid))
+    real = mask != 0
+    if not (mask[real] == 1).all():
         raise InputError("pixel_mask must hold 0 (padding) and 1 (image) only.")
-    mask = mask != 0
+    if real.all():
+        return (tuple(grid),) * batch
+    mask = real
     heights, widths = mask[:, :, 0].sum(1), mask[:, 0, :].sum(1)
     for b, (h, w) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
         if h == 0 or w == 0:
@@ -38,6 +38,15 @@ def patch_grids(pixel_mask, batch, grid) -> tuple[tuple[int, int], ...]:
                 "wrongly."
             )
     return tuple(zip(heights.tolist(), widths.tolist(), strict=True))
+
+
+def _sampled(mask: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The mask [B, h, w] at these places, on the host."""
+    if mask.device.type == "cpu" and mask.dtype != torch.bfloat16:
+        return mask.detach().numpy()[:, rows[:, None], columns]
+    rows, columns = (torch.from_numpy(at).to(mask.device, non_blocking=True) for at in (rows, columns))
+    sampled = mask[:, rows[:, None], columns].cpu()
+    return (sampled.float() if sampled.dtype == torch.bfloat16 else sampled).numpy()
 
 
 def sampled_mask(pixels: torch.Tensor, grid: Sequence[int], is_image) -> torch.Tensor:
