@@ -19,10 +19,10 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cu
 OLD = $$($(BIN)/python -c 'import sys; print({10: "4.30.2", 11: "4.30.2", 12: "4.38.2"}.get(sys.version_info[1], "4.46.3"))') 4.57.6
 CORE = -m pytest -n $(WORKERS) -q -m core
 
-# Triton besides the one in $(VENV) that `make fake-gpu` compiles with, and what it has passed on: one file a state of the sources.
+# Triton besides the one in $(VENV) that `make fake-gpu` compiles with, and what says whether anything is left to.
 OLD_TRITON = 3.6.0
-FAKED = build/fake_gpu/passed-$$(git ls-files --cached --others --exclude-standard kernels vilt_fast \
-	':!vilt_fast/kernels' tests/fake_gpu tests/support/fake_gpu benchmarks/compiled pyproject.toml | sort | xargs cat | sha256sum | cut -c1-16)
+PASSED = PYTHONPATH=tests $(BIN)/python -m support.fake_gpu.passed
+PLAY = $(BIN)/python -m pytest -n $(WORKERS) -q tests/fake_gpu/whole.py $(ARGS)
 
 .PHONY: demo train-demo test core fake-gpu wheel types sanitize races hf-suite lint format bench plot info clean
 
@@ -48,12 +48,11 @@ $(VENV)/transformers-%/.installed: | $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --target $(@D) "transformers==$*"
 	@touch $@
 
-# Every kernel, compiled from real arguments for a GPU that is played; nothing where these sources have passed before.
-fake-gpu: $(VENV)/.installed $(VENV)/triton-$(OLD_TRITON)/.installed
-	$(if $(ARGS),,test -e $(FAKED) ||) { \
-		$(BIN)/python -m pytest -n $(WORKERS) -q tests/fake_gpu/whole.py $(ARGS) && \
-		PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(BIN)/python -m pytest -n $(WORKERS) -q tests/fake_gpu/whole.py $(ARGS) && \
-		$(if $(ARGS),true,mkdir -p build/fake_gpu && touch $(FAKED)); }
+# Every kernel, compiled from real arguments for a GPU that is played; nothing where tests/fake_gpu/passed.csv says that it has been.
+fake-gpu: $(VENV)/.installed
+	$(PASSED) "$$($(BIN)/python -c 'import triton; print(triton.__version__)')" || $(PLAY)
+	$(PASSED) $(OLD_TRITON) || { $(MAKE) --no-print-directory $(VENV)/triton-$(OLD_TRITON)/.installed && \
+		PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PLAY); }
 
 $(VENV)/triton-%/.installed: | $(VENV)/.installed
 	rm -rf $(@D)

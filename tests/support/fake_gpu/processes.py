@@ -22,7 +22,7 @@ def played(*steps: dict) -> dict:
     }
     command = [sys.executable, "-W", "ignore", "-m", "support.fake_gpu", json.dumps(steps)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, f"it ended with {done.returncode} (a signal, if negative): {done.stderr[-4000:]}"
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["compiled"] and found["launched"], found
     return found
