@@ -51,8 +51,10 @@ $(VENV)/transformers-%/.installed: | $(VENV)/.installed
 # Every kernel, compiled from real arguments for a GPU that is played; nothing where tests/fake_gpu/passed.csv says that it has been.
 fake-gpu: $(VENV)/.installed
 	$(PASSED) "$$($(BIN)/python -c 'import triton; print(triton.__version__)')" || $(PLAY)
-	$(PASSED) $(OLD_TRITON) || { $(MAKE) --no-print-directory $(VENV)/triton-$(OLD_TRITON)/.installed && \
-		PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PLAY); }
+	$(PASSED) $(OLD_TRITON) || $(MAKE) --no-print-directory fake-gpu-$(OLD_TRITON)
+
+fake-gpu-%: $(VENV)/triton-%/.installed
+	PYTHONPATH=$(VENV)/triton-$* $(PLAY)
 
 $(VENV)/triton-%/.installed: | $(VENV)/.installed
 	rm -rf $(@D)
