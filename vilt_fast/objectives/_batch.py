@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from ..models.vilt.given import check_tensors
-from ..ops._check import readable
+from ..ops._check import limits
 
 
 def tensor(batch: Mapping, name: str, shape: Sequence[int | None] = (), why: str = "") -> torch.Tensor:
@@ -38,10 +38,9 @@ def classes(batch: Mapping, name: str, shape: Sequence[int | None], count: int) 
     if labels.dtype not in (torch.int64, torch.int32, torch.bool):
         raise InputError(f"{name} must be integers, got {labels.dtype}.")
     labels = labels.long()
-    if labels.numel() and readable(labels):
-        low, high = labels.aminmax()
-        if low < 0 or high >= count:
-            raise InputError(f"{name} must be in [0, {count}), got values from {low.item()} to {high.item()}.")
+    low, high = limits(labels) or (0, 0)
+    if low < 0 or high >= count:
+        raise InputError(f"{name} must be in [0, {count}), got values from {low} to {high}.")
     return labels
 
 

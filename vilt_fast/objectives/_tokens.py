@@ -1,14 +1,32 @@
-"""What losses of text tokens share: labels of the states that were read, and the cross entropy on them."""
+"""What losses of text tokens share: their labels, what is read because of them, and the cross entropy on it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
+from ..errors import InputError
+from ..models.vilt.reads import Reads
 from ..models.vilt.states import States, compact
-from ._batch import wide
+from ._batch import tensor, wide
 
 IGNORED = -100  #: the label of a token that is not to be predicted
+
+
+def labels_of(batch: Mapping, what: str, why: str = "") -> torch.Tensor:
+    """The batch's `labels`, int64 [B, T] as its text is, where that is; `what` names them in errors, as `why` does."""
+    ids = tensor(batch, "input_ids", (None, None))
+    labels = tensor(batch, "labels", ids.shape, why)
+    if labels.dtype != torch.int64:
+        raise InputError(f"labels must be int64 {what}, got {labels.dtype}.")
+    return labels.to(ids.device)
+
+
+def reads(labels: torch.Tensor, tokenwise: bool, **others) -> Reads:
+    """What is read of samples that have these labels: labelled tokens, or all for a head that may look across them."""
+    return Reads(len(labels), labels != IGNORED if tokenwise and compact(labels) else None, **others)
 
 
 def of_read(found: States, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

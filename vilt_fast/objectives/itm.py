@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
+from ..models.vilt.given import repeated
 from ..models.vilt.reads import Reads
 from ..models.vilt.states import states, trunk_of
 from ._batch import classes, tensor, wide
@@ -62,14 +63,12 @@ def labels_of(batch: Mapping, generator: torch.Generator | None) -> torch.Tensor
 def of_pooled(head: nn.Module, pooled: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(the loss of what the pooler gave, the logits [B, 2])."""
     logits = head(pooled)
-    return F.cross_entropy(wide(logits), labels.to(logits.device)), logits
+    return F.cross_entropy(wide(logits), labels.to(logits.device, non_blocking=True)), logits
 
 
 def images_of(batch: Mapping, labels: torch.Tensor) -> dict:
     """pixel_values and pixel_mask [B, ...] in which samples labelled 0 have their false image."""
-    shared, image_of = shared_images(batch, labels)
-    of = torch.tensor(image_of, device=shared["pixel_values"].device)
-    return {name: value[of] for name, value in shared.items()}
+    return repeated(*shared_images(batch, labels))
 
 
 def shared_images(batch: Mapping, labels: torch.Tensor) -> tuple[dict, tuple[int, ...]]:
@@ -78,7 +77,7 @@ def shared_images(batch: Mapping, labels: torch.Tensor) -> tuple[dict, tuple[int
     false = tensor(batch, "false_pixel_values", (*true.shape[:2], None, None), "which image-text matching swaps in")
     others = (labels == OTHER).nonzero()[:, 0]
     place = {sample: len(labels) + i for i, sample in enumerate(others.tolist())}
-    others = others.to(true.device)
+    others = others.to(true.device, non_blocking=True)
     size = [max(sides) for sides in zip(true.shape[2:], false.shape[2:], strict=True)]
     masks = _mask(batch, "pixel_mask", true), _mask(batch, "false_pixel_mask", false)[others]
     images = {

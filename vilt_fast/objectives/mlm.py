@@ -19,7 +19,7 @@ from ..models.vilt.reads import Reads
 from ..models.vilt.states import States, compact, states, trunk_of
 from ..models.vilt.tasks import why_head_not_packable
 from . import _tokens
-from ._batch import tensor, wide
+from ._batch import wide
 from ._tokens import IGNORED
 
 
@@ -55,17 +55,12 @@ def mlm_inputs(batch: Mapping) -> dict:
 
 def mlm_labels(batch: Mapping) -> torch.Tensor:
     """The labels, shaped as the text is."""
-    ids = tensor(mlm_inputs(batch), "input_ids", (None, None))
-    labels = tensor(batch, "labels", ids.shape, "which masked language modelling learns")
-    if labels.dtype != torch.int64:
-        raise InputError(f"labels must be int64 ids of tokens, got {labels.dtype}.")
-    return labels.to(ids.device)
+    return _tokens.labels_of(mlm_inputs(batch), "ids of tokens", "which masked language modelling learns")
 
 
 def mlm_reads(model: nn.Module, labels: torch.Tensor, **others) -> Reads:
     """What is read of the samples that have these labels."""
-    picked = compact(labels) and not why_head_not_packable(model.mlm_score)
-    return Reads(len(labels), labels != IGNORED if picked else None, **others)
+    return _tokens.reads(labels, not why_head_not_packable(model.mlm_score), **others)
 
 
 def of_states(
@@ -82,7 +77,8 @@ def of_states(
     if tokenwise and type(head.decoder) is nn.Linear:
         rows, target, decoder = found.texts, own, head.decoder
         if soft_labels is not None:
-            rows, target = rows[own != IGNORED], _soft(own, soft_labels)
+            places, target = _soft(own, soft_labels)
+            rows = rows.index_select(0, places)
         weights = decoder.weight, decoder.bias
         total = functional.linear_cross_entropy(head.transform(rows), *weights, target, reduction="sum")
     else:
@@ -90,16 +86,20 @@ def of_states(
         if soft_labels is None:
             total = _tokens.summed(logits, own)
         else:
-            target = _soft(own, soft_labels)
-            total = F.cross_entropy(wide(logits[own != IGNORED]), target.to(wide(logits).dtype), reduction="sum")
+            places, target = _soft(own, soft_labels)
+            logits = wide(logits.index_select(0, places))
+            total = F.cross_entropy(logits, target.to(logits.dtype), reduction="sum")
     return total / (count if num_items is None else num_items)
 
 
 def _soft(own, soft_labels):
-    """The probabilities of the labelled tokens, checked."""
-    if soft_labels.ndim != 2 or len(soft_labels) != (own != IGNORED).sum() or not soft_labels.is_floating_point():
+    """(which of these are the labelled tokens, their probabilities, checked)."""
+    labelled = own != IGNORED
+    count = int(labelled.sum()) if compact(own) else len(soft_labels)
+    if soft_labels.ndim != 2 or len(soft_labels) != count or not soft_labels.is_floating_point():
         raise InputError(
-            f"soft_labels must be floating [{int((own != IGNORED).sum())}, vocabulary], a row a labelled token, got "
-            f"{soft_labels.dtype} {list(soft_labels.shape)}."
+            f"soft_labels must be floating [{count}, vocabulary], a row a labelled token, got {soft_labels.dtype} "
+            f"{list(soft_labels.shape)}."
         )
-    return soft_labels.to(own.device)
+    # The first `count` of the labelled ones put first: picking by a mask would wait for the device.
+    return torch.argsort(~labelled, stable=True)[:count], soft_labels.to(own.device)

@@ -20,6 +20,7 @@ from ..engine.listeners import live
 from ..models.vilt.inputs import Inputs
 from ..models.vilt.known import patch_size, tables, why_not_known
 from ..models.vilt.options import ViltOptions
+from ..models.vilt.patches import cells
 from ..models.vilt.reads import Reads
 from ..models.vilt.states import states, trunk_of
 from ._batch import of_forward, tensor, wide
@@ -70,7 +71,8 @@ def mpp_loss(model: nn.Module, batch: Mapping, *, generator: torch.Generator | N
             accelerated or not.
         batch: input_ids, attention_mask, token_type_ids; pixel_values normalised with mean and deviation 0.5, as ViLT's
             processor does, and pixel_mask.
-        generator: draws which patches are masked and which of these replaced; torch's own by default.
+        generator: draws which patches are masked and which of these replaced; torch's own by default. What a
+            generator of a GPU draws is waited for.
 
     Returns:
         A scalar in at least float32; 0 with gradient 0 where no patch is masked.
@@ -87,12 +89,14 @@ def mpp_loss(model: nn.Module, batch: Mapping, *, generator: torch.Generator | N
     checked = Inputs.checked(trunk, **dict.fromkeys(("attention_mask", "token_type_ids", "pixel_mask")) | given)
     plan = checked.plan(trunk, ViltOptions(generator=generator))
     masked, replaced = masked_patches(len(plan.patch_source), generator)
-    masked, replaced = masked.to(pixels.device), replaced.to(pixels.device)
-    patches = _cut(pixels, plan, patch_size(trunk.embeddings))[masked]
+    # Numbers, not a mask: how many there are is known here, and picking by a mask would wait for the device.
+    chosen = masked.nonzero()[:, 0].to(pixels.device, non_blocking=True)
+    replaced = replaced.to(pixels.device, non_blocking=True)
     given["image_embeds"], given["pixel_mask"], places = _embedded(trunk, head, pixels, plan, replaced)
     del given["pixel_values"]
     read = states(trunk, given, Reads(0, whole=True))
-    predicted = wide(head(read.image.flatten(0, 1).index_select(0, places[masked])))
+    predicted = wide(head(read.image.flatten(0, 1).index_select(0, places.index_select(0, chosen))))
+    patches = _cut(pixels, plan, patch_size(trunk.embeddings), chosen)
     if head.form == "classes":
         levels = ((patches.flatten(2).mean(-1) * 0.5 + 0.5) * (LEVELS - 1)).long().clamp(0, LEVELS - 1)
         losses = F.cross_entropy(predicted.view(-1, LEVELS), levels.flatten(), reduction="none")
@@ -114,12 +118,11 @@ def masked_patches(count: int, generator: torch.Generator | None = None) -> tupl
     return masked, masked & (drawn[1] < REPLACED)
 
 
-def _cut(pixels, plan, size):
-    """The pixels [p, C, ph, pw] of the patches of a plan."""
-    (ph, pw), (gh, gw) = size, plan.patch_grid
-    cells = pixels[:, :, : gh * ph, : gw * pw].unflatten(3, (gw, pw)).unflatten(2, (gh, ph))
-    cell = plan.patch_source % (gh * gw)
-    return cells[plan.patch_sample, :, cell // gw, :, cell % gw, :]
+def _cut(pixels, plan, size, chosen):
+    """The pixels [m, C, ph, pw] of the patches of a plan that have these numbers [m]."""
+    gh, gw = plan.patch_grid
+    cell = plan.patch_source.index_select(0, chosen) % (gh * gw)
+    return cells(pixels, size)[plan.patch_sample.index_select(0, chosen), cell // gw, cell % gw]
 
 
 def _embedded(trunk, head, pixels, plan, replaced):

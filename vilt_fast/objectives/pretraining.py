@@ -86,7 +86,7 @@ def pretraining_loss(
         read = states(trunk, {**batch, **images_of(batch, drawn)}, Reads(0, whole=whole))
     logits = None
     if matched:
-        drawn = drawn.to(read.pooled.device)
+        drawn = drawn.to(read.pooled.device, non_blocking=True)
     if weights["itm"]:
         parts["itm_loss"], logits = of_pooled(model.itm_score, read.pooled, drawn)
     if weights["wpa"]:

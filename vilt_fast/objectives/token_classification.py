@@ -7,13 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..errors import InputError
-from ..models.vilt.reads import Reads
-from ..models.vilt.states import compact, states, trunk_of
+from ..models.vilt.states import states, trunk_of
 from ..models.vilt.tasks import why_classifier_not_packable
 from . import _tokens
-from ._batch import tensor
-from ._tokens import IGNORED
 
 
 def token_classification_loss(model: nn.Module, batch: Mapping) -> torch.Tensor:
@@ -31,13 +27,9 @@ def token_classification_loss(model: nn.Module, batch: Mapping) -> torch.Tensor:
         of padding. Values are looked at on a CPU.
     """
     trunk = trunk_of(model, "classifier", "dropout")
-    ids = tensor(batch, "input_ids", (None, None))
-    labels = tensor(batch, "labels", ids.shape)
-    if labels.dtype != torch.int64:
-        raise InputError(f"labels must be int64 classes of tokens, got {labels.dtype}.")
-    labels = labels.to(ids.device)
+    labels = _tokens.labels_of(batch, "classes of tokens")
     tokenwise = not why_classifier_not_packable(model)
-    found = states(trunk, batch, Reads(len(ids), labels != IGNORED if tokenwise and compact(labels) else None))
+    found = states(trunk, batch, _tokens.reads(labels, tokenwise))
     own, count = _tokens.of_read(found, labels)
     logits = _tokens.logits(lambda rows: model.classifier(model.dropout(rows)), found, labels.shape, tokenwise)
     return _tokens.summed(logits, own) / count

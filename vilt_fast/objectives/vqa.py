@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import InputError
-from ..ops._check import readable
+from ..ops._check import limits
 from ._batch import of_forward, tensor, wide
 
 
@@ -32,10 +32,9 @@ def vqa_loss(model: nn.Module, batch: Mapping) -> torch.Tensor:
     labels = tensor(batch, "labels", (None, None), "soft scores of the answers")
     if not labels.is_floating_point():
         raise InputError(f"labels must be floating scores [B, answers], got {labels.dtype}.")
-    if labels.numel() and readable(labels):
-        low, high = labels.aminmax()
-        if not (low >= 0 and high <= 1):
-            raise InputError(f"labels must be scores in [0, 1], got values from {low.item()} to {high.item()}.")
+    low, high = limits(labels) or (0, 1)
+    if not (low >= 0 and high <= 1):
+        raise InputError(f"labels must be scores in [0, 1], got values from {low} to {high}.")
     logits = wide(model(**of_forward(batch)).logits)
     tensor(batch, "labels", logits.shape)
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits)) * logits.shape[1]

@@ -167,6 +167,13 @@ def readable(tensor):
     return os.environ.get("VILT_FAST_CHECK") == "1" and not capturing
 
 
+def limits(values):
+    """(smallest, largest) as numbers; None where there are none, or where looking would wait."""
+    if not values.numel() or not readable(values):
+        return None
+    return tuple(bound.item() for bound in values.aminmax())
+
+
 def needs_grad(*tensors):
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

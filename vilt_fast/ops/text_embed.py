@@ -46,9 +46,7 @@ def _fake_backward(
 
 def _check_range(name, ids, table):
     # Only where looking is free: ids on an accelerator would have to be copied to the host.
-    if ids is None or not ids.numel() or not _check.readable(ids):
-        return
-    low, high = (bound.item() for bound in ids.aminmax())
+    low, high = (ids is not None and _check.limits(ids)) or (0, 0)
     if low < 0 or high >= table.shape[0]:
         raise IndexError(f"text_embed: {name} holds {low if low < 0 else high}, expected 0 <= id < {table.shape[0]}.")
 

@@ -156,34 +156,25 @@ def with_patches(
 
 
 def with_shared_patches(
-    tables: Tables,
-    plan: SequencePlan,
-    text: torch.Tensor,
-    pixels: torch.Tensor,
-    image_of: torch.Tensor,
-    modality: torch.Tensor,
+    tables: Tables, plan: SequencePlan, text: torch.Tensor, pixels: torch.Tensor, modality: torch.Tensor
 ) -> torch.Tensor:
-    """Packed rows [N, D] of samples that share images: a patch is projected once, whoever has it.
+    """Packed rows [N, D] of samples that share images, as `plan` says: a patch is projected once, whoever has it.
 
-    `pixels` is [images, C, H, W] and `image_of` [B] int64. Dropout and the modality come after: each sample has its
-    own, as if its image were nobody else's.
+    `pixels` is [images, C, H, W]. Dropout and the modality come after: each sample has its own, as if its image were
+    nobody else's.
     """
     weight = tables.projection.weight
     if not pixels.is_floating_point():
         pixels = pixels.to(weight.dtype)
     wide, images = torch.promote_types(weight.dtype, torch.float32), len(pixels)
-    area = plan.patch_grid[0] * plan.patch_grid[1]
-    source = image_of.index_select(0, plan.patch_sample) * area + plan.patch_source % area
-    distinct, which = torch.unique(source, return_inverse=True)
-    # Any sample that has a patch says where it lies, and all say the same.
-    at = torch.empty_like(distinct).index_copy(0, which, torch.arange(len(which), device=which.device))
+    area, distinct, device = plan.patch_grid[0] * plan.patch_grid[1], plan.distinct, plan.device
     embedded = functional.patch_embed(
         pixels, weight, tables.projection.bias, tables.cls_token.reshape(-1), tables.image_position[0], None, None,
-        None, distinct, images + torch.arange(len(distinct), device=at.device), distinct // area,
-        plan.pos_index.index_select(0, at), plan.pos_weight.index_select(0, at),
-        torch.arange(images, device=at.device), None, images + len(distinct), out_dtype=wide,
+        None, distinct, images + torch.arange(len(distinct), device=device), distinct // area,
+        plan.pos_index.index_select(0, plan.distinct_at), plan.pos_weight.index_select(0, plan.distinct_at),
+        torch.arange(images, device=device), None, images + len(distinct), out_dtype=wide,
     )  # fmt: skip
-    image = embedded.index_select(0, torch.cat([image_of, images + which]))
+    image = embedded.index_select(0, torch.cat([plan.image_of, images + plan.distinct_of]))
     image = F.dropout(image, live(tables.image_dropout))
     row = torch.cat([modality, modality.index_select(0, plan.patch_sample)])
     image = image + tables.modality.weight.to(wide).index_select(0, row)

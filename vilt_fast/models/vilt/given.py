@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
 
@@ -13,6 +15,13 @@ def check_tensors(**given) -> None:
                 f"{name} must be a tensor, got {_described(value)}: pass what the model's processor makes, "
                 "processor(images, texts, return_tensors='pt'), or, of plain numbers, torch.as_tensor(...)."
             )
+
+
+def repeated(given: Mapping, image_of: Sequence[int]) -> dict[str, torch.Tensor]:
+    """`pixel_values` and `pixel_mask` of `given` with an image for each sample, which has number `image_of` there."""
+    images = {name: given[name] for name in ("pixel_values", "pixel_mask") if given.get(name) is not None}
+    of = torch.tensor(image_of)
+    return {name: t.index_select(0, of.to(t.device, non_blocking=True)) for name, t in images.items()}
 
 
 def _described(value) -> str:

@@ -8,10 +8,10 @@ import torch
 from transformers.models.vilt import modeling_vilt as hf
 
 from ...errors import InputError
-from ...ops._check import readable
+from ...ops._check import limits, readable
 from . import patches
 from .embedding import Tables
-from .given import check_tensors
+from .given import check_tensors, repeated
 from .known import known_tables, patch_size, position_grid, takes_what_is_given
 from .options import ViltOptions
 from .plan import SequencePlan
@@ -151,9 +151,8 @@ class Inputs:
         """The same with the shared images repeated: what a module that knows nothing of sharing is given."""
         if self.image_of is None:
             return self
-        of = torch.tensor(self.image_of, device=self.pixel_values.device)
-        mask = None if self.pixel_mask is None else self.pixel_mask[of]
-        return dataclasses.replace(self, pixel_values=self.pixel_values[of], pixel_mask=mask, image_of=None)
+        images = {"pixel_values": self.pixel_values, "pixel_mask": self.pixel_mask}
+        return dataclasses.replace(self, **repeated(images, self.image_of), image_of=None)
 
     def layout(self, model: hf.ViltModel, images: int = 1) -> tuple:
         """What a `SequencePlan` for a sample's so many images like this one has as its `layout`."""
@@ -198,10 +197,8 @@ def _position_dtype(table):
 
 def _check_range(ids, table, name):
     """Out-of-range ids, where they may be looked at."""
-    if ids.numel() == 0 or not readable(ids):
-        return
     size = len(table.weight)
-    low, high = (bound.item() for bound in torch.aminmax(ids))
+    low, high = limits(ids) or (0, 0)
     if low < 0 or high >= size:
         raise InputError(f"{name} must be in [0, {size}), got values from {low} to {high}.")
 

@@ -49,6 +49,14 @@ def _sampled(mask: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> np.nd
     return (sampled.float() if sampled.dtype == torch.bfloat16 else sampled).numpy()
 
 
+def cells(pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Pixels [B, C, H, W] as patches [B, gh, gw, C, ph, pw], a view; what is left beyond whole patches is cut off."""
+    (ph, pw), (height, width) = size, pixels.shape[2:]
+    gh, gw = height // ph, width // pw
+    cut = pixels[:, :, : gh * ph, : gw * pw].unflatten(3, (gw, pw)).unflatten(2, (gh, ph))
+    return cut.permute(0, 2, 4, 1, 3, 5)
+
+
 def sampled_mask(pixels: torch.Tensor, grid: Sequence[int], is_image) -> torch.Tensor:
     """A patch-grid mask bool [B, gh, gw]: `is_image` of the pixels [B, C, gh, gw] where a full mask is sampled."""
     rows, columns = (

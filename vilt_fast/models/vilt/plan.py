@@ -30,6 +30,10 @@ from . import patches
 PADDING = ("zero", "reference")  #: what a per-token output may hold at padded positions
 
 
+def _nothing() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.int64)
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class SequencePlan(Packing):
     """A `Packing`, and where texts and images go in it.
@@ -52,6 +56,11 @@ class SequencePlan(Packing):
     pos_index: torch.Tensor  #: [p, 4] rows of the whole position table (row 0 is [CLS]); empty for `image_embeds`
     pos_weight: torch.Tensor  #: float32 or float64 [p, 4] bilinear weights
     cls_rows: torch.Tensor  #: [B], or [0] for `image_embeds`
+    # Where samples share images; empty where each has its own.
+    image_of: torch.Tensor = dataclasses.field(default_factory=_nothing)  #: [B] which image each has
+    distinct: torch.Tensor = dataclasses.field(default_factory=_nothing)  #: [d] image * gh * gw + cell, each once
+    distinct_of: torch.Tensor = dataclasses.field(default_factory=_nothing)  #: [p] which of these a patch row is
+    distinct_at: torch.Tensor = dataclasses.field(default_factory=_nothing)  #: [d] a patch row that is this one
     widths: tuple[int, ...]  #: T + I of each batch that was concatenated into this plan (one unless NLVR2)
     padding: str  #: "zero", or "reference" where every padded position has a row
 
@@ -186,7 +195,7 @@ class SequencePlan(Packing):
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         return _with_pixels(
             text.tobytes(), text.shape, *map(_frozen, cells), grids, grid, position_grid,
-            position_dtype == torch.float64, padding, device, stream,
+            position_dtype == torch.float64, padding, None if image_of is None else tuple(image_of), device, stream,
         )  # fmt: skip
 
     @staticmethod
@@ -297,7 +306,7 @@ def _frozen(arrays) -> tuple[bytes, ...]:
 
 @functools.lru_cache(maxsize=32)  # a server sees the same sizes again and again, and making a plan takes a while
 def _with_pixels(
-    text, text_shape, cells, beside, grids, grid, position_grid, exact, padding, device, stream
+    text, text_shape, cells, beside, grids, grid, position_grid, exact, padding, image_of, device, stream
 ) -> SequencePlan:
     """The plan of text (the bytes of a mask) and patches (those of the cells of each image and beside it, int64)."""
     text = np.frombuffer(text, bool).reshape(text_shape)
@@ -311,10 +320,13 @@ def _with_pixels(
             index.append(np.zeros((len(others), 4), np.int64))
             weight.append(np.zeros((len(others), 4), share.dtype))
     positions = np.concatenate(index), np.concatenate(weight)
-    return _assemble(text, (cells, beside), grid, max(map(len, cells)), grids, positions, True, padding, device)
+    longest = max(map(len, cells))
+    return _assemble(text, (cells, beside), grid, longest, grids, positions, True, padding, device, image_of)
 
 
-def _assemble(text, cells, grid, image_tokens, grids, positions, has_cls, padding, device) -> SequencePlan:
+def _assemble(
+    text, cells, grid, image_tokens, grids, positions, has_cls, padding, device, image_of=None
+) -> SequencePlan:
     """Lay the samples end to end: text is bool [B, T], cells are the real ones of each image and the padded ones."""
     if padding not in PADDING:
         raise InputError(f"padding must be 'zero' or 'reference', got {padding!r}.")
@@ -383,6 +395,12 @@ def _assemble(text, cells, grid, image_tokens, grids, positions, has_cls, paddin
         "padded_rows": np.concatenate(padded_rows),
         "padded_places": np.concatenate(places),
     }
+    if image_of is not None:
+        host["image_of"] = np.array(image_of, np.int64)
+        cell = host["image_of"][host["patch_sample"]] * area + host["patch_source"] % area
+        host["distinct"], host["distinct_at"], host["distinct_of"] = np.unique(
+            cell, return_index=True, return_inverse=True
+        )
     return SequencePlan(
         width=width,
         text_length=text_length,

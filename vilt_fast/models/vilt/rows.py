@@ -64,8 +64,7 @@ def embed(
         image = _stacked([i.image_embeds for i in images])
         rows = embedding.with_image_embeds(tables, plan, text, image, modality)
     elif first.image_of is not None:
-        image_of = torch.tensor(first.image_of, device=text.device)
-        rows = embedding.with_shared_patches(tables, plan, text, first.pixel_values, image_of, modality)
+        rows = embedding.with_shared_patches(tables, plan, text, first.pixel_values, modality)
     else:
         image = _stacked([i.pixel_values for i in images])
         rows = embedding.with_patches(tables, plan, text, image, modality, weights)

@@ -14,7 +14,7 @@ from ...engine.listeners import has_hooks, why_hooked
 from ...errors import InputError
 from ...ops._check import readable
 from . import patches
-from .given import check_tensors
+from .given import check_tensors, repeated
 from .inputs import Inputs
 from .known import draws_its_patches, patch_size
 from .reads import Reads
@@ -110,14 +110,11 @@ def states(trunk: hf.ViltModel, given: dict, reads: Reads, image_of: tuple[int, 
 
 
 def _by_the_module(trunk, given, reads, image_of) -> States:
-    ids, pixels, mask = given["input_ids"], given["pixel_values"], given["pixel_mask"]
     if image_of is not None:
-        of = torch.tensor(image_of, device=pixels.device)
-        given["pixel_values"], given["pixel_mask"] = pixels[of], None if mask is None else mask[of]
-    if mask is None and pixels is not None:  # the module would take it for one of its own image_size
-        given["pixel_mask"] = torch.ones(
-            (len(given["pixel_values"]), *pixels.shape[2:]), dtype=torch.long, device=pixels.device
-        )
+        given |= repeated(given, image_of)
+    ids, pixels = given["input_ids"], given["pixel_values"]
+    if given["pixel_mask"] is None and pixels is not None:  # the module would take it for one of its own image_size
+        given["pixel_mask"] = torch.ones((len(pixels), *pixels.shape[2:]), dtype=torch.long, device=pixels.device)
     outputs = trunk(**given, return_dict=True)
     hidden, length = outputs.last_hidden_state, ids.shape[1]
     places = torch.arange(reads.texts * length, device=hidden.device)
@@ -132,7 +129,7 @@ def _by_the_module(trunk, given, reads, image_of) -> States:
         real = torch.ones_like(ids) if attention is None else attention
         found.text_real = real[reads.texts :].bool()
         if pixels is None:
-            found.image_real = mask[reads.texts :].bool()
+            found.image_real = given["pixel_mask"][reads.texts :].bool()
         else:
             found.image_real = _real_patches(trunk, given, found.image.shape[1])[reads.texts :]
     return found

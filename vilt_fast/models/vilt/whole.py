@@ -25,7 +25,7 @@ from ...engine.graphs import MOST_ROWS, Given, Graphs, length_of, multiple, powe
 from ...engine.listeners import any_hooked, is_plain
 from ...engine.packing import Selection, Spans
 from ...engine.quantization import WeightCache
-from . import embedding
+from . import embedding, patches
 from .inputs import Inputs
 from .known import is_known, tables
 from .plan import SequencePlan
@@ -241,15 +241,14 @@ def _is_of(module, kinds):
 def _given(plan, bucket, inputs, patch) -> dict[str, Given]:
     # Laid out by what writes, in its turn: another stream may be the first to want it.
     ids, types, pixels = inputs.input_ids, inputs.token_type_ids, inputs.pixel_values
-    (gh, gw), (ph, pw) = plan.patch_grid, patch
-    texts, patches = len(plan.text_source), len(plan.patch_source)
+    texts, count = len(plan.text_source), len(plan.patch_source)
 
     def gathered(tensor):
         return lambda to: torch.index_select(tensor.reshape(-1), 0, plan.text_source, out=to[:texts])
 
     def cut_out(to):
-        cells = pixels[:, :, : gh * ph, : gw * pw].unflatten(3, (gw, pw)).unflatten(2, (gh, ph))
-        torch.ops.aten.index.Tensor_out(cells.permute(0, 2, 4, 1, 3, 5), _lay_out(plan, bucket).cells, out=to[:patches])
+        cells = patches.cells(pixels, patch)
+        torch.ops.aten.index.Tensor_out(cells, _lay_out(plan, bucket).cells, out=to[:count])
 
     given = {
         "places": Given(
@@ -258,7 +257,7 @@ def _given(plan, bucket, inputs, patch) -> dict[str, Given]:
             lambda to: to.copy_(_lay_out(plan, bucket).memory),
         ),
         "ids": Given((bucket.texts,), ids.dtype, gathered(ids)),
-        "pixels": Given((bucket.patches, pixels.shape[1], ph, pw), pixels.dtype, cut_out, shared=True),
+        "pixels": Given((bucket.patches, pixels.shape[1], *patch), pixels.dtype, cut_out, shared=True),
     }
     if types is not None:
         given["types"] = Given((bucket.texts,), types.dtype, gathered(types.expand(ids.shape)))
