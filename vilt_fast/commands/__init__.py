@@ -1,4 +1,4 @@
-"""The command `vilt-fast`, a file a subcommand: info, demo, train-demo, check, align, score, bench.
+"""The command `vilt-fast`, a file a subcommand: info, demo, train-demo, check, align, score, serve, bench.
 
 Exit status: 0 fine; 1 an error budget is broken; 2 bad arguments, or a checkpoint, file or setting that cannot be used.
 """
@@ -8,10 +8,10 @@ import os
 import sys
 
 from .. import __version__
-from . import align, bench, check, demo, info, score, train_demo
+from . import align, bench, check, demo, info, score, serve, train_demo
 from .checkpoint import BadCheckpoint
 
-COMMANDS = (info, demo, train_demo, check, align, score, bench)
+COMMANDS = (info, demo, train_demo, check, align, score, serve, bench)
 _NAMES = [command.__name__.rpartition(".")[2].replace("_", "-") for command in COMMANDS]
 
 

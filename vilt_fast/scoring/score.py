@@ -114,7 +114,7 @@ def score(
     shape = cells if world == 1 else (sum(len(t.cells) for t in mine()), *cells[2 if listed is None else 1 :])
     place = (lambda tiles: ((t, t.cells) for t in tiles)) if world == 1 else ranks.in_a_row
     width = k if task.answers else 1
-    kept = functools.partial(_kept, task, k, dtype)
+    kept = functools.partial(reduced, task, k, dtype)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if out is None:
@@ -203,7 +203,7 @@ def _whole(value, name, default) -> int:
     return value
 
 
-def _kept(task, k, dtype, logits) -> np.ndarray:
+def reduced(task: Pairs, k: int, dtype: np.dtype, logits: torch.Tensor) -> np.ndarray:
     """What is kept of logits [n, classes]: [n], or [n, k] of answers."""
     if not task.answers:
         return task.scores(logits).to(torch.float64).cpu().numpy().astype(dtype)

@@ -35,39 +35,92 @@ class Done:
     errors: dict[int, str]
 
 
-class _Unreadable(Exception):
+class Unreadable(Exception):
     """An image that is none, or none for this model; the message says why in a line."""
 
 
-class Workers:
-    """Computes tiles, in order. Use as a context manager."""
+class Engine:
+    """Threads that compute pairs, and what they do: prepare an image or a text, compute a batch. A context manager."""
 
-    def __init__(
-        self, pairs: Pairs, ids: Sequence[np.ndarray], pictures: Sequence[Picture], token_budget: int, count: int, kept
-    ):
-        """`count` pairs in all; `kept` makes the values [n, ...] to keep, an array, of logits [n, classes]."""
-        self._pairs, self._ids, self._pictures = pairs, ids, pictures
-        self._budget, self._kept = token_budget, kept
+    def __init__(self, pairs: Pairs, most: int, kept):
+        """At most `most` threads compute; `kept` makes an array [n, ...] of what to keep of logits [n, classes]."""
+        self._pairs, self._kept = pairs, kept
         self.whole = pairs.why_whole()
-        self._texts, self._room, self._keeping = {}, _KEPT_TEXTS, threading.Lock()
-        first = {}  # images that are the same one are read as the first of them
-        self._same = [first.setdefault(picture.key(), place) for place, picture in enumerate(pictures)]
         self._autocast = autocast()
         threads = torch.get_num_threads()
         if pairs.device.type == "cpu":
-            self.engines = 1 if self.whole else min(threads, _MOST_WORKERS, count)
-            self._engine = self._decoders = _pool(self.engines, max(1, threads // self.engines))
+            self.engines = self.readers = 1 if self.whole else min(threads, _MOST_WORKERS, most)
+            self.engine = self.decoders = _pool(self.engines, max(1, threads // self.engines))
         else:
-            self.engines = 1
-            self._engine, self._decoders = _pool(1, threads), _pool(min(_MOST_WORKERS, os.cpu_count() or 1), 1)
-        self._pools = dict.fromkeys((self._engine, self._decoders))
+            self.engines, self.readers = 1, min(_MOST_WORKERS, os.cpu_count() or 1)
+            self.engine, self.decoders = _pool(1, threads), _pool(self.readers, 1)
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        for pool in self._pools:
+        for pool in dict.fromkeys((self.engine, self.decoders)):
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def in_mode(self, function, *arguments):
+        """Threads start with the modes of torch as they come; ours are those of the caller, without gradients."""
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            if self._pairs.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self._pairs.device))
+            for kind, dtype in self._autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype))
+            return function(*arguments)
+
+    def image(self, picture: Picture):
+        """Embedded rows of an image; its pixels and mask where the model takes whole pairs.
+
+        Raises:
+            Unreadable: it is none, or none for this model.
+        """
+        try:
+            pixels, mask = picture.pixels()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # other people's files, read by other people's code
+            raise _unreadable(error) from error
+        pixels = pixels.to(self._pairs.device, self._pairs.dtype, non_blocking=True)
+        mask = None if mask is None else mask.to(self._pairs.device)
+        if self.whole:
+            return pixels, mask
+        try:
+            return self._pairs.image(pixels, mask)
+        except InputError as error:
+            raise _unreadable(error) from error
+
+    def text(self, ids: np.ndarray) -> torch.Tensor:
+        """Embedded rows of token ids; the ids where the model takes whole pairs."""
+        placed = torch.from_numpy(ids).to(self._pairs.device)
+        return placed if self.whole else self._pairs.text(placed)
+
+    def batch(self, texts: Sequence[torch.Tensor], images: Sequence) -> np.ndarray:
+        """What is kept of each pair of a prepared text and a prepared image."""
+        if self.whole:
+            made = [self._pairs.whole(text, *image) for text, image in zip(texts, images, strict=True)]
+        else:
+            pooled = self._pairs.pooled(texts, images)
+            # A product of a library may depend on how many rows it is given: a CPU gives it one at a time.
+            parts = [row.clone() for row in pooled.split(1)] if pooled.device.type == "cpu" else [pooled]
+            made = [self._pairs.logits(part) for part in parts]
+        return self._kept(torch.cat(made))
+
+
+class Workers(Engine):
+    """Computes tiles, in order. Use as a context manager."""
+
+    def __init__(
+        self, pairs: Pairs, ids: Sequence[np.ndarray], pictures: Sequence[Picture], token_budget: int, count: int, kept
+    ):
+        """`count` pairs in all; `kept` is that of the engine."""
+        super().__init__(pairs, count, kept)
+        self._ids, self._pictures, self._budget = ids, pictures, token_budget
+        self._texts, self._room, self._keeping = {}, _KEPT_TEXTS, threading.Lock()
+        first = {}  # images that are the same one are read as the first of them
+        self._same = [first.setdefault(picture.key(), place) for place, picture in enumerate(pictures)]
 
     def run(self, tiles: Iterable[tiling.Tile]) -> Iterator[Done]:
         """Each tile's result, in order; the work of at most three of them is under way."""
@@ -76,7 +129,7 @@ class Workers:
         for tile in tiles:
             for image in self._wanted(tile):
                 if image not in images:
-                    images[image] = self._decoders.submit(self._in_mode, self._image, image)
+                    images[image] = self.decoders.submit(self.in_mode, self.image, self._pictures[image])
             waiting.append(tile)
             if len(waiting) < 2:
                 continue
@@ -99,16 +152,16 @@ class Workers:
         for image in self._wanted(tile):
             try:
                 ready[image] = images[image].result()
-            except _Unreadable as error:
+            except Unreadable as error:
                 errors[image] = str(error)
         of = [self._same[image] for image in tile.images.tolist()]
         good = np.array([place for place, image in enumerate(of) if image in ready], np.int64)
-        rows = np.array([len(self._ids[tile.texts[p]]) + _size(ready[of[p]]) for p in good], np.int64)
+        rows = np.array([len(self._ids[tile.texts[p]]) + rows_of(ready[of[p]]) for p in good], np.int64)
         batches = []
         for batch in tiling.batches(rows, self._budget, self.engines):
             chosen = good[batch]
             given = [(int(tile.texts[p]), ready[of[p]]) for p in chosen]
-            batches.append((chosen, self._engine.submit(self._in_mode, self._batch, given)))
+            batches.append((chosen, self.engine.submit(self.in_mode, self._batch, given)))
         return tile, {i: errors[s] for i, s in enumerate(self._same) if s in errors} if errors else {}, batches
 
     def _finish(self, tile, errors, batches):
@@ -119,51 +172,14 @@ class Workers:
             values[chosen] = future.result()
         return Done(tile, values, errors)
 
-    def _in_mode(self, function, *arguments):
-        """Threads start with the modes of torch as they come; ours are those of the caller, without gradients."""
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            if self._pairs.device.type == "cuda":
-                stack.enter_context(torch.cuda.device(self._pairs.device))
-            for kind, dtype in self._autocast.items():
-                stack.enter_context(torch.autocast(kind, dtype))
-            return function(*arguments)
-
-    def _image(self, image):
-        """Embedded rows of an image; its pixels and mask where the model takes whole pairs."""
-        try:
-            pixels, mask = self._pictures[image].pixels()
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # other people's files, read by other people's code
-            raise _unreadable(error) from error
-        pixels = pixels.to(self._pairs.device, self._pairs.dtype, non_blocking=True)
-        mask = None if mask is None else mask.to(self._pairs.device)
-        if self.whole:
-            return pixels, mask
-        try:
-            return self._pairs.image(pixels, mask)
-        except InputError as error:
-            raise _unreadable(error) from error
-
     def _batch(self, given):
         """What is kept of each of some pairs (text, prepared image)."""
-        if self.whole:
-            made = [self._pairs.whole(self._ids_of(text), *image) for text, image in given]
-        else:
-            texts = [self._text(text) for text, _ in given]
-            pooled = self._pairs.pooled(texts, [image for _, image in given])
-            # A product of a library may depend on how many rows it is given: a CPU gives it one at a time.
-            parts = [row.clone() for row in pooled.split(1)] if pooled.device.type == "cpu" else [pooled]
-            made = [self._pairs.logits(part) for part in parts]
-        return self._kept(torch.cat(made))
-
-    def _ids_of(self, text):
-        return torch.from_numpy(self._ids[text]).to(self._pairs.device)
+        return self.batch([self._text(text) for text, _ in given], [image for _, image in given])
 
     def _text(self, text):
         rows = self._texts.get(text)
         if rows is None:
-            rows = self._pairs.text(self._ids_of(text))
+            rows = self.text(self._ids[text])
             size = rows.numel() * rows.element_size()
             with self._keeping:
                 if text not in self._texts and size <= self._room:
@@ -185,11 +201,11 @@ def missing(values: np.ndarray) -> None:
         values.fill(np.nan)
 
 
-def _unreadable(error: Exception) -> _Unreadable:
-    return _Unreadable(f"{type(error).__name__}: {error}".strip().splitlines()[0])
+def _unreadable(error: Exception) -> Unreadable:
+    return Unreadable(f"{type(error).__name__}: {error}".strip().splitlines()[0])
 
 
-def _size(image) -> int:
+def rows_of(image) -> int:
     """Rows of an embedded image; for one of pixels anything that grows with it."""
     return image[0][0, 0].numel() >> 10 if isinstance(image, tuple) else len(image)
 

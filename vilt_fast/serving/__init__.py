@@ -1,0 +1,1 @@
+"""A model over HTTP: `vilt-fast serve`. Nothing imports it but that command."""
