@@ -63,7 +63,11 @@ function take(file) {
     clear();
     if (encoded.length + 2000 > most) return say(`That file is too large: a request may have ${most} bytes.`);
     state.image = encoded;
-    $("photo").onerror = () => say("This browser cannot show that file; the service may still read it.");
+    $("photo").onerror = () => {
+      $("frame").hidden = true;
+      $("hint").hidden = false;
+      say("This browser cannot show that file; the service may still read it.");
+    };
     URL.revokeObjectURL($("photo").src);
     $("photo").src = URL.createObjectURL(file);
     $("photo").alt = `The photograph: ${file.name || "pasted"}`;
