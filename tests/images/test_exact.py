@@ -203,26 +203,31 @@ def test_bands_are_the_whole(resample, monkeypatch):
     rng = np.random.default_rng(resample)
     for _ in range(60):
         (height, width), wanted = rng.integers(1, 200, 2), tuple(map(int, rng.integers(1, 90, 2)))
+        if rng.integers(0, 2):  # what bands are made of: so many quarters of a row to a row
+            wanted = 4 * (wanted[0] // 8 + 1), wanted[1]
+            height = wanted[0] * int(rng.integers(3, 13)) // 4
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         edges = sorted(rng.uniform(0, width, 2)), sorted(rng.uniform(0, height, 2))
-        box = [None, (*(low for low, _ in edges), *(high for _, high in edges))][int(rng.integers(0, 2))]
+        box = [None, (*(low for low, _ in edges), *(high for _, high in edges))][int(rng.integers(0, 3)) // 2]
         got = resize.exact(image, wanted, resample, int(rng.integers(1, 9)), box)
         assert got.tobytes() == image.resize(wanted[::-1], resample, box=box).tobytes()
     assert bool(banded) == (resample != 0)
 
 
 def test_a_pillow_of_another_order_is_found_out(monkeypatch):
-    """One that filters columns first is not resized in bands."""
+    """One that filters columns first of a band, and rows first of the whole, is not given bands."""
     assert resize._probed()
 
     class Turned:
-        """Pillow's image, whose resize filters columns first."""
+        """Pillow's image, whose resize filters columns first where few rows are wanted."""
 
         def __init__(self, image):
             self.image = image
 
-        def resize(self, size, resample):
-            return self.image.resize((self.image.width, size[1]), resample).resize(size, resample)
+        def resize(self, size, resample, box=None):
+            if size[1] * 8 >= self.image.height:
+                return self.image.resize(size, resample, box=box)
+            return self.image.resize((self.image.width, size[1]), resample, box=box).resize(size, resample)
 
         def __getattr__(self, name):
             return getattr(self.image, name)

@@ -3,7 +3,8 @@
 The reference goes through float64 and several copies: image -> array -> Pillow -> array -> `* 1/255` in float64 ->
 float32 -> `(x - mean) / std` -> padded copy -> stacked copy -> tensor. Here pixels stay bytes to the end; rescaling and
 normalisation are one look-up in a table of the reference's own results ([3, 256]), which writes into the padded batch.
-Images are decoded and resized in threads (Pillow lets go of the GIL), a single large one in bands of rows.
+Images are decoded and resized in threads (Pillow lets go of the GIL); a single large one is resized in bands, where its
+size is one that float32 holds exactly, as those of cameras are (`resize.py`).
 """
 
 from __future__ import annotations

@@ -9,37 +9,52 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-LARGE = 2**18  #: pixels from which on a single image is resized in bands
+LARGE = 2**19  #: pixels from which on a single image is resized in bands
 GAP = 2.0  #: what `decode="fast"` leaves to the filter: an image is reduced to no less than this times the target
 LEFT = 1.5  #: and what a JPEG's decoder leaves; from 1 on, pixels that differ twice as much (benchmarks/NOTES.md)
 
 
 def exact(image: Image.Image, size: tuple[int, int], resample: int, threads: int, box=None) -> Image.Image:
     """`image.resize`, bit for bit, with up to `threads` threads; `size` is (height, width), `box` Pillow's."""
-    height, width = size
-    known = resample != Image.Resampling.NEAREST and _rows_come_first(image.size, (width, height)) and _probed()
-    if threads > 1 and image.width * image.height >= LARGE and known:
-        return _in_bands(image, size, resample, threads, box)
-    return image.resize((width, height), resample, box=box)
+    bands = min(threads, size[0])
+    if bands > 1 and image.width * image.height >= LARGE and _can_be_cut(image.size, size, resample, bands, box):
+        return _in_bands(image, size, resample, bands, box)
+    return image.resize(size[::-1], resample, box=box)
 
 
 def _in_bands(image, size, resample, bands, box=None):
-    """Pillow filters rows, rounds to bytes, then filters columns: so each band of rows can be filtered on its own."""
-    image.load()  # once, not by every thread that cuts a band
-    left, upper, right, lower = box or (0, 0, *image.size)
-    bands = min(bands, image.height)
-    edges = [image.height * i // bands for i in range(bands + 1)]
+    """Each band of the result from the part of the image that lies under it."""
+    image.load()  # once, not by every thread
+    (height, width), (left, upper, right, lower) = size, box or (0, 0, *image.size)
+    step = (lower - upper) / height
+    edges = [height * i // bands for i in range(bands + 1)]
 
     def rows(top, bottom):
-        band = image.crop((0, top, image.width, bottom))
-        return band.resize((size[1], bottom - top), resample, box=(left, 0, right, bottom - top))
+        part = (left, upper + top * step, right, upper + bottom * step)
+        return image.resize((width, bottom - top), resample, box=part)
 
-    narrow = Image.new(image.mode, (size[1], image.height))
-    narrow.info = dict(image.info)  # as Pillow's own resize: it says which way up the image is
+    whole = Image.new(image.mode, (width, height))
+    whole.info = dict(image.info)  # as Pillow's own resize: it says which way up the image is
     with ThreadPoolExecutor(bands) as pool:
         for top, band in zip(edges, pool.map(rows, edges, edges[1:]), strict=False):
-            narrow.paste(band, (0, top))
-    return narrow.resize(size[::-1], resample, box=(0, upper, size[1], lower))
+            whole.paste(band, (0, top))
+    return whole
+
+
+def _can_be_cut(given, size, resample, bands, box):
+    """Whether bands are made of the same sums as the whole.
+
+    Where a row of the result lies in the image has to be a number that Pillow's float32 box holds exactly, in a band as
+    in the whole; and rows have to be filtered before columns in both, for what is between them is rounded to bytes.
+    """
+    upper, lower = (box or (0, 0, *given))[1::2]
+    steps = (lower - upper) * _EXACT / size[0]
+    whole_numbers = steps == int(steps) and upper * _EXACT == int(upper * _EXACT)
+    rows_first = all(_rows_come_first(given, (size[1], height)) for height in (size[0], size[0] // bands))
+    return whole_numbers and rows_first and resample != Image.Resampling.NEAREST and _probed()
+
+
+_EXACT = 256  #: float32 has 24 bits: 16 for the place, 8 behind the point
 
 
 def _rows_come_first(given, wanted):
@@ -49,12 +64,12 @@ def _rows_come_first(given, wanted):
 
 @functools.cache
 def _probed():
-    """Whether the Pillow that is here does so too, asked with small images on either side of the rule."""
-    noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    for width, height in ((48, 27), (48, 48), (27, 48)):
-        image = Image.fromarray(noise[:height, :width])
-        whole = image.resize((width // 7, height // 7), Image.Resampling.BICUBIC)
-        if _in_bands(image, (height // 7, width // 7), Image.Resampling.BICUBIC, 2).tobytes() != whole.tobytes():
+    """Whether the Pillow that is here does so too, asked with small images."""
+    noise = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    for width, height in ((96, 48), (96, 72), (72, 96)):
+        image, size = Image.fromarray(noise[:height, :width]), (height // 6, width // 6)
+        whole = image.resize(size[::-1], Image.Resampling.BICUBIC)
+        if _in_bands(image, size, Image.Resampling.BICUBIC, 2).tobytes() != whole.tobytes():
             return False
     return True
 
