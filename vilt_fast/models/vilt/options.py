@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from ..base import Options
-from .plan import PADDING
+from .placed import PADDING
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
