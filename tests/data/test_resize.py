@@ -7,8 +7,9 @@ from PIL import Image
 from transformers.models.vilt.image_processing_pil_vilt import get_resize_output_image_size
 
 from vilt_fast import InputError
-from vilt_fast.commands.samples import image_processor, scenes
+from vilt_fast.commands.samples import scenes
 from vilt_fast.data import target_size, to_pixels
+from vilt_fast.images.reference import Reference
 from vilt_fast.testing import assert_within_budget
 
 
@@ -33,8 +34,7 @@ def test_sizes_are_huggingfaces_whatever_the_image():
 
 def test_pixels_are_huggingfaces():
     photograph = scenes(3)[2][0]
-    config = type("Config", (), {"image_size": 384, "patch_size": 32})
-    theirs = image_processor(config)([photograph], return_tensors="pt")["pixel_values"][0]
+    theirs = Reference()([photograph], return_tensors="pt")["pixel_values"][0]
     ours = to_pixels(Image.fromarray(photograph))
     exact = (torch.round((ours.double() + 1) * 127.5) / 255 - 0.5) / 0.5
     assert_within_budget(ours, theirs, exact)

@@ -53,11 +53,14 @@ def processor(words="who is this person ?"):
     """A processor whose words are FIRST and following, "play" and "##ing" among them."""
     from transformers import ViltProcessor
 
-    from vilt_fast.commands.samples import image_processor, word_tokenizer
+    from vilt_fast.commands.samples import word_tokenizer
+    from vilt_fast.images.reference import Reference
 
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"[{i}]" for i in range(5))]
     tokenizer = word_tokenizer([*special, *words.split(), "play", "##ing", "##s"])
-    return ViltProcessor(image_processor(build("trunk").config), tokenizer)
+    config = build("trunk").config
+    images = Reference(size={"shortest_edge": config.image_size}, size_divisor=config.patch_size)
+    return ViltProcessor(images, tokenizer)
 
 
 def picture(height=40, width=60, seed=0):

@@ -101,12 +101,10 @@ def word_ids(texts, limit, vocab_size):
 
 
 def image_processor(config):
-    """HuggingFace's own ViLT image processor at the sizes of `config`; the PIL one, which needs no torchvision."""
-    try:
-        from transformers.models.vilt.image_processing_pil_vilt import ViltImageProcessorPil as Processor
-    except ImportError:
-        from transformers import ViltImageProcessor as Processor
-    return Processor(size={"shortest_edge": config.image_size}, size_divisor=config.patch_size)
+    """The ViLT image processor at the sizes of `config`: HuggingFace's results, bit for bit."""
+    from ..images.processor import ImageProcessor
+
+    return ImageProcessor(size={"shortest_edge": config.image_size}, size_divisor=config.patch_size)
 
 
 def word_tokenizer(words):
