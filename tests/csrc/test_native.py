@@ -11,13 +11,23 @@ import sys
 
 import pytest
 import torch
+from support.native import (
+    NAMES,
+    Blob,
+    address,
+    name,
+    plain_linear,
+    quantized_weight,
+    randn,
+    rows_apart,
+    weight_argument,
+)
 from torch.nn import functional as F
 
 from vilt_fast import _C
 from vilt_fast.testing import assert_within_budget, encoder_parameters, offsets, packing_indices
 
 ISAS = _C.cpu_features()["isas"]
-NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 SIZES = {"M": (1, 5, 6, 7, 185), "N": (1, 15, 63, 64, 65, 100), "K": (1, 3, 32, 769)}
 
 
@@ -27,63 +37,6 @@ def _one_thread(isa):
     torch.set_num_threads(1)  # the references are many tiny operations
     yield
     torch.set_num_threads(threads)
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def address(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def name(tensor):
-    return "f32" if tensor is None else NAMES[tensor.dtype]
-
-
-def rows_apart(tensor):
-    """The same values with 4 NaN columns between rows."""
-    wide = torch.full((tensor.shape[0], tensor.shape[1] + 4), math.nan, dtype=tensor.dtype)
-    wide[:, : tensor.shape[1]] = tensor
-    return wide[:, : tensor.shape[1]]
-
-
-class Blob:
-    """A weight in the int8 format of quantize_linear."""
-
-    def __init__(self, weight, threads=2):
-        size = _C.quantized_bytes(*weight.shape)
-        self.memory = torch.full((size + 128,), 0xAB, dtype=torch.uint8)
-        self.start = -self.memory.data_ptr() % 64
-        _C.quantize_linear(weight.data_ptr(), name(weight), *weight.shape, self.data_ptr(), threads)
-        assert (self.memory[: self.start] == 0xAB).all() and (self.memory[self.start + size :] == 0xAB).all()
-
-    def data_ptr(self):
-        return self.memory.data_ptr() + self.start
-
-
-def weight_argument(weight, compute):
-    return (Blob(weight), "q8") if compute == "int8" else (weight, name(weight))
-
-
-def quantized_rows(x):
-    """u8 per row, as the kernels do it, dequantised again (in the dtype of x)."""
-    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    scale = (high - low) / 255
-    return torch.where(scale > 0, ((x - low) / scale).round() * scale, 0) + low
-
-
-def quantized_weight(w):
-    scale = w.abs().amax(-1, keepdim=True) / 127
-    return torch.where(scale > 0, (w / scale).round() * scale, 0)
-
-
-def plain_linear(x, w, b, compute):
-    """What PyTorch makes of the same compute type, as float32 or bfloat16."""
-    if compute == "int8":
-        return F.linear(quantized_rows(x.float()), quantized_weight(w.float()), b.float())
-    dtype = torch.bfloat16 if compute == "bf16" else torch.float32
-    return F.linear(x.to(dtype), w.to(dtype), b.to(dtype))
 
 
 def linear(x, w, b, *, gelu=False, compute="f32", out_dtype=torch.float32, threads=2):

@@ -1,6 +1,8 @@
 import pytest
 from support.graphs import GPU, played
 
+from vilt_fast import functional
+
 
 @pytest.fixture
 def device(monkeypatch):
@@ -9,3 +11,17 @@ def device(monkeypatch):
         return "cuda"
     played(monkeypatch)
     return "cpu"
+
+
+@pytest.fixture
+def quantized(monkeypatch):
+    """A list that grows by one entry a matrix that is quantised."""
+    made = []
+    quantize_linear = functional.quantize_linear
+
+    def counted(weight, **kwargs):
+        made.append(tuple(weight.shape))
+        return quantize_linear(weight, **kwargs)
+
+    monkeypatch.setattr(functional, "quantize_linear", counted)
+    return made
