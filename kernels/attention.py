@@ -194,8 +194,14 @@ def tiles_of(arch, itemsize, width, dropout=False):
     return *halved, (max(16, by_k[0] // 2), *by_k[1:])
 
 
-def _forward_config(arch, itemsize, width, max_seqlen_q, max_seqlen_k, pairs, multiprocessors, dropout=False):
+def _forward_config(
+    arch, itemsize, width, max_seqlen_q, max_seqlen_k, pairs, multiprocessors, dropout=False, rows=0
+):  # fmt: skip
     """Block sizes of the forward; pairs = samples * heads."""
+    if itemsize == 2 and width <= 64 and not dropout:
+        tried = _device.configuration("attention", arch, rows)
+        if tried and (not tried["SINGLE"] or tried["BLOCK_N"] + tried["BLOCK_N2"] >= max_seqlen_k):
+            return tried
     tiles = tiles_of(arch, itemsize, width, dropout)[0]
     crowded = triton.cdiv(max_seqlen_q, 64) * pairs >= multiprocessors
     if attention_single.fits(arch, itemsize, width, max_seqlen_k, pairs, multiprocessors, dropout):
@@ -227,7 +233,7 @@ def attention_fwd(
         pairs = heads * (len(cu_seqlens_q) - 1)
         config = _forward_config(
             _device.arch(q), q.element_size(), width, max_seqlen_q, max_seqlen_k, pairs, _device.multiprocessors(q),
-            dropout_p > 0,
+            dropout_p > 0, rows,
         )  # fmt: skip
         arguments = bounds_and_numbers(
             cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, seed, scale, dropout_p, q, k, v

@@ -160,11 +160,14 @@ def _attention_bwd_kv_kernel(
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def _config(arch, itemsize, width, longest, pairs, multiprocessors, dropout=False):
+def _config(arch, itemsize, width, longest, pairs, multiprocessors, dropout=False, rows=0):
     """Of the kernel for whole samples, if it is the one, and of the two by queries and by keys."""
     _, by_query, by_key = tiles_of(arch, itemsize, width, dropout)
     whole = attention_single.fits(arch, itemsize, width, longest, pairs, multiprocessors, dropout)
-    return dict(sample=attention_single.BACKWARD if whole else None, query=options(by_query), key=options(by_key))
+    sample = attention_single.BACKWARD if whole else None
+    if whole and (tried := _device.configuration("attention_bwd", arch, rows)):
+        sample = tried if tried.get("SINGLE", True) else None
+    return dict(sample=sample, query=options(by_query), key=options(by_key))
 
 
 def attention_bwd(
@@ -183,7 +186,7 @@ def attention_bwd(
     sizes = shape(width, arch)
     pairs = heads * (len(cu_seqlens_q) - 1)
     config = _config(
-        arch, q.element_size(), width, max_seqlen_k, pairs, _device.multiprocessors(q), dropout_p > 0
+        arch, q.element_size(), width, max_seqlen_k, pairs, _device.multiprocessors(q), dropout_p > 0, rows
     )  # fmt: skip
     if config["sample"] and pairs:
         with _device.on(q):

@@ -186,7 +186,7 @@ def _config(kind, M, N, *, arch=90, residual=False, gelu=False):
     config["GELU"] = ("erf" if by_erf else "tail") if gelu else None
     if not arch:
         config["num_stages"] = 2
-    return config
+    return config | _device.configuration("linear_gelu", arch, M) if gelu and kind == "tma" else config
 
 
 def kind_of(x, *weights):

@@ -47,7 +47,8 @@ def _config(kind, M, N, *, arch=90):
     """What linear.py takes for the three outputs side by side and at most 4096 rows: from there on two programs share a
     multiprocessor. Less what is for programs that stay."""
     config = linear._config(kind, min(M, 4096), 3 * N, arch=arch)
-    return {name: config[name] for name in config if name not in ("SPECIALIZE", "GELU", "per_multiprocessor")}
+    config = {name: config[name] for name in config if name not in ("SPECIALIZE", "GELU", "per_multiprocessor")}
+    return config | _device.configuration("linear_qkv", arch, M) if kind == "tma" else config
 
 
 def linear_qkv_fwd(*, x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias, keep):

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.gpu.order results.zip [--update]`: which backend of an op won, for the registry to read.
+"""`python -m benchmarks.gpu.order results.zip [--update]`: which backend of an op won, and with which tiles.
 
-From kernels.csv and alignment.csv of a campaign: of each op the backends that were timed in one group, the fastest at
-the largest batch first. Without --update the rows are printed; with it they take the place, in vilt_fast/ops/order.csv,
-of what that says of the same device and op.
+From kernels.csv and alignment.csv of a campaign: of each op the backends that were timed in one group, fastest first,
+and the variant of our own kernel that beat what ships; at the largest batch for calls of any size, and for those of a
+size that was measured where they came out otherwise. Without --update the rows are printed; with it they take the
+place, in vilt_fast/order.csv, of all that this says of the same device and op.
 """
 
 import argparse
@@ -11,9 +12,11 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from vilt_fast.ops import order, registry
+from vilt_fast import order
+from vilt_fast.ops import registry
 
 from .. import table
+from . import variants
 
 BACKENDS = {"ours": "triton", "eager": "reference", "reference": "reference", "triton": "triton", "cuda": "cuda"}
 OPS = {
@@ -23,37 +26,49 @@ OPS = {
 FLOATS = ("bfloat16", "float16", "float32")  #: whose times decide, the first that was timed
 
 
+ROWS = 215  #: of a sample: 185 at batch 1, 13,792 at batch 64
+
+
 def rows(results, device):
     """Rows of the table: backends that were not timed stay behind those that were, in the order that they had."""
-    times = {}
+    times, won = {}, variants.by_batch(results)
     for row in (*table.read(results / "kernels.csv"), *table.read(results / "alignment.csv")):
         name, _, case = row["case"].rpartition(" ")
         op, backend = OPS.get(name, name), BACKENDS.get(row["provider"])
         if backend in registry.backends(op):
-            size = int(case[1:]) if case[1:].isdigit() else case
-            times.setdefault((op, FLOATS.index(row["dtype"])), {}).setdefault(size, []).append((backend, row))
+            batch = int(case[1:]) if case[1:].isdigit() else 0
+            times.setdefault((op, FLOATS.index(row["dtype"])), {}).setdefault(batch, []).append((backend, name, row))
     found, known = [], set()
     for (op, _), cases in sorted(times.items()):
-        largest = cases[max(cases, key=str if any(isinstance(case, str) for case in cases) else int)]
-        total = {}
-        for backend, row in largest:
-            total[backend] = total.get(backend, 0.0) + float(row["p50_ms"])
-        if op in known or len(total) < 2:
+        better = any(any(won[name].values()) for timed in cases.values() for _, name, _ in timed if name in won)
+        if op in known or not (better or len({backend for backend, _, _ in cases[max(cases)]}) > 1):
             continue
         known.add(op)
-        fastest = sorted(total, key=total.get)
-        usual = [backend for backend in _usual(device, op) if backend not in total]
-        row = largest[0][1]
-        by = f"measured on {row['device']}, commit {row['commit']}, {row['date']}"
-        found.append({"device": device, "op": op, "backends": " ".join([*fastest, *usual]), "by": by})
+        every = _row(device, op, "any", cases[max(cases)], won, max(cases))
+        found.append(every)
+        for batch in sorted(cases.keys() - {0}):
+            own = _row(device, op, order.size_of(ROWS * batch), cases[batch], won, batch)
+            if any(own[column] != every[column] for column in ("backends", "configuration")):
+                found.append(own)
     return found
 
 
-def _usual(device, op):
-    """What `order.entry` would say on a device that need not be here."""
-    known = order.table()
-    rows = (known.get(key) for key in ((device, op), (device, "any"), ("any", op), ("any", "any")))
-    return next(row.backends for row in rows if row)
+def _row(device, op, size, timed, won, batch):
+    total = {}
+    for backend, _, row in timed:
+        total[backend] = total.get(backend, 0.0) + float(row["p50_ms"])
+    usual = order.of(device, op, size).backends
+    fastest = sorted(total, key=total.get) if len(total) > 1 else []  # one alone has beaten nobody
+    names = {name for _, name, _ in timed}
+    row = timed[0][2]
+    better = [(name, won[name][batch]) for name in sorted(names) if won.get(name, {}).get(batch)]
+    of_16_bits = better and row["dtype"] != "float32"  # whose kernels have no others
+    configuration = order.written(variants.VARIANTS[better[0][0]][better[0][1]]) if of_16_bits else ""
+    by = f"measured on {row['device']}, commit {row['commit']}, {row['date']}"
+    return {
+        "device": device, "op": op, "size": size, "backends": " ".join(dict.fromkeys([*fastest, *usual])),
+        "configuration": configuration, "by": by,
+    }  # fmt: skip
 
 
 def main(argv=None):
@@ -61,7 +76,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.order", description=__doc__.split("\n")[0])
     parser.add_argument("archive", type=Path, help="results.zip of a campaign")
     parser.add_argument("--device", default=order.capability(), help="sm_90, ... (default: that of this machine)")
-    parser.add_argument("--update", action="store_true", help="write vilt_fast/ops/order.csv")
+    parser.add_argument("--update", action="store_true", help="write vilt_fast/order.csv")
     arguments = parser.parse_args(argv)
     if not arguments.device.startswith("sm_"):
         parser.error("which device? There is none here: --device sm_90")
@@ -69,9 +84,12 @@ def main(argv=None):
         archive.extractall(folder)
         found = rows(Path(folder), arguments.device)
     for row in found:
-        print(f"{row['op']}: {row['backends']} ({row['by']})")
+        size = "" if row["size"] == "any" else f", {row['size']} rows"
+        tiles = f"; {row['configuration']}" * bool(row["configuration"])
+        print(f"{row['op']}{size}: {row['backends']}{tiles} ({row['by']})")
     if arguments.update and found:
         table.merge(order.TABLE, found, order.FIELDS, key=("device", "op"))
+        order.forget()
     return 0 if found else 1
 
 

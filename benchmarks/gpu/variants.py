@@ -1,103 +1,56 @@
 """Configurations of our kernels that may win where what ships does not, timed beside it in the same run.
 
-A variant replaces the function that a launcher asks for its configuration while the launcher runs: the launch is
-another, and so is what a CUDA graph records of it; the host's time is not what is compared.
+A variant takes the place of what vilt_fast/order.csv has for its op while the launcher runs: the launch is another, and
+so is what a CUDA graph records of it; the host's time is not what is compared. What has won is written there
+(`benchmarks.gpu.order`).
 """
 
-import contextlib
 from functools import partial
 from unittest import mock
 
-from vilt_fast.kernels import add_layer_norm, attention, attention_bwd, linear, linear_qkv, patch_embed
+from vilt_fast import order
 
 from .. import table
 
-
-def _tiles(rows, **more_of_it):
-    """Other tiles of linear_gelu for bfloat16 through descriptors, whatever the size, and another way of GELU."""
-
-    def config(own, kind, M, N, **more):
-        if kind != "tma" or not more.get("gelu"):
-            return own(kind, M, N, **more)
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
-        return own(kind, M, N, **more) | dict(zip(names, rows, strict=True)) | more_of_it
-
-    return linear, "_config", config
+_LINEAR = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
+_ATTENTION = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "BLOCK_N2", "SINGLE")
+#: {op of the CSV: op of the table}, where they differ
+OPS = {"linear qkv": "linear_qkv"}
 
 
-def _three(*rows):
-    """Other tiles of the three products in one launch."""
-
-    def config(own, kind, M, N, **more):
-        if kind != "tma":
-            return own(kind, M, N, **more)
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages")
-        return own(kind, M, N, **more) | dict(zip(names, rows, strict=True))
-
-    return linear_qkv, "_config", config
+def _named(names, *values, **more):
+    return dict(zip(names, values, strict=False)) | more
 
 
-def _norm(rows, warps):
-    """Other rows and warps of a program. With one warp no sum crosses shared memory; Triton lays more of them along a
-    row, however many rows there are."""
-
-    def config(own, N, D):
-        return own(N, D) | {"ROWS": rows, "num_warps": warps}
-
-    return add_layer_norm, "_config", config
-
-
-def _by_block(tiles, **more):
-    """A program a block of queries whatever the length, by default online; with dropout and in float32 what ships."""
-
-    def config(own, arch, itemsize, width, longest_q, longest_k, pairs, processors, dropout=False):
-        if itemsize != 2 or width > 64 or dropout:
-            return own(arch, itemsize, width, longest_q, longest_k, pairs, processors, dropout)
-        return attention.options(tiles, **{"BLOCK_N2": 0, "SINGLE": False} | more)
-
-    return attention, "_forward_config", config
-
-
-def _gradients(tiles):
-    """Gradients by two kernels, or by one for a whole sample with other tiles."""
-
-    def config(own, *call, **more):
-        found = own(*call, **more)
-        return found if found["sample"] is None else found | {"sample": tiles and attention.options(tiles)}
-
-    return attention_bwd, "_config", config
-
-
-def _patches(**tiles):
-    def config(own, n, dtype, little):
-        found = own(n, dtype, little)
-        return found if dtype.itemsize != 2 or found["SPLITS"] != 1 else found | tiles
-
-    return patch_embed, "fwd_config", config
-
-
-#: {op of the CSV: {variant: (module, name of its function, function(own, *arguments))}}
+#: {op of the CSV: {variant: configuration}}. Of linear_gelu and linear qkv for bfloat16 through descriptors; a norm of
+#: one warp a program, where no sum crosses shared memory; attention by blocks of queries whatever the length.
 VARIANTS = {
     "linear_gelu": {
-        f"{name} {by}": _tiles(rows, GELU=by)
-        for name, rows in (("128x256", (128, 256, 64, 4, 8, 4, 1)), ("128x128x2", (128, 128, 64, 4, 8, 3, 2)))
+        f"{name} {by}": _named(_LINEAR, *tiles, GELU=by)
+        for name, tiles in (("128x256", (128, 256, 64, 4, 8, 4, 1)), ("128x128x2", (128, 128, 64, 4, 8, 3, 2)))
         for by in ("erf", "tail")
     },
-    "linear qkv": {"128x256": _three(128, 256, 64, 4, 8, 4), "64x128": _three(64, 128, 64, 1, 4, 3)},
-    "add_layer_norm": {"4 rows 4 warps": _norm(4, 4), "1 row 1 warp": _norm(1, 1), "2 rows 1 warp": _norm(2, 1)},
+    "linear qkv": {
+        "128x256": _named(_LINEAR, 128, 256, 64, 4, 8, 4),
+        "64x128": _named(_LINEAR, 64, 128, 64, 1, 4, 3),
+    },
+    "add_layer_norm": {
+        f"{rows} row{'s' * (rows > 1)} {warps} warp{'s' * (warps > 1)}": dict(ROWS=rows, num_warps=warps)
+        for rows, warps in ((4, 4), (1, 1), (2, 1))
+    },
     "attention": {
-        "single 64x288": _by_block((64, 256, 4, 2), BLOCK_N2=32, SINGLE=True),
-        "online 64x64": _by_block((64, 64, 4, 2)),
-        "online 128x64": _by_block((128, 64, 4, 3)),
+        "single 64x288": _named(_ATTENTION, 64, 256, 4, 2, 32, True),
+        "online 64x64": _named(_ATTENTION, 64, 64, 4, 2, 0, False),
+        "online 128x64": _named(_ATTENTION, 128, 64, 4, 3, 0, False),
     },
     "attention_bwd": {
-        "two kernels": _gradients(None),
-        "whole sample 64x128": _gradients((64, 128, 8, 1)),
-        "whole sample 32x64": _gradients((32, 64, 4, 1)),
+        "two kernels": dict(SINGLE=False),
+        "whole sample 64x128": _named(_ATTENTION, 64, 128, 8, 1),
+        "whole sample 32x64": _named(_ATTENTION, 32, 64, 4, 1),
     },
-    "patch_embed": {
-        "128x256": _patches(BLOCK_N=256, num_stages=3),
-        "64x256": _patches(BLOCK_M=64, BLOCK_N=256, num_stages=3),
+    "patch_embed": {  # of batches that need no partial sums
+        "128x256": dict(BLOCK_N=256, num_stages=3, SPLITS=1),
+        "64x256": dict(BLOCK_M=64, BLOCK_N=256, num_stages=3, SPLITS=1),
     },
 }
 
@@ -106,33 +59,37 @@ def of(context, case, op, call):
     """{"ours <variant>": call} of an op; in a dry run at the smallest batch only."""
     if context.dry and case.batch > min(context.batches):
         return {}
-    return {f"ours {name}": partial(_under, [VARIANTS[op][name]], call) for name in VARIANTS.get(op, ())}
+    return {f"ours {name}": partial(_under, {op: name}, call) for name in VARIANTS.get(op, ())}
 
 
-def _under(changes, call, *arguments):
-    with contextlib.ExitStack() as stack:
-        for module, name, change in changes:
-            own = getattr(module, name)
-            stack.enter_context(mock.patch.object(module, name, partial(change, own)))
+def _under(names, call, *arguments):
+    """A call with these variants, {op of the CSV: name}."""
+    with mock.patch.dict(order.TRIED, {OPS.get(op, op): VARIANTS[op][name] for op, name in names.items()}):
         return call(*arguments)
 
 
-def winners(results):
-    """{op: variant} of those that beat what ships by 2 % at the largest batch that kernels.csv has."""
+def by_batch(results):
+    """{op: {batch: the variant that beats what ships by 2 % there, or None}}, of kernels.csv."""
     groups = {}
     for row in table.read(results / "kernels.csv"):
         op, _, case = row["case"].rpartition(" ")
         if row["provider"] in ("ours", *(f"ours {name}" for name in VARIANTS.get(op, ()))):
             groups.setdefault(op, {}).setdefault(int(case.removeprefix("b")), {})[row["provider"]] = row
-    found = {}
-    for op, cases in groups.items():
-        rows = cases[max(cases)]
-        best = min(rows.values(), key=lambda row: float(row["p50_ms"]))
-        if "ours" in rows and float(best["p50_ms"]) < 0.98 * float(rows["ours"]["p50_ms"]):
-            found[op] = best["provider"].removeprefix("ours ")
-    return found
+    return {op: {batch: _best(rows) for batch, rows in cases.items()} for op, cases in groups.items()}
+
+
+def _best(rows):
+    best = min(rows.values(), key=lambda row: float(row["p50_ms"]))
+    better = "ours" in rows and float(best["p50_ms"]) < 0.98 * float(rows["ours"]["p50_ms"])
+    return best["provider"].removeprefix("ours ") if better else None
+
+
+def winners(results):
+    """{op: variant} of those that win at the largest batch."""
+    largest = {op: cases[max(cases)] for op, cases in by_batch(results).items()}
+    return {op: name for op, name in largest.items() if name}
 
 
 def chosen(won, call):
     """`call` with the variants that won, {op: variant}."""
-    return partial(_under, [VARIANTS[op][name] for op, name in won.items()], call)
+    return partial(_under, won, call)

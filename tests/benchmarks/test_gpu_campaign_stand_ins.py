@@ -3,6 +3,7 @@
 import os
 import re
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ import torch
 from benchmarks import table
 from benchmarks.compiled import cuda_report
 from benchmarks.gpu import checks, process, sanitizer, timing, variants, worker
+from vilt_fast import order
+from vilt_fast.kernels import add_layer_norm, attention, attention_bwd, linear, linear_qkv, patch_embed
 
 pytestmark = pytest.mark.xdist_group("campaign")
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,24 +94,22 @@ def test_items_are_dealt_out_over_processes_each_once(tmp_path):
 
 def test_every_variant_is_another_launch():
     asked = {
-        "linear": (("tma", 13792, 3072), {"gelu": True}), "linear_qkv": (("tma", 13792, 768), {}),
-        "add_layer_norm": ((13792, 768), {}),
-        "patch_embed": ((9216, torch.bfloat16, False), {}), "attention": ((90, 2, 64, 281, 281, 768, 132), {}),
-        "attention_bwd": ((90, 2, 64, 281, 768, 132), {}),
-    }  # fmt: skip
+        "linear_gelu": partial(linear._config, "tma", 13792, 3072, gelu=True),
+        "linear qkv": partial(linear_qkv._config, "tma", 13792, 768),
+        "add_layer_norm": partial(add_layer_norm.fwd_config, 13792, 768, torch.bfloat16, 90),
+        "patch_embed": partial(patch_embed.fwd_config, 9216, torch.bfloat16, 90),
+        "attention": partial(attention._forward_config, 90, 2, 64, 281, 281, 768, 132),
+        "attention_bwd": partial(attention_bwd._config, 90, 2, 64, 281, 768, 132),
+    }
+    assert set(asked) == set(variants.VARIANTS)
     for op, some in variants.VARIANTS.items():
-        for name, change in some.items():
-            module, attribute, _ = change
-            arguments, keywords = asked[module.__name__.rsplit(".", 1)[1]]
-
-            def config(module=module, attribute=attribute, arguments=arguments, keywords=keywords):
-                return getattr(module, attribute)(*arguments, **keywords)
-
-            ships, other = config(), variants._under([change], config)
-            assert set(other) >= set(ships) - {"per_multiprocessor"}, (op, name)
+        for name in some:
+            ships, other = asked[op](), variants._under({op: name}, asked[op])
+            assert set(other) >= set(ships), (op, name)
             if (op, name) != ("linear_gelu", "128x128x2 tail"):  # what ships at this size, and not at others
                 assert other != ships, (op, name)
-            assert config() == ships
+            assert asked[op]() == ships
+            assert order.parsed(order.written(some[name])) == some[name]
 
 
 def test_winners_are_read_off_the_kernels(tmp_path):

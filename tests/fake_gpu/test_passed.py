@@ -25,6 +25,8 @@ def copy(tmp_path):
     """A house that has passed."""
     for folder in ("kernels", "tests/support/fake_gpu"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
+    (tmp_path / "vilt_fast").mkdir()
+    shutil.copy(ROOT / "vilt_fast" / "order.csv", tmp_path / "vilt_fast")
     for step in STEPS:
         passed.note(step, "3.9.0", passed.sources(step, tmp_path), tmp_path / "passed.csv")
     return tmp_path
@@ -53,3 +55,10 @@ def test_calls_of_one_op_are_those_of_no_other(copy):
     calls = copy / "tests/support/fake_gpu/ops.py"
     calls.write_text(calls.read_text().replace("def ipot(dtype):\n", "def ipot(dtype):\n    yield from ()\n"))
     assert passed.stale("3.9.0", copy, copy / "passed.csv") == ["ipot"]
+
+
+def test_a_measured_configuration_is_compiled(copy):
+    with open(copy / "vilt_fast" / "order.csv", "a") as file:
+        file.write("sm_90,linear,any,reference triton,,measured\nsm_90,attention_bwd,any,triton,BLOCK_M=64,measured\n")
+    runs = set(STEPS) - set(OPS)
+    assert set(passed.stale("3.9.0", copy, copy / "passed.csv")) == {"attention"} | runs

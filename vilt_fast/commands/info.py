@@ -94,10 +94,12 @@ def backends():
 
 def orders():
     """Rows (op, the backends that are asked in turn on a GPU, and by what)."""
-    from ..ops import order
+    from .. import order
 
-    return [(f"{op} op" if op == "any" else op, f"{', '.join(entry.backends)}: {entry.by}")
-            for (device, op), entry in order.table().items() if device in ("any", order.capability())]  # fmt: skip
+    here = "any", order.capability()
+    return [(f"{op} op" if op == "any" else op if size == "any" else f"{op}, {size} rows",
+             f"{', '.join(entry.backends)}: {entry.by}")
+            for (device, op, size), entry in order.table().items() if device in here]  # fmt: skip
 
 
 def facts():

@@ -67,7 +67,7 @@ def _validate_backward(grad_s, grad_y, s, mean, rstd, weight, bias, dropout_p, s
 def _facts(x, residual, dropout_p, requires_grad):
     return Facts(
         device=x.device.type, dtype=x.dtype, residual_dtype=residual.dtype, width=x.shape[-1],
-        requires_grad=requires_grad, dropout=dropout_p > 0,
+        requires_grad=requires_grad, dropout=dropout_p > 0, size=registry.size_of(x),
     )  # fmt: skip
 
 

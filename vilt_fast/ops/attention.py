@@ -82,7 +82,7 @@ def _facts(
     return Facts(
         device=q.device.type, dtype=q.dtype, head_dim=q.shape[2], requires_grad=requires_grad, dropout=dropout_p > 0,
         causal=causal_start is not None, return_lse=return_lse, generator=generator is not None,
-        apart=any(t is not None and t.device != q.device for t in bounds),
+        apart=any(t is not None and t.device != q.device for t in bounds), size=registry.size_of(q, q.shape[0]),
     )  # fmt: skip
 
 

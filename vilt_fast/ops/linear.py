@@ -48,7 +48,7 @@ def _facts(x, weight, bias, residual, requires_grad):
     residual_dtype = None if residual is None else residual.dtype
     return Facts(
         device=x.device.type, dtype=x.dtype, weight_dtype=_check.other_dtype(x, weight, bias),
-        residual_dtype=residual_dtype, requires_grad=requires_grad,
+        residual_dtype=residual_dtype, requires_grad=requires_grad, size=registry.size_of(x),
     )  # fmt: skip
 
 

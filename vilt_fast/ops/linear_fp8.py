@@ -33,7 +33,7 @@ def _validate_quantize(x):
 
 
 def _facts(x):
-    return Facts(device=x.device.type, dtype=x.dtype)
+    return Facts(device=x.device.type, dtype=x.dtype, size=registry.size_of(x))
 
 
 _OP = Op("linear_fp8", _fake, outputs=("out",), validate=_validate, facts=_facts)

@@ -42,7 +42,7 @@ def _validate_backward(grad_out, x, weight, bias, pre):
 def _facts(x, weight, bias, requires_grad):
     return Facts(
         device=x.device.type, dtype=x.dtype, weight_dtype=_check.other_dtype(x, weight, bias),
-        requires_grad=requires_grad,
+        requires_grad=requires_grad, size=registry.size_of(x),
     )  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def _validate(x, query_weight, key_weight, value_weight, query_bias, key_bias, v
 
 
 def _facts(x, requires_grad):
-    return Facts(device=x.device.type, dtype=x.dtype, requires_grad=requires_grad)
+    return Facts(device=x.device.type, dtype=x.dtype, requires_grad=requires_grad, size=registry.size_of(x))
 
 
 _OP = Op(
@@ -98,5 +98,5 @@ def linear_qkv(
 def _kernels(facts):
     """The backends of this device that can take all three together."""
     written = {*registry.backends("linear_qkv")} - {*registry.PLAIN}
-    asked = [name for name in registry.asked_in_turn("linear_qkv", facts.device) if name in written]
+    asked = [name for name in registry.asked_in_turn("linear_qkv", facts.device, facts.size) if name in written]
     return [name for name in asked if not registry.why_unavailable("linear_qkv", name, facts)]

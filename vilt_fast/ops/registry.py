@@ -21,11 +21,11 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 
 import torch
 
-from .. import record
-from . import order
+from .. import order, record
 
 PLAIN = ("reference", "torch")
 _ORDER = ("cpp", "torch", "reference")
@@ -99,6 +99,8 @@ class Facts:
 
     device: str  #: type of the device that the tensors are on
     dtype: torch.dtype
+    #: of the call, for the order of backends alone: no backend is asked about it
+    size: str = dataclasses.field(default="any", metadata={"asked": False})
 
 
 class _Slot:
@@ -150,6 +152,8 @@ def why_unavailable(op, backend, facts=None, **some):
 def _asked(op, backend, facts):
     slot, named = _SLOTS[op, backend], {}
     for field in dataclasses.fields(facts):
+        if not field.metadata.get("asked", True):
+            continue
         value = getattr(facts, field.name)
         if field.name in slot.heard:
             named[field.name] = value
@@ -173,9 +177,16 @@ def launcher(op, backend):
 
 
 @torch.compiler.assume_constant_result
-def asked_in_turn(op, device):
-    """The backends that are asked for ``op`` on a type of device, in order."""
-    return order.entry(op).backends if device in _GPUS else _ORDER
+def asked_in_turn(op, device, size="any"):
+    """The backends that are asked for ``op`` on a type of device, for calls of a size, in order."""
+    return order.entry(op, size).backends if device in _GPUS else _ORDER
+
+
+def size_of(tensor, rows=None):
+    """The size of a call on [..., D], or of so many rows, for the order of backends, where that asks for it."""
+    if torch.compiler.is_compiling() or tensor.device.type not in _GPUS:  # a graph is for all sizes
+        return "any"
+    return order.size_of(math.prod(tensor.shape[:-1]) if rows is None else rows)
 
 
 def resolve(op, backend, facts):
@@ -200,7 +211,7 @@ def resolve(op, backend, facts):
         record.say_op(op, backend, ())
         return backend
     reasons = []
-    for name in asked_in_turn(op, facts.device):
+    for name in asked_in_turn(op, facts.device, facts.size):
         if (op, name) not in _SLOTS:
             continue
         reason = why_unavailable(op, name, facts)

@@ -17,11 +17,11 @@ from . import driver
 
 def ops(op, dtypes, first=False):
     """What is wrong. With every dtype, all that ships for the GPU has to have been compiled."""
-    from vilt_fast.ops import order
+    from vilt_fast import order
 
     from .ops import CALLS
 
-    order.table()["any", op] = order.Entry(("triton",), "a test")  # also where a library call is the usual way
+    order.table()["any", op, "any"] = order.Entry(("triton",), "a test")  # also where a library call is the usual way
     home = set()
     for dtype in dtypes:
         for at_home, call in itertools.islice(CALLS[op](getattr(torch, dtype)), 1 if first else None):

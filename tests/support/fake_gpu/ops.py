@@ -62,12 +62,12 @@ def attention(dtype):
         return [t.unflatten(1, (heads, head_dim)) for t in _empty(dtype, *[(sum(lengths), heads * head_dim)] * 3)]
 
     plain = {}, {"return_lse": True}, {"dropout_p": 0.1}
-    for longest, batch in itertools.product((40, 90, 128, 150, 185, 240, 281, 320), (64, 1)):
+    for longest, batch in itertools.product((40, 90, 128, 150, 185, 240, 281, 320), (64, 8, 1)):
         lengths = [longest] * batch
         yield True, partial(run, partial(call, lengths, True, False, {}), given(lengths, HEADS, 64))
     for batch, (used, start), options in itertools.product((64, 1), itertools.product((True, False), repeat=2), plain):
         lengths = [281, *[185] * (batch - 1)]
-        yield True, partial(run, partial(call, lengths, used, start, options), given(lengths, HEADS, 64))
+        yield not start, partial(run, partial(call, lengths, used, start, options), given(lengths, HEADS, 64))
     away = (64, 1024, 64), (128, 281, 64), (128, 281, 1), (256, 50, 2), (80, 33, 1), (1, 1, 1)
     for head_dim, longest, batch in away:
         for options in plain:
