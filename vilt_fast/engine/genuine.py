@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import dis
 import functools
-import operator
 import os
 import sys
 import types
@@ -33,33 +32,16 @@ class _Code:
     methods: dict = dataclasses.field(default_factory=dict)  #: of the class, by name
     globals: dict = dataclasses.field(default_factory=dict)  #: by (where, name), where is a module or a class
     names: tuple[str, ...] = ()  #: of the methods
-    looks: tuple = ()  #: (where, what gets all that is used of it, what that was); where: None for the class
-
-    def found(self) -> None:
-        """All has been found: how to look at it again, some names at a time, which takes half as long as one by one."""
-        owners = {None: dict(self.methods)}
-        for (where, name), value in self.globals.items():
-            owners.setdefault(where, {})[name] = value
-        self.names = tuple(self.methods)
-        self.looks = tuple((o, _getter(known), tuple(known.values())) for o, known in owners.items() if known)
 
     def in_place(self, kind: type) -> bool:
         """Whether all of it is still where it was found."""
-        try:
-            for where, get, values in self.looks:
-                if not all(map(operator.is_, get(kind if where is None else where), values)):
-                    return False
-        except AttributeError:
-            return False
+        for name, value in self.methods.items():
+            if getattr(kind, name, None) is not value:
+                return False
+        for (where, name), value in self.globals.items():
+            if getattr(where, name, None) is not value:
+                return False
         return True
-
-
-def _getter(names):
-    """A function that gets these attributes, as a tuple."""
-    if len(names) > 1:
-        return operator.attrgetter(*names)
-    (name,) = names
-    return lambda where: (getattr(where, name),)
 
 
 _codes: dict[weakref.ref, _Code] = {}  # a WeakKeyDictionary takes three times as long to ask
@@ -127,7 +109,7 @@ def _found(kind: type) -> _Code:
                 _look_up(chain, sys.modules[own.__module__], code)
             called = {name for chain in used for name in chain} & set(dir(kind)) - set(dir(nn.Module))
             waiting += [n for n in called if isinstance(getattr(kind, n), types.FunctionType)]
-    code.found()
+    code.names = tuple(code.methods)
     return code
 
 
