@@ -33,10 +33,16 @@ def at(base, first, stride, head, stride_head):
 
 
 @triton.jit
+def rows_of(cu, sample):
+    """First row and number of the rows of a sample."""
+    first = tl.load(cu + sample)
+    return first, tl.load(cu + sample + 1) - first
+
+
+@triton.jit
 def keys_of(cu, used, sample):
     """First row and number of the keys of a sample."""
-    first = tl.load(cu + sample)
-    count = tl.load(cu + sample + 1) - first
+    first, count = rows_of(cu, sample)
     if used is not None:
         count = tl.minimum(count, tl.load(used + sample))
     return first, count
@@ -62,6 +68,21 @@ def store(base, rows, stride, end, tile, WIDTH: tl.constexpr, BLOCK_D: tl.conste
     columns = tl.arange(0, BLOCK_D)
     inside = (rows[:, None] < end) & (columns[None, :] < WIDTH)
     tl.store(base + (rows[:, None] * stride + columns[None, :]), tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish(out, lse, stats, acc, top, total, grow, rows, q_len, by_row, all_rows, stride_out, WIDTH: tl.constexpr,
+           BLOCK_D: tl.constexpr):  # fmt: skip
+    """Write what a block of query rows has come to: sums of weighted values, maxima and sums of weights.
+
+    `out` is where the head of the sample begins, `by_row` where its statistics do, `all_rows` the number of all.
+    """
+    total = tl.where(total == 0.0, 1.0, total)
+    share = 1.0 / total
+    store(out, rows, stride_out, q_len, acc * (share * grow)[:, None], WIDTH, BLOCK_D)
+    tl.store(lse + by_row + rows, (top + tl.log2(total)) * LN2, mask=rows < q_len)
+    tl.store(stats + by_row + rows, top, mask=rows < q_len)
+    tl.store(stats + all_rows + by_row + rows, share, mask=rows < q_len)
 
 
 @triton.jit

@@ -27,19 +27,19 @@ import triton.language as tl
 
 from . import _aot, _device, attention_single
 from ._attention import (
-    LN2,
     LOG2E,
     aot_case,
     at,
     bounds_and_numbers,
+    finish,
     in_place,
     keys_of,
     masked_scores,
     options,
     place,
+    rows_of,
     shape,
     sight,
-    store,
     tile,
     warpgroups,
 )  # fmt: skip
@@ -84,8 +84,7 @@ def _attention_fwd_kernel(
 ):  # fmt: skip
     """SINGLE: all keys in one tile of BLOCK_N and, unless 0, one of BLOCK_N2. Else key blocks of BLOCK_N."""
     sample, head, block = place(q_blocks, heads, BLOCK_M)
-    first_q = tl.load(cu_q + sample)
-    q_len = tl.load(cu_q + sample + 1) - first_q
+    first_q, q_len = rows_of(cu_q, sample)
     if block >= q_len:
         return
     first_k, used = keys_of(cu_k, used_k, sample)
@@ -125,15 +124,10 @@ def _attention_fwd_kernel(
         acc, top, total = _sweep(acc, top, total, q_tile, k, v, q_rows, even, some_see, stride_k, stride_v, used,
                                  limit, scale, seed, drop_below, head, WIDTH, BLOCK_D, BLOCK_N, True,
                                  PRECISION)  # fmt: skip
-    total = tl.where(total == 0.0, 1.0, total)
-    share = 1.0 / total
     stride_out = heads * WIDTH
+    by_row, all_rows = head.to(tl.int64) * total_q + first_q, heads.to(tl.int64) * total_q
     out = at(out, first_q, stride_out, head, WIDTH)
-    store(out, rows, stride_out, q_len, acc * (share * grow)[:, None], WIDTH, BLOCK_D)
-    by_row = head.to(tl.int64) * total_q + q_rows
-    tl.store(lse + by_row, (top + tl.log2(total)) * LN2, mask=rows < q_len)
-    tl.store(stats + by_row, top, mask=rows < q_len)
-    tl.store(stats + heads.to(tl.int64) * total_q + by_row, share, mask=rows < q_len)
+    finish(out, lse, stats, acc, top, total, grow, rows, q_len, by_row, all_rows, stride_out, WIDTH, BLOCK_D)
 
 
 # --- launchers --------------------------------------------------------------------------------------------------------
@@ -197,7 +191,7 @@ def tiles_of(arch, itemsize, width, dropout=False):
 def _forward_config(
     arch, itemsize, width, max_seqlen_q, max_seqlen_k, pairs, multiprocessors, dropout=False, rows=0
 ):  # fmt: skip
-    """Block sizes of the forward; pairs = samples * heads."""
+    """Block sizes of the forward, or those of attention_single.py, which has no SINGLE; pairs = samples * heads."""
     if itemsize == 2 and width <= 64 and not dropout:
         tried = _device.configuration("attention", arch, rows)
         if tried and (not tried["SINGLE"] or tried["BLOCK_N"] + tried["BLOCK_N2"] >= max_seqlen_k):
@@ -240,7 +234,7 @@ def attention_fwd(
         )
         config = config | shape(width, _device.arch(q))
         with _device.on(q):
-            if config["SINGLE"] == "sample":
+            if "SINGLE" not in config:
                 attention_single.forward(q, k, v, out, lse, stats, arguments, pairs, config)
             else:
                 q_blocks = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
@@ -270,7 +264,7 @@ def aot_cases():
                 target.arch, dtype.itemsize, width, longest, longest, 12 * batch, target.multiprocessors,
                 dropout=mask == "dropout",
             )  # fmt: skip
-            if config["SINGLE"] == "sample" or (dtype, width, mask, config) in seen:
+            if "SINGLE" not in config or (dtype, width, mask, config) in seen:
                 continue
             seen.append((dtype, width, mask, config))
             yield aot_case(

@@ -27,6 +27,7 @@ from ._attention import (
     masked_scores,
     options,
     place,
+    rows_of,
     shape,
     sight,
     store,
@@ -66,8 +67,7 @@ def _attention_bwd_q_kernel(
 ):  # fmt: skip
     """dq and delta of one query block."""
     sample, head, block = place(q_blocks, heads, BLOCK_M)
-    first_q = tl.load(cu_q + sample)
-    q_len = tl.load(cu_q + sample + 1) - first_q
+    first_q, q_len = rows_of(cu_q, sample)
     if block >= q_len:
         return
     first_k, used = keys_of(cu_k, used_k, sample)
@@ -106,12 +106,11 @@ def _attention_bwd_kv_kernel(
 ):  # fmt: skip
     """dk and dv of one key block; everything is transposed, [keys, query rows]. Rows that are no keys get zeros."""
     sample, head, block = place(k_blocks, heads, BLOCK_N)
-    first_k, used = keys_of(cu_k, used_k, sample)
-    k_len = tl.load(cu_k + sample + 1) - first_k
+    first_k, k_len = rows_of(cu_k, sample)
+    _, used = keys_of(cu_k, used_k, sample)
     if block >= k_len:
         return
-    first_q = tl.load(cu_q + sample)
-    q_len = tl.load(cu_q + sample + 1) - first_q
+    first_q, q_len = rows_of(cu_q, sample)
     keys = block + tl.arange(0, BLOCK_N)
     stride_out = heads * WIDTH
     q, dout = at(q, first_q, stride_q, head, stride_qh), at(dout, first_q, stride_do, head, stride_doh)

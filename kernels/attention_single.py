@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 
 from . import _aot
-from ._attention import LN2, LOG2E, aot_case, at, keys_of, masked_scores, options, store, tile
+from ._attention import LOG2E, aot_case, at, finish, keys_of, masked_scores, options, rows_of, store, tile
 
 LONGEST = 288  # 128 + 64 + 64 + 32
-FORWARD = options((64, 128, 4, 1), BLOCK_N2=64, SINGLE="sample")
+FORWARD = options((64, 128, 4, 1), BLOCK_N2=64)
 BACKWARD = options((64, 64, 8, 1))
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -36,17 +36,6 @@ def _step(acc, top, total, q_tile, k_tile, v_tile, keys, limit, scale, PRECISION
     shrink, weights = tl.exp2(top - finite), tl.exp2(scores - finite[:, None])
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_top, total * shrink + tl.sum(weights, 1)
-
-
-@triton.jit
-def _write(out, lse, stats, acc, top, total, rows, q_len, by_row, all_rows, stride_out, WIDTH: tl.constexpr,
-           BLOCK_D: tl.constexpr):  # fmt: skip
-    total = tl.where(total == 0.0, 1.0, total)
-    share = 1.0 / total
-    store(out, rows, stride_out, q_len, acc * share[:, None], WIDTH, BLOCK_D)
-    tl.store(lse + by_row + rows, (top + tl.log2(total)) * LN2, mask=rows < q_len)
-    tl.store(stats + by_row + rows, top, mask=rows < q_len)
-    tl.store(stats + all_rows + by_row + rows, share, mask=rows < q_len)
 
 
 @triton.jit
@@ -65,8 +54,7 @@ def _attention_single_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_N2: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     sample, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    first_q = tl.load(cu_q + sample)
-    q_len = tl.load(cu_q + sample + 1) - first_q
+    first_q, q_len = rows_of(cu_q, sample)
     first_k, used = keys_of(cu_k, used_k, sample)
     stride_out = heads * WIDTH
     q, out = at(q, first_q, stride_q, head, stride_qh), at(out, first_q, stride_out, head, WIDTH)
@@ -91,7 +79,7 @@ def _attention_single_fwd_kernel(
         if used > SHORT:
             acc, top, total = _step(acc, top, total, q_tile, k3, v3, keys3, limit, scale, PRECISION)
             acc, top, total = _step(acc, top, total, q_tile, k4, v4, keys4, limit, scale, PRECISION)
-        _write(out, lse, stats, acc, top, total, rows, q_len, by_row, all_rows, stride_out, WIDTH, BLOCK_D)
+        finish(out, lse, stats, acc, top, total, 1.0, rows, q_len, by_row, all_rows, stride_out, WIDTH, BLOCK_D)
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -104,10 +92,9 @@ def _attention_single_bwd_kernel(
     WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     sample, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    first_q = tl.load(cu_q + sample)
-    q_len = tl.load(cu_q + sample + 1) - first_q
-    first_k, used = keys_of(cu_k, used_k, sample)
-    k_len = tl.load(cu_k + sample + 1) - first_k
+    first_q, q_len = rows_of(cu_q, sample)
+    first_k, k_len = rows_of(cu_k, sample)
+    _, used = keys_of(cu_k, used_k, sample)
     stride_out = heads * WIDTH
     q, dout = at(q, first_q, stride_q, head, stride_qh), at(dout, first_q, stride_do, head, stride_doh)
     k, v = at(k, first_k, stride_k, head, stride_kh), at(v, first_k, stride_v, head, stride_vh)
@@ -161,7 +148,6 @@ def fits(arch, itemsize, width, longest, pairs, multiprocessors, dropout):
 
 def forward(q, k, v, out, lse, stats, arguments, pairs, config):
     """Launch; `arguments` of `bounds_and_numbers`."""
-    config = {name: value for name, value in config.items() if name != "SINGLE"}
     _attention_single_fwd_kernel[(pairs,)](q, k, v, out, lse, stats, *arguments, **config)
 
 
@@ -175,12 +161,11 @@ def backward(q, k, v, out, stats, dout, dlse, dq, dk, dv, arguments, pairs, conf
 
 def aot_cases():
     """ViLT's, and causal masks, which it never has."""
-    forward = {name: value for name, value in FORWARD.items() if name != "SINGLE"}
     types = {"partial": "*fp32"}
     for target in _aot.TARGETS:
         if target.arch != 90:
             continue
         for dtype, mask in ((torch.bfloat16, "plain"), (torch.float16, "plain"), (torch.bfloat16, "causal")):
             home = mask == "plain"
-            yield aot_case(_attention_single_fwd_kernel, target, dtype, 64, forward, mask, mask, home)
+            yield aot_case(_attention_single_fwd_kernel, target, dtype, 64, FORWARD, mask, mask, home)
             yield aot_case(_attention_single_bwd_kernel, target, dtype, 64, BACKWARD, mask, mask, home, **types)

@@ -144,8 +144,10 @@ def test_configurations_cover_every_length():
                 for longest in (0, 1, 17, 185, 281, 320, 321, 4096):
                     for pairs in (12, 768):
                         config = kernels._forward_config(arch, itemsize, width, longest, longest, pairs, 132)
-                        whole, tiles = config["SINGLE"] == "sample", config["BLOCK_N"] + config["BLOCK_N2"]
-                        assert not config["SINGLE"] or (attention_single.LONGEST if whole else tiles) >= longest
+                        whole, tiles = "SINGLE" not in config, config["BLOCK_N"] + config["BLOCK_N2"]
+                        assert (
+                            not config.get("SINGLE", True) or (attention_single.LONGEST if whole else tiles) >= longest
+                        )
                         assert not whole or (arch, itemsize, pairs) == (90, 2, 768)
                         config = kernels._forward_config(arch, itemsize, width, longest, longest, pairs, 132, True)
                         assert not config["SINGLE"]

@@ -109,6 +109,103 @@ def test_a_backward_checks_behind_its_door():
             gradient(**given)
 
 
+def _asked(op, **given):
+    """`torch.ops.vilt_fast.<op>_bwd` in the interpreter, arguments by name."""
+    known = _define.OPS[op]
+    names = (*known._wanted, *known._also)
+    return getattr(OPS, f"{op}_bwd")(*(given[name] for name in names), "triton")
+
+
+def _of_qkv():
+    x, weight, grad = torch.randn(3, 16), torch.randn(8, 16), torch.randn(3, 8)
+    given = dict.fromkeys(("query_weight", "key_weight", "value_weight"), weight)
+    given |= dict.fromkeys(("query_bias", "key_bias", "value_bias"))
+    given |= dict.fromkeys(("grad_query", "grad_key", "grad_value"), grad)
+    return dict(given, x=x, needs=[True] * 4 + [False] * 3), {
+        "grad_key has shape": dict(grad_key=grad[:2]),
+        "grad_query is torch.float64": dict(grad_query=grad.double()),
+        "value_weight has shape": dict(value_weight=weight[:, :5]),
+        "query_bias has shape": dict(query_bias=torch.randn(7)),
+    }
+
+
+def _of_text_embed():
+    ids, table = torch.tensor([1, 0, 3]), torch.randn(4, 16)
+    given = dict(
+        needs=[False] + [True] * 5 + [False], grad_rows=torch.randn(3, 16), input_ids=ids, inputs_embeds=None,
+        position_ids=ids, token_type_ids=None, word=table, position=table, token_type=table, ln_weight=torch.ones(16),
+        ln_bias=torch.zeros(16), modality=None, eps=1e-6, padding_idx=None, dropout_p=0.0, deterministic=True,
+        seed=None, out_dtype=torch.float32,
+    )  # fmt: skip
+    return given, {
+        "grad_rows has shape": dict(grad_rows=torch.randn(2, 16)),
+        "input_ids holds 9": dict(input_ids=torch.tensor([1, 0, 9])),
+        "word has shape": dict(word=table[:, :5]),
+        "ln_bias has shape": dict(ln_bias=torch.zeros(5)),
+        "dropout takes a seed": dict(dropout_p=0.5),
+    }
+
+
+def _of_patch_embed():
+    index = packing_indices([2], [(1, 2)], canvas=(1, 2), table=(2, 2))
+    index.pop("modality_index")
+    rows = index.pop("total_rows")
+    given = dict(
+        index, needs=[False, True, False, True, True, False, True], grad_rows=torch.randn(rows, 16),
+        pixels=torch.randn(1, 1, 4, 8), weight=torch.randn(16, 1, 4, 4), bias=None, cls_token=torch.randn(16),
+        position=torch.randn(5, 16), modality=None, modality_index=None, text=torch.randn(2, 16), dropout_p=0.0,
+        pixel_scale=None, pixel_shift=None, seed=None, out_dtype=torch.float32, total_rows=rows,
+    )  # fmt: skip
+    return given, {
+        "grad_rows has shape": dict(grad_rows=torch.randn(rows, 5)),
+        "total_rows is 3": dict(grad_rows=torch.randn(3, 16)),
+        "patch_rows has shape": dict(patch_rows=torch.zeros(1, dtype=torch.int64)),
+        "position has shape": dict(position=torch.randn(5, 7)),
+        "text and text_rows belong together": dict(text=None),
+        "dropout takes a seed": dict(dropout_p=0.5),
+    }
+
+
+def _of_linear_cross_entropy():
+    x, weight, labels = torch.randn(3, 16), torch.randn(5, 16), torch.tensor([4, -100, 2])
+    (_, count), (lse, rows) = _define.registry.launcher("linear_cross_entropy", "triton")(
+        x=x, weight=weight, bias=None, labels=labels, ignore_index=-100, keep=True
+    )
+    given = dict(
+        needs=[True, True, False], grad_losses=torch.ones(3), x=x, weight=weight, bias=None, labels=labels, lse=lse,
+        rows=rows, count=count, ignore_index=-100,
+    )  # fmt: skip
+    return given, {
+        "grad_losses has shape": dict(grad_losses=torch.ones(2)),
+        "weight has shape": dict(weight=weight[:, :3]),
+        "lse is torch.float64": dict(lse=lse.double()),
+        "rows and count say": dict(count=torch.tensor([4], dtype=INT)),
+        "rows and count say ": dict(rows=rows + 7),
+        "label 9 is outside": dict(labels=torch.tensor([9, -100, 2])),
+    }
+
+
+@pytest.mark.parametrize(
+    "op", [_of_qkv, _of_text_embed, _of_patch_embed, _of_linear_cross_entropy], ids=lambda f: f.__name__[4:]
+)
+@torch.no_grad()
+def test_backwards_of_triton_alone_check_behind_their_door(op):
+    pytest.importorskip("triton")
+    given, bad = op()
+    name = {"qkv": "linear_qkv"}.get(op.__name__[4:], op.__name__[4:])
+    assert all(torch.is_tensor(gradient) for gradient in _asked(name, **given))
+    for message, other in bad.items():
+        with pytest.raises((ValueError, TypeError, IndexError), match=message.strip()):
+            _asked(name, **given | other)
+
+
+def test_a_forward_with_dropout_wants_a_seed_behind_its_door():
+    x = torch.randn(2, 16)
+    for seed in (None, torch.zeros(2, dtype=torch.int64), torch.zeros(1, dtype=torch.int32)):
+        with pytest.raises(ValueError, match="add_layer_norm: dropout takes a seed"):
+            OPS.add_layer_norm(x, x, None, None, 1e-6, 0.5, seed, "cpp")
+
+
 def test_ordinary_pytorch_is_not_behind_the_door():
     with pytest.raises(ValueError, match="call vilt_fast.functional.linear_gelu"):
         OPS.linear_gelu(torch.randn(5, 8), torch.randn(6, 8), None, "reference")

@@ -135,6 +135,13 @@ def used(op, seqused_k, cu_seqlens):
             )
 
 
+def seeded(op, dropout_p=0.0, seed=None, **_):
+    """ValueError where there is nothing that a mask of dropout would be a function of."""
+    if dropout_p > 0 and (seed is None or seed.shape != (1,) or seed.dtype != torch.int64):
+        given = "none" if seed is None else f"{seed.dtype} {list(seed.shape)}"
+        raise ValueError(f"{op}: dropout takes a seed, int64 [1], in a backward that of the forward; it is {given}.")
+
+
 def probability(op, dropout_p):
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p is {dropout_p}, expected a probability in [0, 1).")

@@ -179,6 +179,7 @@ class Op:
                 self._ask(self._validate, known)
             if self._facts:
                 self.resolve(backend, self._ask(self._facts, known))
+            _check.seeded(self.name, **arguments)
         self._refuse_tangents(backend, arguments.values())
         result = registry.launcher(self.name, backend)(**arguments, keep=keep)
         if (backend, keep) not in self._seen or os.environ.get("VILT_FAST_CHECK") == "1":
@@ -284,6 +285,7 @@ class Op:
         arguments, _, backend = self._named_backward(values)
         if self._validate_backward and not getattr(_inside, "validated", False):
             self._ask(self._validate_backward, arguments | {"backend": backend})
+            _check.seeded(f"{self.name}_bwd", **arguments)
         return self._listed(registry.launcher(f"{self.name}_bwd", backend)(**arguments), arguments)
 
     def _run_fake_backward(self, *values):

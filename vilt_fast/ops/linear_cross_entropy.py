@@ -32,6 +32,12 @@ def _fake_backward(
 
 
 def _validate(x, weight, bias, labels, ignore_index):
+    sizes = _check_tensors(x, weight, bias, labels)
+    if not labels.is_floating_point() and _check.readable(labels):
+        _check_labels(labels[labels != ignore_index], sizes["V"], f" and is not ignore_index {ignore_index}")
+
+
+def _check_tensors(x, weight, bias, labels):
     soft = isinstance(labels, Tensor) and labels.is_floating_point()
     shape = "R V" if soft else "R"
     sizes = _check.shapes(_NAME, x=(x, "R D"), weight=(weight, "V D"), bias=(bias, "V"), labels=(labels, shape))
@@ -39,13 +45,27 @@ def _validate(x, weight, bias, labels, ignore_index):
     _check.same_dtype(_NAME, x=x, weight=weight, bias=bias)
     _check.dtypes(_NAME, _check.FLOATS if soft else (torch.int64,), labels=labels)
     _check.same_device(_NAME, x=x, weight=weight, bias=bias, labels=labels)
-    if not soft and _check.readable(labels):
-        bad = (labels != ignore_index) & ((labels < 0) | (labels >= sizes["V"]))
-        if bad.any():
-            raise IndexError(
-                f"{_NAME}: label {labels[bad][0].item()} is outside 0..{sizes['V'] - 1} and is not ignore_index "
-                f"{ignore_index}."
-            )
+    return sizes
+
+
+def _check_labels(labels, classes, more=""):
+    bad = (labels < 0) | (labels >= classes)
+    if bad.any():
+        raise IndexError(f"{_NAME}: label {labels[bad][0].item()} is outside 0..{classes - 1}{more}.")
+
+
+def _validate_backward(grad_losses, x, weight, bias, labels, lse, rows, count):
+    op, sizes = f"{_NAME}_bwd", _check_tensors(x, weight, bias, labels)
+    _check.like(op, x.shape[:1], torch.float32, grad_losses=grad_losses, lse=lse)
+    _check.like(op, x.shape[:1], torch.int32, rows=rows)
+    _check.like(op, (1,), torch.int32, count=count)
+    _check.same_device(op, x=x, grad_losses=grad_losses, lse=lse, rows=rows, count=count)
+    if _check.readable(labels) and not labels.is_floating_point():
+        labelled, given = count.item(), x.shape[0]
+        listed = rows[: max(labelled, 0)]
+        if not 0 <= labelled <= given or ((listed < 0) | (listed >= given)).any():
+            raise IndexError(f"{op}: rows and count say that rows {listed.tolist()} of {given} are labelled.")
+        _check_labels(labels.index_select(0, listed), sizes["V"])
 
 
 def _facts(x, labels, requires_grad):
@@ -55,7 +75,8 @@ def _facts(x, labels, requires_grad):
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("losses", "count"), kept=("lse", "rows"), differentiable=("x", "weight", "bias"),
-    differentiable_outputs=("losses",), validate=_validate, facts=_facts, again=lambda **_: {"reduction": "none"},
+    differentiable_outputs=("losses",), validate=_validate, facts=_facts, validate_backward=_validate_backward,
+    again=lambda **_: {"reduction": "none"},
 )  # fmt: skip
 
 

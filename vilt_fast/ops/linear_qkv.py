@@ -47,6 +47,15 @@ def _validate(x, query_weight, key_weight, value_weight, query_bias, key_bias, v
     _check.same_device("linear_qkv", x=x, **weights, **biases)
 
 
+def _validate_backward(
+    grad_query, grad_key, grad_value, x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias
+):  # fmt: skip
+    _validate(x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias)
+    gradients = dict(grad_query=grad_query, grad_key=grad_key, grad_value=grad_value)
+    _check.like("linear_qkv_bwd", (*x.shape[:-1], query_weight.shape[0]), x.dtype, **gradients)
+    _check.same_device("linear_qkv_bwd", x=x, **gradients)
+
+
 def _facts(x, requires_grad):
     return Facts(device=x.device.type, dtype=x.dtype, requires_grad=requires_grad, size=registry.size_of(x))
 
@@ -55,7 +64,7 @@ _OP = Op(
     "linear_qkv", _fake, _fake_backward,
     outputs=("query", "key", "value"),
     differentiable=("x", "query_weight", "key_weight", "value_weight", "query_bias", "key_bias", "value_bias"),
-    validate=_validate, facts=_facts,
+    validate=_validate, facts=_facts, validate_backward=_validate_backward,
 )  # fmt: skip
 
 

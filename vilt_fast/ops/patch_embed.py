@@ -101,6 +101,20 @@ def _validate(
     _check.probability(_NAME, dropout_p)
 
 
+def _validate_backward(
+    grad_rows, pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows,
+    patch_sample, pos_index, pos_weight, cls_rows, modality_index, dropout_p, pixel_scale, pixel_shift,
+):  # fmt: skip
+    op = f"{_NAME}_bwd"
+    _check.shapes(op, cls_token=(cls_token, "D"), grad_rows=(grad_rows, "rows D"))
+    _validate(
+        pixels, weight, bias, cls_token, position, modality, text, text_rows, patch_source, patch_rows, patch_sample,
+        pos_index, pos_weight, cls_rows, modality_index, grad_rows.shape[0], dropout_p, pixel_scale, pixel_shift,
+    )  # fmt: skip
+    _check.dtypes(op, _check.FLOATS, grad_rows=grad_rows, weight=weight)
+    _check.same_device(op, grad_rows=grad_rows, cls_token=cls_token)
+
+
 def _facts(pixels, weight, cls_token, position, modality, text, dropout_p, out_dtype, requires_grad):
     return Facts(
         device=pixels.device.type, dtype=weight.dtype, pixel_dtype=pixels.dtype, out_dtype=out_dtype,
@@ -112,7 +126,7 @@ def _facts(pixels, weight, cls_token, position, modality, text, dropout_p, out_d
 
 _OP = Op(
     _NAME, _fake, _fake_backward,
-    outputs=("rows",), validate=_validate, facts=_facts,
+    outputs=("rows",), validate=_validate, facts=_facts, validate_backward=_validate_backward,
     differentiable=("pixels", "weight", "bias", "cls_token", "position", "modality", "text"),
 )  # fmt: skip
 

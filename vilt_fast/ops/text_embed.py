@@ -76,6 +76,20 @@ def _validate(
         _check_range(name, indices[name], table)
 
 
+def _validate_backward(
+    grad_rows, input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias,
+    modality, dropout_p,
+):  # fmt: skip
+    _validate(
+        input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias,
+        modality, dropout_p,
+    )  # fmt: skip
+    op = f"{_NAME}_bwd"
+    _check.like(op, (position_ids.shape[0], position.shape[1]), None, grad_rows=grad_rows)
+    _check.dtypes(op, _check.FLOATS, grad_rows=grad_rows)
+    _check.same_device(op, grad_rows=grad_rows, position=position)
+
+
 def _facts(
     inputs_embeds, word, position, token_type, ln_weight, ln_bias, modality, dropout_p, requires_grad
 ):  # fmt: skip
@@ -88,7 +102,7 @@ def _facts(
 
 _OP = Op(
     _NAME, _fake, _fake_backward,
-    outputs=("rows",), validate=_validate, facts=_facts,
+    outputs=("rows",), validate=_validate, facts=_facts, validate_backward=_validate_backward,
     differentiable=("inputs_embeds", "word", "position", "token_type", "ln_weight", "ln_bias", "modality"),
 )  # fmt: skip
 
