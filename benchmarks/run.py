@@ -1,5 +1,5 @@
-"""`python -m benchmarks.run model | train | linear | attention | block | transport | images | score`: medians and
-ratios, to CSV.
+"""`python -m benchmarks.run model | train | linear | attention | block | transport | images | score | serve`: medians
+and ratios, to CSV.
 
 A speed-up is a ratio of medians of interleaved runs in one process, against HuggingFace's eager float32 on the same
 input. The floor is what the counted FLOPs and bytes need at the matmul peak and the copy bandwidth measured in the same
@@ -21,7 +21,7 @@ from vilt_fast.commands import checkpoint, report
 from vilt_fast.commands.arguments import whole
 
 from . import cases as shapes
-from . import destination, images, measure, ops, providers, score, training, transport
+from . import destination, images, measure, ops, providers, score, serve, training, transport
 from .table import FIELDS
 
 KEYS = ("provider", "case", "dtype")  #: what a row is known by
@@ -35,6 +35,7 @@ OPTIONS = {  # which options do something
     "transport": (),
     "images": (),
     "score": ("dtypes", "cases"),
+    "serve": ("cases", "workers"),
 }
 
 
@@ -96,6 +97,8 @@ def _timed(arguments):
             rows = images.rows(checkpoint.random_vqa(), arguments.repeats, step)
         elif arguments.what == "score":
             rows = score.rows(arguments.cases or score.CASES[1:], arguments.dtypes, arguments.repeats, step)
+        elif arguments.what == "serve":
+            rows = serve.rows(arguments.cases or serve.CASES[1:], arguments.workers, step)
         else:
             rows = ops.rows(arguments.what, arguments.dtypes, arguments.repeats, step)
         # What else ran meanwhile cannot make a machine faster: the better of two measurements is the nearer one.
@@ -107,8 +110,10 @@ def _arguments(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=tuple(OPTIONS), help="what to time (memory: used internally)")
     parser.add_argument("--dtypes", nargs="+", choices=report.PRECISIONS, help="default: all")
-    named = [*dict.fromkeys([*shapes.CASES, *score.CASES])]
-    parser.add_argument("--cases", nargs="+", choices=named, help="default: all, or --shapes alone; score: grid, jpegs")
+    named = [*dict.fromkeys([*shapes.CASES, *score.CASES, *serve.CASES])]
+    parser.add_argument(
+        "--cases", nargs="+", choices=named, help="default: all, or --shapes alone; score: grid, jpegs; serve: load"
+    )
     parser.add_argument(
         "--shapes", nargs="+", metavar="HxW+T", help="one batch of your own: height, width, text tokens of each sample"
     )
@@ -130,6 +135,7 @@ def _arguments(argv):
         default=None,
         help="also peak memory of one forward or step, each in its own process",
     )
+    parser.add_argument("--workers", type=whole(1, 1024), help="of the service (default: one for each thread)")
     destination.add(parser)
     parser.add_argument("--provider", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -137,7 +143,7 @@ def _arguments(argv):
         if getattr(arguments, option) is not None and option not in OPTIONS[arguments.what]:
             has = [what for what, options in OPTIONS.items() if option in options and what != "memory"]
             parser.error(f"--{option} does nothing for {arguments.what}; it is for {', '.join(has)}.")
-    known = score.CASES if arguments.what == "score" else tuple(shapes.CASES)
+    known = {"score": score.CASES, "serve": serve.CASES}.get(arguments.what, tuple(shapes.CASES))
     for case in arguments.cases or ():
         if case not in known:
             parser.error(f"--cases {case} is none of {arguments.what}, which has {', '.join(known)}.")
