@@ -3,12 +3,15 @@
 import pytest
 import torch
 from support.transport_case import (
+    WEIGHTS,
+    any_weights,
     assert_a_bad_cost_spoils_its_own_sample,
     assert_distance,
     assert_finds_the_permutation,
     assert_ipot,
     assert_only_real_entries_count,
     assert_sinkhorn,
+    assert_the_scale_of_weights_is_free,
     costs,
     distance,
     hidden,
@@ -86,6 +89,21 @@ def test_sinkhorn_with_marginals_and_tolerance():
     assert not plan[2].any() and used[2] == 0 and not plan[0, 2].any()
     used = sinkhorn("triton", *costs((5, 1, 3), (6, 4, 2)), epsilon=0.2, iterations=99, tolerance=1e-4)[2]
     assert used[1] == 1 < used[0] < 99
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_sinkhorn_with_weights_of_any_size(kind):
+    """Also in the first plans, where a row that weighs nothing may hold the mass of columns dear for all others."""
+    cost, *pads = costs((5, 9), (9, 20))
+    cost = 1.5 + cost / 4
+    cost[:, :, 0] = cost[:, ::3] = 0
+    rows, columns = any_weights(kind, *pads)
+    for weights, iterations in (((rows, columns), 1), ((rows, columns), 9), ((rows, None), 2), ((None, columns), 2)):
+        assert_sinkhorn("triton", (cost, *pads), weights=weights, epsilon=0.02, iterations=iterations)
+
+
+def test_the_scale_of_weights_is_free():
+    assert_the_scale_of_weights_is_free("triton", (5, 3), (9, 4))
 
 
 def test_sinkhorn_gradient_is_the_plan():

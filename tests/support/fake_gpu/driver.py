@@ -139,6 +139,7 @@ def install() -> None:
     for name, made in {
         "mm": lambda a, b: a.new_empty(a.shape[0], b.shape[1]),
         "addmm": lambda bias, a, b, beta=1, alpha=1: a.new_empty(a.shape[0], b.shape[1]),
+        "addmm_": lambda to, a, b, beta=1, alpha=1: to,
         "bmm": lambda a, b: a.new_empty(*a.shape[:2], b.shape[2]),
     }.items():
         _library.impl(name, made, "CPU")
