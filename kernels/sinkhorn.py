@@ -1,4 +1,4 @@
-"""Sinkhorn for Triton: entropic transport plans, one program a pair, with the numbers and sums of `kernels/ipot.py`.
+"""Sinkhorn for Triton: entropic transport plans, one program a pair, with the numbers and sums of `_transport.py`.
 
     K = exp(-C/epsilon);  v = 1;  repeat:  u_i = mu_i / sum_j K_ij v_j,  v_j = nu_j / sum_i u_i K_ij
     T = diag(u) K diag(v);  error = sum_i |u_i sum_j K_ij v_j - mu_i|   (sums that the next u needs anyway)
@@ -18,17 +18,21 @@ import triton
 import triton.language as tl
 
 from . import _aot, _device, ipot
-from .ipot import (
+from ._transport import (
     LOWEST,
     add_text_sums,
+    aligned,
     image_top,
     image_total,
     is_real,
     load_cost,
     normal,
+    pads,
     plan_of,
     some,
+    step_of,
     store_plan,
+    streamed,
 )  # fmt: skip
 
 
@@ -148,12 +152,12 @@ def sinkhorn_fwd(
     used = torch.zeros(B, dtype=torch.int64, device=cost.device)
     if plan.numel() == 0:
         return (plan, value, used, error), ()
-    cost = ipot.aligned(cost)
+    cost = aligned(cost)
     weights = [None if w is None else w.float().contiguous() for w in (text_marginal, image_marginal)]
     with _device.on(cost):
         _sinkhorn_fwd_kernel[(B,)](
-            cost, *ipot.pads(text_pad, image_pad), *weights, plan, value, used, error, M, N, *cost.stride()[:2],
-            *ipot.step_of(epsilon), iterations, -1.0 if tolerance is None else float(tolerance), **ipot.streamed(M),
+            cost, *pads(text_pad, image_pad), *weights, plan, value, used, error, M, N, *cost.stride()[:2],
+            *step_of(epsilon), iterations, -1.0 if tolerance is None else float(tolerance), **streamed(M),
         )  # fmt: skip
     return (plan, value, used, error), ()
 
@@ -164,4 +168,4 @@ def aot_cases():
         for weighted in (False, True):
             absent = {} if weighted else dict(text_weight=None, image_weight=None)
             name = f"sinkhorn {M} rows" + " weighted" * weighted
-            yield _aot.case(_sinkhorn_fwd_kernel, name, "fp32", ipot.streamed(M), **absent)
+            yield _aot.case(_sinkhorn_fwd_kernel, name, "fp32", streamed(M), **absent)

@@ -26,18 +26,20 @@ import triton.language as tl
 
 from ..reference.word_patch_distance import cosine_cost
 from . import _aot, _device, ipot
-from .ipot import (
+from ._transport import (
     FAR,
     LOWEST,
     image_top,
     is_real,
+    pads,
     plan_of,
     power,
     some,
+    step_of,
     store_plan,
     store_scaling,
-    transport,
-)
+)  # fmt: skip
+from .ipot import transport
 
 MAX_COST = 2.0
 
@@ -243,7 +245,7 @@ def bwd_config(M, half):
 
 
 def _loop(beta):
-    return "linear" if MAX_COST * 1.001 * sum(ipot.step_of(beta)) <= ipot.REACH.value else "scaled"
+    return "linear" if MAX_COST * 1.001 * sum(step_of(beta)) <= ipot.REACH.value else "scaled"
 
 
 def word_patch_distance_fwd(
@@ -266,8 +268,8 @@ def word_patch_distance_fwd(
     distance = torch.empty(B, **numbers)
     with _device.on(text):
         _word_patch_distance_fwd_kernel[(B,)](
-            text.contiguous(), image.contiguous(), *ipot.pads(text_pad, image_pad), distance,
-            plan if return_plan else None, scaling, M, N, D, *ipot.step_of(beta), iterations, inner,
+            text.contiguous(), image.contiguous(), *pads(text_pad, image_pad), distance,
+            plan if return_plan else None, scaling, M, N, D, *step_of(beta), iterations, inner,
             PRECISION=_device.precision(_device.arch(text)), LOOP=_loop(beta), **options,
         )  # fmt: skip
     return (distance, plan), (scaling,) if keep else ()
@@ -287,8 +289,8 @@ def word_patch_distance_bwd(
     options = bwd_config(M, text.element_size() == 2)
     with _device.on(text):
         _word_patch_distance_bwd_kernel[(B, triton.cdiv(D, options["SHARE"]))](
-            grad_distance.contiguous(), text.contiguous(), image.contiguous(), *ipot.pads(text_pad, image_pad), state,
-            *gradients, M, N, D, *ipot.step_of(beta), iterations, PRECISION=_device.precision(_device.arch(text)),
+            grad_distance.contiguous(), text.contiguous(), image.contiguous(), *pads(text_pad, image_pad), state,
+            *gradients, M, N, D, *step_of(beta), iterations, PRECISION=_device.precision(_device.arch(text)),
             SPLIT=text.element_size() == 2, **options,
         )  # fmt: skip
     return tuple(gradients), ()
@@ -301,7 +303,7 @@ def _large_bwd(grad, text, image, text_pad, image_pad, scaling, beta, iterations
     """The same with the plan in memory, for pairs that do not fit on the chip."""
     cost = cosine_cost(text, image, text_pad, image_pad)
     u, received = scaling[:, : text.shape[1], None], scaling[:, None, text.shape[1] :, 1]
-    step = sum(ipot.step_of(beta)) * iterations
+    step = sum(step_of(beta)) * iterations
     exponents = (u[..., 0].double() + u[..., 1].double().log2() - step * cost.double()) * math.log(2)
     padded = text_pad.unsqueeze(2) | image_pad.unsqueeze(1)
     plan = exponents.masked_fill(padded, -torch.inf).softmax(1).float() * received
