@@ -2,7 +2,7 @@
 
 A step is an op, or a run of whole models. Under a release of Triton it is known by a digest of all that decides what it
 compiles: the kernels, what these import of each other, and what plays. What stands in the table is not compiled again,
-and a test fails where it no longer is what lies in kernels/.
+what does not is, by CI at the latest; and a test fails where a row is no longer of what lies in kernels/.
 
     python -m support.fake_gpu.passed 3.9.0     what has to be compiled under that release; fails where there is such
 """
@@ -100,6 +100,11 @@ def stale(triton: str, root: Path = ROOT, path: Path = TABLE) -> list[str]:
     """The steps that have not passed under a release of Triton, of what lies there."""
     known = table(path)
     return [step for step in STEPS if known.get((step, triton)) != sources(step, root)]
+
+
+def outdated(root: Path = ROOT, path: Path = TABLE) -> list[tuple[str, str]]:
+    """Rows of the table that are of other sources than lie there: (step, release)."""
+    return [(step, triton) for (step, triton), digest in table(path).items() if digest != sources(step, root)]
 
 
 def note(step: str, triton: str, digest: str, path: Path = TABLE) -> None:
