@@ -5,7 +5,8 @@ request. The requests go in four quarters, and after each `score` computes the s
 see the same machine; the clients are one more process, which shares the cores with the service. Images are decoded
 anew for each pair by both. `ratio` is the throughput of `score` over that of a row, `error` the largest difference of a
 probability. What is in no column is printed: how many requests got an answer, how many answers are those of `score` to
-the last bit, the 50th and 95th percentile of what a client waits, and the memory of the service after each quarter.
+the last bit, the 50th and 95th percentile of what a client waits, the memory of the service after each quarter, and the
+processor time of all three, which other programs on the machine do not change much.
 
 `python -m benchmarks.serve` is the clients.
 """
@@ -44,18 +45,25 @@ def _case(case, workers, step):
             _asked(port, files, questions[:CLIENTS])  # warm on both sides
             _scored(model, process, files, questions[:8], 0)
             served, scored, memory, waits, got, expected = [], [], [], [], [], []
+            spent = dict.fromkeys(("service", "clients", "score"), 0.0)
             for quarter in range(QUARTERS):
                 start, end = (count * n // QUARTERS for n in (quarter, quarter + 1))
                 step(f"{case}: quarter {quarter + 1}, the service")
-                seconds, answers, waited = _asked(port, files, questions[start:end], start)
+                spent["service"] -= _processor(pid)
+                seconds, answers, waited, busy = _asked(port, files, questions[start:end], start)
+                spent["service"] += _processor(pid)
+                spent["clients"] += busy
                 served.append(seconds / (end - start))
                 got += answers
                 waits += waited
                 memory.append(_memory(pid))
                 step(f"{case}: quarter {quarter + 1}, score")
-                before = time.perf_counter()
+                before, spent["score"] = time.perf_counter(), spent["score"] - time.process_time()
                 expected += _scored(model, process, files, questions[start:end], start)
                 scored.append((time.perf_counter() - before) / (end - start))
+                spent["score"] += time.process_time()
+    each = ", ".join(f"{who} {1e3 * seconds / count:.1f}" for who, seconds in spent.items())
+    print(f"{case}: processor milliseconds a request: {each}", file=sys.stderr)
     work = _work(sizes, questions, model.config)
     return _rows(case, count, served, scored, memory, waits, got, expected, work)
 
@@ -175,8 +183,17 @@ def _memory(pid):
     return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
+def _processor(pid):
+    """Seconds of processor time that a process has used."""
+    import os
+    from pathlib import Path
+
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _asked(port, files, questions, start=0):
-    """(seconds, answers or None of each request, seconds of each) by the process of the clients."""
+    """(seconds, answers or None of each request, seconds of each, processor time) by the process of the clients."""
     import base64
     import subprocess
 
@@ -187,7 +204,7 @@ def _asked(port, files, questions, start=0):
         [sys.executable, "-m", "benchmarks.serve"], input=work, stdout=subprocess.PIPE, text=True, check=True
     )  # fmt: skip
     found = json.loads(done.stdout)
-    return found["seconds"], found["answers"], found["waits"]
+    return found["seconds"], found["answers"], found["waits"], found["busy"]
 
 
 # --- the clients: nothing is imported above that they would have to wait for ------------------------------------------
@@ -215,9 +232,10 @@ async def _clients(port, images, order, questions):
                 answers[n] = json.loads(content)
         writer.close()
 
-    start = time.perf_counter()
+    start, before = time.perf_counter(), time.process_time()
     await asyncio.gather(*(client() for _ in range(min(CLIENTS, len(bodies)))))
-    return {"seconds": time.perf_counter() - start, "answers": answers, "waits": waits}
+    seconds, busy = time.perf_counter() - start, time.process_time() - before
+    return {"seconds": seconds, "busy": busy, "answers": answers, "waits": waits}
 
 
 if __name__ == "__main__":

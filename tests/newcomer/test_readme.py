@@ -64,14 +64,17 @@ def test_its_python(home, capsys, caplog):
     assert "indices=tensor" in capsys.readouterr().out
 
 
-def test_its_commands(home, capsys):
-    """Every line that begins with vilt-fast."""
+def test_its_commands(home, capsys, monkeypatch):
+    """Every line that begins with vilt-fast; the service ends as soon as it would begin, at a free port."""
+    from vilt_fast.serving import server
+
+    monkeypatch.setattr(server, "run", lambda app, listening, limits: None)
     lines = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines()]
     said = [shlex.split(line, comments=True) for line in lines if line.startswith("vilt-fast ")]
-    assert {words[1] for words in said} == {"align", "check", "info", "score"}
+    assert {words[1] for words in said} == {"align", "check", "info", "score", "serve"}
     for _, *words in said:
         words = [next(iter(HUB)) if word == "FOLDER_OR_HUB_ID" else word for word in words]
-        assert cli.main(words) == 0, words
+        assert cli.main(words + ["--port", "0"] * (words[0] == "serve")) == 0, words
     assert all((home / name).is_file() for name in ("cat.png", "best.png", "best.csv"))
 
 

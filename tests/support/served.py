@@ -93,14 +93,14 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(kind="question_answering", dtype=torch.float32, *, key=None, model=None, workers=None, **limits):
-    """A client of a service in this process."""
+def serving(
+    kind="question_answering", dtype=torch.float32, *, key=None, model=None, saved=None, workers=None, **limits
+):
+    """A client of a service in this process; with the processor of the folder `saved`, if there is one."""
     model = build(kind, dtype) if model is None else model
-    told = Metrics()
-    service = Service(
-        model, limits=dataclasses.replace(Limits(), **limits), processor=processor(model), workers=workers,
-        token_budget=64, seen=told.seen,
-    )  # fmt: skip
+    told, process = Metrics(), ViltProcessor.from_pretrained(saved) if saved else processor(model)
+    limits = dataclasses.replace(Limits(), **limits)
+    service = Service(model, limits=limits, processor=process, workers=workers, token_budget=64, seen=told.seen)
     app = apps.build(service, told, name="tiny", dtype="float32", key=key)
     listening = server.bound("127.0.0.1", 0)
     running = uvicorn.Server(server.config(app, service.limits))
