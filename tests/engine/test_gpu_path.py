@@ -187,7 +187,7 @@ class Planned(nn.Module):
 @pytest.mark.parametrize(("native", "strict"), [(True, True), (True, False), (False, True)])
 def test_exports(native, strict, request, tmp_path):
     device = "cpu" if native else request.getfixturevalue("device")
-    _, _, ours = models("trunk", device)
+    _, _, ours = models("trunk", device, num_hidden_layers=1)
     inputs = moved(batch("trunk"), device, torch.float32)
     plan = vilt_fast.sequence_plan(ours, **inputs)
     with torch.no_grad():
