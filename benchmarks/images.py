@@ -18,6 +18,7 @@ from vilt_fast.commands import report, samples
 from vilt_fast.images.reference import Reference, target_size
 
 from . import cases as shapes
+from . import table
 
 QUESTION = "How many people are there beside the red car in the street?"
 PHOTOGRAPHS = {"12mp": ((3000, 4000),), "480p": ((480, 640),), "b8_2mp": ((1200, 1600), (1600, 1200)) * 4}
@@ -54,7 +55,6 @@ def _timed(providers, case, sizes, data, repeats, config=None):
     base = next(iter(quantiles.values()))[1]
     decoded = sum(height * width for height, width in sizes)
     for (provider, dtype, backend), (_, error) in providers.items():
-        p20, p50, p80 = quantiles[provider, dtype, backend]
         flops, moved = 0, sum(map(len, data)) + 2 * 4 * decoded  # Pillow keeps RGB in four bytes: written, then read
         if config is not None:
             (height, width), words = (
@@ -72,10 +72,7 @@ def _timed(providers, case, sizes, data, repeats, config=None):
             "case": case,
             "shape": f"b{len(sizes)} {'x'.join(map(str, sizes[0]))}",
             "dtype": dtype,
-            "p20_ms": p20 * 1e3,
-            "p50_ms": p50 * 1e3,
-            "p80_ms": p80 * 1e3,
-            "ratio": base / p50,
+            **table.times(quantiles[provider, dtype, backend], base),
             "error": error,
             "flops": flops,
             "bytes": moved,

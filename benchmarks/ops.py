@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from vilt_fast.commands import report
 
 from . import cases as shapes
-from . import measure
+from . import measure, table
 
 SUBJECTS = ("linear", "attention", "block")
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -34,7 +34,7 @@ def rows(subject, dtypes, repeats, step=lambda what: None):
             backends = {name: measure.backends(call) or "torch" for name, call in calls.items()}
             times = {name: report.quantiles(v) for name, v in report.interleave(calls, repeats, warmup=3).items()}
             base = next(iter(times.values()))[1]
-            for name, (p20, p50, p80) in times.items():
+            for name, quantiles in times.items():
                 found.append(
                     {
                         "subject": subject,
@@ -43,10 +43,7 @@ def rows(subject, dtypes, repeats, step=lambda what: None):
                         "case": case,
                         "shape": shape,
                         "dtype": dtype,
-                        "p20_ms": p20 * 1e3,
-                        "p50_ms": p50 * 1e3,
-                        "p80_ms": p80 * 1e3,
-                        "ratio": base / p50,
+                        **table.times(quantiles, base),
                         "error": errors[name],
                         "flops": flops,
                         "bytes": moved,

@@ -21,7 +21,7 @@ from vilt_fast.commands import checkpoint, report
 from vilt_fast.commands.arguments import whole
 
 from . import cases as shapes
-from . import destination, images, measure, ops, providers, score, serve, training, transport
+from . import destination, images, measure, ops, providers, score, serve, table, training, transport
 from .table import FIELDS
 
 KEYS = ("provider", "case", "dtype")  #: what a row is known by
@@ -208,7 +208,7 @@ def model_rows(model, cases, arguments, step=lambda what: None):
         times = report.interleave(calls, arguments.repeats, step=lambda what, case=case: step(f"{case.name}: {what}"))
         base = report.quantiles(times["hf_eager"])[1]
         for provider in run:
-            p20, p50, p80 = report.quantiles(times[provider.name])
+            quantiles = report.quantiles(times[provider.name])
             lengths, patches = shapes.work(case, model.config, provider.padded)
             row = {
                 "subject": "model",
@@ -218,10 +218,7 @@ def model_rows(model, cases, arguments, step=lambda what: None):
                 "case": case.name,
                 "shape": case.shape,
                 "dtype": provider.dtype,
-                "p20_ms": p20 * 1e3,
-                "p50_ms": p50 * 1e3,
-                "p80_ms": p80 * 1e3,
-                "ratio": base / p50,
+                **table.times(quantiles, base),
                 "error": errors[provider.name],
                 "flops": shapes.flops(lengths, patches, model.config),
                 "bytes": shapes.traffic(lengths, model.config, provider.weight_bytes, provider.activation_bytes),

@@ -24,6 +24,7 @@ import vilt_fast
 from vilt_fast.commands import checkpoint, report, samples
 
 from . import cases as shapes
+from . import table
 
 CASES = ("small", "grid", "jpegs")
 _SIZES = {"grid": (8, 40), "small": (2, 8)}  # images, texts
@@ -102,14 +103,13 @@ def _grid(case, dtypes, repeats, step):
 
 
 def _row(name, case, shape, values, base, error, lengths, patches, config):
-    p20, p50, p80 = report.quantiles(values)
     dtype = name.removeprefix("ours_").split("_")[0]
     dtype = dtype if dtype in report.PRECISIONS else "bfloat16" if name.endswith("bf16") else "float32"
     weight, activation = {"float32": (4, 4), "bfloat16": (2, 2), "int8": (1, 4)}[dtype]
     return {
         "subject": "score", "provider": name, "backend": "torch" if name.startswith("hf") else "cpp",
         "model": "random weights", "case": case, "shape": shape, "dtype": dtype,
-        "p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": report.quantiles(base)[1] / p50,
+        **table.times(report.quantiles(values), report.quantiles(base)[1]),
         "error": error, "flops": shapes.flops(lengths, patches, config),
         "bytes": shapes.traffic(lengths, config, weight, activation),
     }  # fmt: skip

@@ -32,6 +32,12 @@ FIELDS = (
 )
 
 
+def times(quantiles, base):
+    """The columns of how long something took: p20, p50 and p80 in seconds, and the p50 of what it is compared with."""
+    p20, p50, p80 = quantiles
+    return {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": base / p50}
+
+
 def read(path):
     """Rows of a CSV, every value a string; none where there is no file."""
     if not path.is_file():

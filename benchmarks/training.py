@@ -14,7 +14,7 @@ import vilt_fast
 from vilt_fast.commands import report
 
 from . import cases as shapes
-from . import measure, providers
+from . import measure, providers, table
 
 CASE = shapes.CASES["b8"]
 DROPOUTS = (0.0, 0.1)
@@ -87,7 +87,7 @@ def rows(dtypes, repeats, memory, step):
             times = report.interleave(calls, repeats, step=step)
             base = report.quantiles(times["hf_eager"])[1]
             for who, name in names.items():
-                provider, (p20, p50, p80) = made[name], report.quantiles(times[who])
+                provider = made[name]
                 lengths, patches = shapes.work(CASE, config(dropout), provider.padded)
                 traffic = shapes.traffic(lengths, config(dropout), provider.weight_bytes, provider.activation_bytes)
                 row = {
@@ -98,10 +98,7 @@ def rows(dtypes, repeats, memory, step):
                     "case": f"{CASE.name} dropout {dropout}",
                     "shape": CASE.shape,
                     "dtype": dtype,
-                    "p20_ms": p20 * 1e3,
-                    "p50_ms": p50 * 1e3,
-                    "p80_ms": p80 * 1e3,
-                    "ratio": base / p50,
+                    **table.times(report.quantiles(times[who]), base),
                     "error": errors.get(who),
                     "flops": 3 * shapes.flops(lengths, patches, config(dropout)),
                     "bytes": 3 * traffic,

@@ -19,7 +19,7 @@ from vilt_fast import functional, testing
 from vilt_fast.commands import report
 
 from . import cases as shapes
-from . import measure
+from . import measure, table
 
 BATCH, WIDTH, ITERATIONS, BETA, EPSILON = 32, 768, 50, 0.5, 0.1
 
@@ -56,17 +56,14 @@ def rows(repeats, step=lambda what: None, sample=0.03):
             for case, length in ((name, sample), (f"{name}_single", 0)):
                 times = {k: report.quantiles(v) for k, v in _seconds(calls, repeats, length).items()}
                 base = next(iter(times.values()))[1]
-                for provider, (p20, p50, p80) in times.items():
+                for provider, quantiles in times.items():
                     found.append(
                         common
                         | {
                             "provider": provider,
                             "backend": backends[provider],
                             "case": case,
-                            "p20_ms": p20 * 1e3,
-                            "p50_ms": p50 * 1e3,
-                            "p80_ms": p80 * 1e3,
-                            "ratio": base / p50,
+                            **table.times(quantiles, base),
                             "error": errors[provider],
                         }
                     )

@@ -19,6 +19,7 @@ import torch
 from vilt_fast.commands import report
 from vilt_fast.engine.graphs import Recording
 
+from .. import table
 from .tables import OURS
 
 NAP = 1e-3  #: seconds that the GPU sleeps at least before what is timed
@@ -71,13 +72,13 @@ def group(context, subject, case, shape, dtype, calls, truth, work, *, whole=Fal
     quantiles = {name: report.quantiles(found.values) for name, found in times.items()}
     base = next(iter(quantiles.values()))[1] if times else None
     rows = []
-    for name, (p20, p50, p80) in quantiles.items():
+    for name in quantiles:
         if only is not None and name not in only:
             continue
         mine, found = work[name] if isinstance(work, dict) else work, times[name]
         row = {"subject": subject, "provider": name, "case": case, "shape": shape}
         row |= {"dtype": dtype[name] if isinstance(dtype, dict) else dtype}
-        row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "ratio": base / p50}
+        row |= table.times(quantiles[name], base)
         row |= {"error": errors[name], "flops": mine.flops, "bytes": mine.bytes, "repeats": repeats}
         row |= found.columns()
         if whole:
@@ -224,11 +225,11 @@ def _ceilings(context):
 
     def add(name, dtype, call, flops=0, moved=0):
         times, repeats = interleaved(context, {name: call})
-        p20, p50, p80 = report.quantiles(times[name].values)
-        row = {"subject": "ceilings", "provider": "torch", "case": name, "shape": "", "dtype": dtype, "ratio": 1.0}
-        row |= {"p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3, "flops": flops, "bytes": moved}
+        quantiles = report.quantiles(times[name].values)
+        row = {"subject": "ceilings", "provider": "torch", "case": name, "shape": "", "dtype": dtype}
+        row |= table.times(quantiles, quantiles[1]) | {"flops": flops, "bytes": moved}
         rows.append(row | {"error": None, "repeats": repeats} | times[name].columns())
-        return p50
+        return quantiles[1]
 
     source = torch.randn(1 << (12 if context.dry else 28), device=context.device)
     moved = 8 * source.numel()

@@ -18,6 +18,11 @@ from torch import nn
 from . import listeners
 from .genuine import own_methods
 
+try:
+    from torch._C._dynamo.guards import TensorGuards
+except ImportError:
+    TensorGuards = None
+
 _TENSORS = ("_parameters", "_buffers")
 
 
@@ -25,8 +30,8 @@ class Snapshot:
     """Modules, and all within them, as they were when this was taken."""
 
     __slots__ = (
-        "_classes", "_empty", "_held", "_inside", "_kinds", "_methods", "_owners", "_placed", "_roots", "_tensors",
-        "_were",
+        "_classes", "_empty", "_forms", "_guards", "_held", "_inside", "_kinds", "_methods", "_names", "_owners",
+        "_places", "_roots", "_were",
     )  # fmt: skip
 
     @classmethod
@@ -36,7 +41,7 @@ class Snapshot:
         With `placed`, parameters and buffers have to stay where they lie; without it there may be no buffers.
         """
         taken = cls()
-        taken._roots, taken._placed = list(modules), placed
+        taken._roots = list(modules)
         taken._inside = list(listeners.inside(modules))
         taken._kinds = list(map(type, taken._inside))
         owns = list(map(_OWN, taken._inside))
@@ -49,7 +54,9 @@ class Snapshot:
         taken._were = [{name: _kept(name, value) for name, value in own.items()} for own in owns]
         taken._owners = [(i, name) for i, own in enumerate(owns) for name in _TENSORS if own[name]]
         taken._held = [owns[i][name] for i, name in taken._owners]
-        taken._tensors = taken._forms()
+        taken._names, tensors = taken._look()
+        taken._forms, taken._guards = _forms_of(tensors), None
+        taken._places = _places_of(tensors) if placed else None
         kinds = set(taken._kinds)
         taken._methods = [(kind, own_methods(kind)) for kind in kinds]
         classes = {base for kind in kinds for base in kind.__mro__ if base is not object}
@@ -68,19 +75,46 @@ class Snapshot:
             return False
         if any(owns[i][name] is not held for (i, name), held in zip(self._owners, self._held, strict=True)):
             return False
-        if list(map(type, self._inside)) != self._kinds or self._forms() != self._tensors:
+        if list(map(type, self._inside)) != self._kinds:
             return False
-        return all(own_methods(kind) == methods for kind, methods in self._methods)
+        names, tensors = self._look()
+        if names != self._names or (self._places is not None and _places_of(tensors) != self._places):
+            return False
+        return self._are_of_their_forms(tensors) and all(own_methods(kind) == own for kind, own in self._methods)
 
-    def _forms(self):
-        """What is told of the parameters and buffers, a property of all at a time: a third of the time."""
+    def _look(self):
+        """Names of parameters and buffers, and which are None; those that are not."""
         tensors = [t for held in self._held for t in held.values()]
-        there = [t for t in tensors if t is not None]
-        forms = [
-            list(map(tuple, self._held)), [t is None for t in tensors], list(map(type, there)),
-            list(map(_FORM, there)), list(map(torch.Tensor.stride, there)),
-        ]  # fmt: skip
-        return (*forms, list(map(torch.Tensor.data_ptr, there))) if self._placed else tuple(forms)
+        names = list(map(tuple, self._held)), [t is None for t in tensors]
+        return names, [t for t in tensors if t is not None]
+
+    def _are_of_their_forms(self, tensors):
+        """torch's own guard of them all says so ten times as fast; where it does not, for it looks at more (autocast,
+        inference mode), they are compared."""
+        if self._guards is not None and self._guards.check(*tensors):
+            return True
+        if _forms_of(tensors) != self._forms:
+            return False
+        self._guards = _guards_of(tensors)
+        return True
+
+
+def _forms_of(tensors):
+    """Type, dtype, shape and strides, a property of all at a time."""
+    return list(map(type, tensors)), list(map(_FORM, tensors)), list(map(torch.Tensor.stride, tensors))
+
+
+def _places_of(tensors):
+    return list(map(torch.Tensor.data_ptr, tensors))
+
+
+def _guards_of(tensors):
+    """What torch.compile looks with, of types, dtypes, shapes and strides at least; None where torch has no such."""
+    try:
+        found = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        return found if found.check(*tensors) else None
+    except (TypeError, RuntimeError):
+        return None
 
 
 _OWN, _FORM = operator.attrgetter("__dict__"), operator.attrgetter("dtype", "shape")
