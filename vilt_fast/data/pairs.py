@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from PIL.ExifTags import Base
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import InputError
+from ..images import sources
 from . import resize
 from .draws import AUGMENT, NEGATIVE, generator
 from .negatives import other, other_texts
@@ -21,7 +20,6 @@ from .negatives import other, other_texts
 _LOG = logging.getLogger("vilt_fast")
 #: What Pillow raises for files that are missing, damaged, no images, or larger than any honest one.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 
 class PairDataset(Dataset):
@@ -130,7 +128,7 @@ class PairDataset(Dataset):
         """float32 [3, H, W] of an image; None if it cannot be used."""
         try:
             with _opened(self.images[number]) as image:
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                upright = sources.upright(image)
         except _UNREADABLE as error:
             return self._refused(number, error)
         if self.augment is not None:
@@ -170,19 +168,15 @@ class PairDataset(Dataset):
 
 def _opened(source):
     """A PIL image of which the header has been read; the source itself where it is one (as a copy, to be closed)."""
-    if isinstance(source, Image.Image):
-        return source.copy()
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes | bytearray | memoryview) else source)
+    return source.copy() if isinstance(source, Image.Image) else sources.opened(source)
 
 
 def _upright_size(source):
     """(height, width) as it will be resized."""
     if isinstance(source, Image.Image):
-        turned, size = source.getexif().get(Base.Orientation, 1) in _TURNED, source.size
-    else:
-        with _opened(source) as image:
-            turned, size = image.getexif().get(Base.Orientation, 1) in _TURNED, image.size
-    return size if turned else size[::-1]
+        return source.size if sources.is_turned(source) else source.size[::-1]
+    with _opened(source) as image:
+        return image.size if sources.is_turned(image) else image.size[::-1]
 
 
 def _named(source):

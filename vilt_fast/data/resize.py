@@ -1,7 +1,7 @@
 """From a photograph to pixels: the sizes ViLT takes, bicubic, scaled to -1..1.
 
 The shorter side becomes 384; if the longer one is then above 639 (1333/800 of it, cut off), both shrink until it is
-not; rounded half up, then cut to whole patches of 32. HuggingFace's image processor computes the same sizes.
+not; rounded half up, then cut to whole patches of 32: the sizes of HuggingFace's image processor, which tells them.
 """
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError
+from ..images import reference
 
 SHORTER, DIVISOR = 384, 32
 
@@ -21,18 +22,11 @@ def target_size(height: int, width: int, *, shorter: int = SHORTER, divisor: int
     """
     if height < 1 or width < 1:
         raise InputError(f"an image must have pixels, got {height} x {width}.")
-    longer = int(1333 / 800 * shorter)
-    scale = shorter / min(height, width)
-    # As the reference multiplies, step by step: another order of the products rounds .5 elsewhere.
-    sides = (shorter, scale * width) if height < width else (scale * height, shorter)
-    if max(sides) > longer:
-        scale = longer / max(sides)
-        sides = tuple(side * scale for side in sides)
-    sides = tuple(int(side + 0.5) // divisor * divisor for side in sides)
+    sides = reference.target_size(height, width, shorter, divisor)
     if not all(sides):
         raise InputError(
-            f"an image of {height} x {width} pixels is too long and thin: with its longer side at {longer}, less than "
-            f"a patch of {divisor} is left of the shorter. Crop it."
+            f"an image of {height} x {width} pixels is too long and thin: with its longer side at "
+            f"{int(1333 / 800 * shorter)}, less than a patch of {divisor} is left of the shorter. Crop it."
         )
     return sides
 
