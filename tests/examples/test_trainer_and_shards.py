@@ -1,0 +1,124 @@
+"""The examples of HuggingFace's Trainer and of several processes: each masked word weighs alike, wherever it is."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def gradients(state):
+    """Of a first step of AdamW: what it keeps is a tenth of them."""
+    return {name: kept["exp_avg"] for name, kept in state.items()}
+
+
+def assert_equal_gradients(a, b):
+    assert a.keys() == b.keys() and not any("pooler" in name for name in a)
+    size = torch.stack([g.norm() for g in a.values()]).norm()
+    for name in a:  # the order of sums alone differs
+        assert (a[name] - b[name]).norm() <= 10 * torch.finfo(torch.float32).eps * size, name
+
+
+# --- the Trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """As outside of a test: on the CPU, and without a process group of other tests."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+
+SMALL = ["--scenes", "40", "--batch", "4"]
+
+
+def losses(trainer):
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def test_a_trainer_that_was_stopped_goes_on_with_the_same_losses(tmp_path, alone):
+    main = example("trainer").main
+    run = [*SMALL, "--steps", "8", "--save", "6", "--out", str(tmp_path)]  # stopped in the second epoch
+    whole = main(run)
+    weights = load_file(tmp_path / "checkpoint-8" / "model.safetensors")
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    again = main([*run, "--resume"])
+    assert again.state.global_step == 8 and losses(again) == losses(whole) and len(set(losses(whole).values())) == 8
+    # Bit for bit but for the last update: optimizer states that were read from a file begin elsewhere in memory.
+    for name, other in load_file(tmp_path / "checkpoint-8" / "model.safetensors").items():
+        assert (weights[name] - other).abs().max() <= 1e-8, name  # a step is up to 1e-4
+
+
+def test_words_of_accumulated_batches_weigh_alike(tmp_path, alone, monkeypatch):
+    """One step of four batches of 2 is one of a batch of 8: none of them has as many masked words as another."""
+    module, seen = example("trainer"), []
+    mlm_loss = module.objectives.mlm_loss
+
+    def noted(model, batch, num_items):
+        seen.append((int((batch["labels"] != -100).sum()), int(num_items)))
+        return mlm_loss(model, batch, num_items=num_items)
+
+    monkeypatch.setattr(module.objectives, "mlm_loss", noted)
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: x)
+    found = []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        run = ["--scenes", "40", "--steps", "1", "--batch", str(batch), "--accumulate", str(accumulate)]
+        trainer = module.main([*run, "--out", str(tmp_path / str(batch))])
+        names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+        state = trainer.optimizer.state
+        found.append(gradients({names[parameter]: kept for parameter, kept in state.items()}))
+    (whole, total), *parts = seen
+    assert [items for _, items in parts] == [total] * 4 and sum(words for words, _ in parts) == total == whole
+    assert len({words for words, _ in parts}) > 1
+    assert_equal_gradients(*found)
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+BOTH = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import sharded
+for way in ([], ["--ddp"]):
+    sharded.main([*sys.argv[3:], "--out", sys.argv[2] + "".join(way), *way])
+"""
+
+
+def test_shards_and_copies_have_the_gradients_of_one_process(tmp_path, monkeypatch):
+    run = ["--scenes", "40", "--tokens", "300", "--steps", "1"]
+    module, words = example("sharded"), []
+    mlm_loss = module.objectives.mlm_loss
+
+    def noted(model, batch, num_items):
+        words.append(int((batch["labels"] != -100).sum()))
+        return mlm_loss(model, batch, num_items=num_items)
+
+    monkeypatch.setattr(module.objectives, "mlm_loss", noted)
+    module.main([*run, "--accumulate", "2", "--out", str(tmp_path / "one")])
+    assert len(words) == 2 and words[0] != words[1]
+
+    script = tmp_path / "both.py"
+    script.write_text(BOTH)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run([*command, EXAMPLES, tmp_path / "two", *run], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    one, *others = (
+        torch.load(tmp_path / name / "sharded.pt", weights_only=True) for name in ("one", "two", "two--ddp")
+    )
+    for other in others:
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-6)
+        assert_equal_gradients(*(gradients(run["optimizer"]["state"]) for run in (one, other)))
