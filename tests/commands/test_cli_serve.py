@@ -97,11 +97,14 @@ def test_who_can_reach_it(home, monkeypatch, capsys, given, key, warned):
     monkeypatch.delenv("VILT_FAST_API_KEY", raising=False)
     if key is not None:
         monkeypatch.setenv("VILT_FAST_API_KEY", key)
-    options = ["--port", "0", "--max-pixels", "77", "--timeout", "1.5", *given]
+    options = ["--port", "0", "--max-pixels", "77", "--max-queue", "9", "--timeout", "1.5", *given]
     for host, public in (("127.0.0.1", False), ("0.0.0.0", True)):
         assert cli.main(["serve", str(home / "question_answering"), "--host", host, *options]) == 0
         assert ("whoever reaches this machine" in capsys.readouterr().err) == (public and warned)
-    assert seen["limits"].pixels == 77 and seen["limits"].seconds == 1.5
+    assert (
+        seen["limits"].pixels == 77 and seen["limits"].pairs == seen["limits"].queue == 9
+    )  # what could never be taken
+    assert seen["limits"].seconds == 1.5
     (door,) = seen["app"].user_middleware
     assert door.kwargs["key"] == (given[-1] if given else key)
     near, far = ("localhost", "127.8.8.8", "::1"), ("::", "0.0.0.0", "10.0.0.1", "a")

@@ -72,6 +72,7 @@ def test_who_comes_meanwhile_is_packed_to_the_budget(gate):
 
 @pytest.mark.parametrize("gate", [{"budget": 1000, "workers": 2}], indirect=True)
 def test_idle_threads_share_what_is_there(gate):
+    served.until(lambda: gate.queue._idle == 2)
     future = gate.submit([1, 2, 3, 4, 5, 6])
     served.until(lambda: len(gate.batches) == 2)
     assert sorted(sum(gate.batches, [])) == [1, 2, 3, 4, 5, 6] and all(len(batch) == 3 for batch in gate.batches)
@@ -191,13 +192,18 @@ def test_a_result_that_does_not_come_in_time_and_a_client_that_goes():
         first.join()
 
 
-def test_what_computes_nan_is_no_answer():
+def test_what_computes_nan_or_fails_is_no_answer():
     model = build("retrieval", torch.float32)
     with torch.no_grad():
         model.rank_output.bias.fill_(float("nan"))
     with served.serving(model=model) as client:
         status, said, _ = client.ask("/rerank", _body())
         assert status == 500 and said["error_type"] == "Backend" and "NaN" in said["error"]
+        engine, own = client.service._engine, client.service._engine.batch
+        engine.batch = lambda *given: 1 / 0
+        status, said, _ = client.ask("/rerank", _body())
+        assert status == 500 and "ZeroDivisionError while computing" in said["error"]
+        engine.batch = own
         assert client.ask("/health")[0] == 200
 
 

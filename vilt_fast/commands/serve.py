@@ -81,8 +81,8 @@ def run(arguments):
     if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key and key):
         raise ValueError("--api-key must be printable ASCII without spaces around it: it is sent in a header.")
     limits = Limits(
-        body=arguments.max_body, bodies=max(arguments.max_bodies, arguments.max_body), pixels=arguments.max_pixels,
-        text=arguments.max_text, pairs=arguments.max_pairs, queue=max(arguments.max_queue, arguments.max_pairs),
+        body=min(arguments.max_body, arguments.max_bodies), bodies=arguments.max_bodies, pixels=arguments.max_pixels,
+        text=arguments.max_text, pairs=min(arguments.max_pairs, arguments.max_queue), queue=arguments.max_queue,
         read_seconds=arguments.read_timeout, seconds=arguments.timeout,
     )  # fmt: skip
     try:

@@ -59,6 +59,10 @@ class Engine:
         return self
 
     def __exit__(self, kind, error, trace):
+        self.close()
+
+    def close(self) -> None:
+        """End the threads, when they are done with what they are doing."""
         for pool in dict.fromkeys((self.engine, self.decoders)):
             pool.shutdown(wait=True, cancel_futures=True)
 

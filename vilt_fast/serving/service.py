@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..alignment.align import align, evaluating, saved_processor
+from ..alignment.align import align, saved_processor
 from ..errors import InputError
 from ..models import find_pairs
 from ..scoring import pictures as pictures_of
@@ -51,8 +51,7 @@ class Service:
         self._processor = processor if processor is not None else saved_processor(model, "serve")
         self._images = pictures_of.quick(self._processor.image_processor)
         self._tokenizing = threading.Lock()  # a fast tokenizer keeps the options of a call
-        with evaluating(model):  # as it stays: nobody else has it
-            self._engine = Engine(task, workers or torch.get_num_threads(), self._kept())
+        self._engine = Engine(task, workers or torch.get_num_threads(), self._kept())
         self.workers = self._engine.engines
         budget = token_budget or TOKEN_BUDGET.get(task.device.type, TOKEN_BUDGET["cuda"])
         self.queue = Batching(self._engine, budget, limits.queue, seen)
@@ -60,7 +59,7 @@ class Service:
     def close(self) -> None:
         """Finish what was taken, end the threads."""
         self.queue.close()
-        self._engine.__exit__(None, None, None)
+        self._engine.close()
 
     def _kept(self):
         dtype = np.dtype("f8" if self.task.dtype == torch.float64 else "f4")
