@@ -16,6 +16,8 @@ import json
 import sys
 import time
 
+from . import table
+
 CASES = ("short", "load")
 _REQUESTS = {"short": 200, "load": 2000}
 CLIENTS, PHOTOGRAPHS, QUARTERS, TOP_K = 64, 64, 4, 5
@@ -98,12 +100,10 @@ def _rows(case, count, served, scored, memory, waits, got, expected, work):
     )  # fmt: skip
     base, made = report.quantiles(scored)[1], []
     for name, seconds, error in (("score_int8", scored, 0.0), ("service_int8", served, worst)):
-        p20, middle, p80 = report.quantiles(seconds)
         made.append({
             "subject": "serve", "provider": name, "backend": "cpp", "model": "random weights", "case": case,
-            "shape": f"{count} requests of {CLIENTS} clients", "dtype": "int8", "p20_ms": p20 * 1e3,
-            "p50_ms": middle * 1e3, "p80_ms": p80 * 1e3, "ratio": base / middle, "error": error,
-            "flops": work[0], "bytes": work[1],
+            "shape": f"{count} requests of {CLIENTS} clients", "dtype": "int8",
+            **table.times(report.quantiles(seconds), base), "error": error, "flops": work[0], "bytes": work[1],
         })  # fmt: skip
     return made
 
