@@ -11,8 +11,9 @@ from vilt_fast.commands import lesson, main, train_demo
 
 #: A cell a patch: three shapes in four colours on four or six patches.
 SMALL = lesson.Plan(
-    steps=220, tokens=640, scenes=4000, patch=48, world={"kinds": 3, "colours": 4, "canvases": ((96, 96), (96, 144))}
-)
+    steps=220, tokens=640, scenes=4000,
+    world={"kinds": 3, "colours": 4, "canvases": ((96, 96), (96, 144)), "wordy": False},
+)  # fmt: skip
 
 
 def test_it_learns_to_tell_colours_and_pictures():

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from vilt_fast.data.shapes import COLOURS, KINDS, VOCABULARY, World
+from vilt_fast.data.shapes import CELL, COLOURS, KINDS, VOCABULARY, World
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +31,16 @@ def test_every_picture_has_what_its_caption_names_where_it_says(world):
         down, across = second.y - first.y, second.x - first.x
         further, side = (down, "above below") if abs(down) > abs(across) else (across, "left right")
         assert side.split()[int(further < 0)] in words
+
+
+def test_words_of_a_shape_fit_into_its_cell(world):
+    """As a transport plan weighs them: each word alike, and each part of the picture."""
+    for scene in world.scenes:
+        assert 2 / len(scene.caption.split()) <= CELL**2 / (scene.size[0] * scene.size[1])
+    short = World(400, seed=5, wordy=False)
+    both = zip(world.captions, short.captions, strict=True)
+    assert all(long.startswith(brief.removesuffix("in the picture")) for long, brief in both)
+    assert {brief.split()[-1] for brief in short.captions} == {*KINDS, "picture"}
 
 
 def test_kinds_differ_by_their_outline(world):

@@ -14,7 +14,8 @@ from ..data import Collator, PairDataset, TokenBudget, WholeWordMasking
 from ..data.shapes import VOCABULARY, World
 from .samples import word_tokenizer
 
-PATCH = 16
+PATCH = 48  #: a cell of the world
+TRANSPORT = {"beta": 0.5, "iterations": 50}  #: words are shown where the loss that was learnt had them: its own plan
 LOSSES = ("mlm_loss", "itm_loss", "wpa_loss")
 
 
@@ -23,7 +24,7 @@ class Plan:
     """What is learnt from, and how."""
 
     steps: int
-    tokens: int = 1600  #: packed tokens of a batch: about 26 scenes
+    tokens: int = 700  #: packed tokens of a batch: about 29 scenes
     scenes: int = 20_000
     hidden: int = 128
     layers: int = 4
@@ -62,7 +63,7 @@ def model(plan: Plan):
     config = ViltConfig(
         hidden_size=plan.hidden, num_hidden_layers=plan.layers, num_attention_heads=plan.hidden // 32,
         intermediate_size=4 * plan.hidden, image_size=96, patch_size=plan.patch, vocab_size=len(VOCABULARY),
-        max_position_embeddings=20, initializer_range=0.08,
+        max_position_embeddings=24, initializer_range=0.08,
     )  # fmt: skip
     made = ViltForPreTraining(config)
     with torch.no_grad():
@@ -84,7 +85,7 @@ def batches(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
     world = World(plan.scenes, seed=plan.seed, **plan.world)
     samples = pairs(world, plan)
     collate = Collator(
-        samples.tokenizer, masking=WholeWordMasking(samples.tokenizer, share=plan.masked, length=20), seed=plan.seed
+        samples.tokenizer, masking=WholeWordMasking(samples.tokenizer, share=plan.masked, length=24), seed=plan.seed
     )
     sampler = TokenBudget(samples.lengths(world.sizes), plan.tokens, seed=plan.seed, drop_last=True)
     loader = DataLoader(samples, batch_sampler=sampler, collate_fn=collate)
@@ -207,7 +208,7 @@ def points(learner, world, plan) -> tuple[float, float]:
 
     texts, images, _ = _inputs(world, plan)
     hits = []
-    for scene, aligned in zip(world.scenes, align(learner, texts | images), strict=True):
+    for scene, aligned in zip(world.scenes, align(learner, texts | images, **TRANSPORT), strict=True):
         columns = aligned.grid[1]
         side = aligned.image_size[1] / columns
         for word, shape in scene.named():

@@ -1,10 +1,13 @@
 """A world of shapes: pictures of one or two coloured shapes, and captions that are true of them, all drawn.
 
-    there is only a red circle in the picture
-    there is a green cross to the left of a red triangle
+    there is only a red circle and nothing else in the whole picture
+    there is a green cross to the left of a red triangle and nothing else in the picture
 
 Two shapes are of different kinds and stand in different cells of a canvas, beside each other or one above the other;
 colours are drawn on their own. So a masked colour can be told only by looking at the shape that its noun names.
+
+Captions are wordy for the sake of transport plans, in which each word weighs alike, and so does each part of a picture:
+the words of a shape are to be no larger a share of them than its cell is of the largest canvas.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ CANVASES = ((96, 96), (96, 144), (144, 96))  #: height and width of the pictures
 #: Every word of the captions, behind the special tokens of BERT's vocabulary.
 VOCABULARY = (
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "there", "is", "a", "to", "the", "left", "right", "of", "above",
-    "below", "only", "in", "picture", *COLOURS, *KINDS,
+    "below", "only", "in", "picture", "and", "nothing", "else", "whole", *COLOURS, *KINDS,
 )  # fmt: skip
 
 
@@ -68,13 +71,20 @@ class Scene:
     background: tuple[int, int, int]
     shapes: tuple[Shape, ...]
     relation: str = ""  #: of the first to the second
+    wordy: bool = True  #: whether the caption ends in words that name nothing
 
     @property
     def caption(self) -> str:
         first, *second = (f"a {shape.colour} {shape.kind}" for shape in self.shapes)
-        return " ".join(
-            ["there is", first, self.relation, *second] if second else ["there is only", first, "in the picture"]
-        )
+        if second:
+            parts = ["there is", first, self.relation, *second, "and nothing else in the picture" * self.wordy]
+        else:
+            parts = [
+                "there is only",
+                first,
+                "and nothing else in the whole picture" if self.wordy else "in the picture",
+            ]
+        return " ".join(filter(None, parts))
 
     def named(self) -> list[tuple[int, Shape]]:
         """(place among the caption's words, the shape) of each colour and each noun."""
@@ -96,14 +106,14 @@ class World(Sequence):
     Args:
         seed: worlds of two seeds have different scenes. kinds, colours: how many of `KINDS` and `COLOURS` there are.
         pairs: the share of scenes with two shapes. canvases: (height, width) of the pictures, multiples of `cell` with
-            two cells at least. cell: pixels.
+            two cells at least. cell: pixels. wordy: whether captions end in "and nothing else ...".
     """
 
     def __init__(
         self, count: int, *, seed: int = 0, kinds: int = len(KINDS), colours: int = len(COLOURS),
-        pairs: float = 0.5, canvases: Sequence[tuple[int, int]] = CANVASES, cell: int = CELL,
+        pairs: float = 0.5, canvases: Sequence[tuple[int, int]] = CANVASES, cell: int = CELL, wordy: bool = True,
     ):  # fmt: skip
-        parts = KINDS[:kinds], tuple(COLOURS)[:colours], pairs, canvases, cell
+        parts = KINDS[:kinds], tuple(COLOURS)[:colours], pairs, canvases, cell, wordy
         self.scenes = [_scene(generator(seed, 0, i, SCENE), *parts) for i in range(count)]
 
     @property
@@ -122,7 +132,7 @@ class World(Sequence):
         return self.scenes[index].draw()
 
 
-def _scene(draw, kinds, colours, pairs, canvases, cell):
+def _scene(draw, kinds, colours, pairs, canvases, cell, wordy):
     height, width = canvases[draw.integers(len(canvases))]
     rows, columns = height // cell, width // cell
     places = [
@@ -145,4 +155,4 @@ def _scene(draw, kinds, colours, pairs, canvases, cell):
         y, x = y + place // columns * cell, x + place % columns * cell
         shapes.append(Shape(kinds[kind], colours[draw.integers(len(colours))], y, x, radius))
     background = tuple(int(level) for level in draw.integers(205, 245, 3))
-    return Scene((height, width), background, tuple(shapes), relation)
+    return Scene((height, width), background, tuple(shapes), relation, wordy)
