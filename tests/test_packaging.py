@@ -58,7 +58,7 @@ def test_the_sdist_has_every_source(tmp_path):
 @pytest.mark.core
 def test_the_package_is_whole():
     home = Path(vilt_fast.__file__).parent
-    assert (home / "py.typed").is_file()
+    assert (home / "py.typed").is_file() and (home / "serving" / "page" / "index.html").is_file()
     assert importlib.import_module("vilt_fast._C").cpu_features()["isas"]
     kernels = importlib.util.find_spec("vilt_fast.kernels.linear")
     assert kernels and Path(kernels.origin) == home / "kernels" / "linear.py"
