@@ -16,6 +16,14 @@ from vilt_fast import commands as cli
 from vilt_fast.serving import server
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    """As many as before: the command sets their number for its process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a checkpoint that answers and one that does not."""
@@ -80,6 +88,8 @@ def test_what_cannot_be_served_is_said(home, monkeypatch, capsys):
         assert status == 2 and "cannot listen at 127.0.0.1" in err
     status, err = said(home / "question_answering", "--host", "no.such.host.invalid")
     assert status == 2 and "cannot listen at" in err
+    status, err = said(home / "question_answering", "--port", 0, "--threads", 1, "--workers", 3)
+    assert status == 2 and "there cannot be 3 workers here, but 1: at most 8, one for each of 1 threads" in err
     for key in ("", "a\nb", " a", "schlüssel"):
         status, err = said(home / "question_answering", "--port", 0, "--api-key", key)
         assert status == 2 and "printable ASCII" in err

@@ -39,7 +39,7 @@ class Service:
             seen: told of each batch: pairs, rows, seconds.
 
         Raises:
-            TypeError: the model scores no pairs. InputError: it has no processor.
+            TypeError: the model scores no pairs. InputError: it has no processor; there cannot be so many workers.
         """
         task = find_pairs(model)
         if task is None:
@@ -53,6 +53,12 @@ class Service:
         self._tokenizing = threading.Lock()  # a fast tokenizer keeps the options of a call
         self._engine = Engine(task, workers or torch.get_num_threads(), self._kept())
         self.workers = self._engine.engines
+        if workers is not None and workers != self.workers:
+            self._engine.close()
+            raise InputError(
+                f"serve: there cannot be {workers} workers here, but {self.workers}: at most 8, one for each of "
+                f"{torch.get_num_threads()} threads, and one alone on a GPU or where the model takes whole pairs."
+            )
         budget = token_budget or TOKEN_BUDGET.get(task.device.type, TOKEN_BUDGET["cuda"])
         self.queue = Batching(self._engine, budget, limits.queue, seen)
 
