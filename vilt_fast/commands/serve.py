@@ -1,6 +1,7 @@
 """`vilt-fast serve`: a model over HTTP, and a page in the browser to try it on."""
 
 import contextlib
+import ctypes
 import os
 import sys
 
@@ -43,6 +44,7 @@ def add(commands):
 
 
 def _run(arguments, rest):
+    _one_heap()
     set_threads(arguments.threads)
     try:
         run(arguments)
@@ -55,6 +57,14 @@ def _run(arguments, rest):
         print(f"vilt-fast serve: {str(error).removeprefix('serve: ')}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_heap():
+    """One heap for all threads, where the allocator is glibc's: of one each, in which one thread keeps what another
+    frees, the memory grows for as long as the service runs (benchmarks/NOTES.md)."""
+    m_arena_max = -8  # of malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(m_arena_max, 1)
 
 
 def run(arguments):
