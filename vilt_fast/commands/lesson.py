@@ -32,6 +32,7 @@ class Plan:
     learning_rate: float = 2e-3
     masked: float = 0.3  #: share of the words; ViLT's 0.15 learns the same from twice as many steps
     alignment: float = 10.0  #: weight of the word-patch alignment, on top of its own 0.1
+    aligned_after: float = 0.5  #: share of the steps without it: words find places once they know what they name
     seed: int = 0
     world: dict = dataclasses.field(default_factory=dict)  #: of :class:`World`
 
@@ -41,7 +42,7 @@ class Step:
     """One step, taken."""
 
     number: int  #: from 1 on
-    losses: dict[str, float]  #: of `LOSSES`
+    losses: dict[str, float]  #: of `LOSSES`, those that this step had
     seconds: float  #: since the first began, batches included
 
 
@@ -95,7 +96,7 @@ def batches(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def train(learner, plan: Plan, steps: int | None = None) -> Iterator[Step]:
-    """Pre-train in place, masked words, matching and alignment together; yields after each of `steps` (the plan's).
+    """Pre-train in place, masked words and matching, later alignment too; yields after each of `steps` (the plan's).
 
     AdamW, betas 0.9 and 0.98, weight decay 0.01 but for biases and norms; a tenth of the plan's steps warm up, the
     others decay linearly to 0; gradients are clipped at norm 1.
@@ -115,16 +116,17 @@ def train(learner, plan: Plan, steps: int | None = None) -> Iterator[Step]:
         optimizer, lambda step: min((step + 1) / warm, (plan.steps - step) / max(1, plan.steps - warm))
     )
     generator = torch.Generator().manual_seed(plan.seed)
-    weights = {"wpa": plan.alignment}
+    late = round(plan.steps * plan.aligned_after)
     begun = time.perf_counter()
     for number, batch in enumerate(itertools.islice(batches(plan), steps or plan.steps), 1):
+        weights = {"wpa": plan.alignment if number > late else 0.0}
         output = pretraining_loss(learner, batch, generator=generator, weights=weights)
         optimizer.zero_grad()
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        losses = {name: output[name].item() for name in LOSSES}
+        losses = {name: output[name].item() for name in LOSSES if name in output}
         yield Step(number, losses, time.perf_counter() - begun)
 
 

@@ -98,8 +98,8 @@ def _trained(learner, plan, count, whose, console):
 
 def _smooth(steps):
     """The mean losses of some steps, in words."""
-    means = {name: statistics.fmean(step.losses[name] for step in steps) for name in NAMES}
-    return ", ".join(f"{NAMES[name]} {mean:.3f}" for name, mean in means.items())
+    losses = {name: [step.losses[name] for step in steps if name in step.losses] for name in NAMES}
+    return ", ".join(f"{NAMES[name]} {statistics.fmean(values):.3f}" for name, values in losses.items() if values)
 
 
 def _marks(marks):
@@ -119,13 +119,14 @@ def draw(path, ours, theirs):
     axes = figure.subplots(2, 3)
     for column, (name, words) in enumerate(NAMES.items()):
         above, below = axes[:, column]
-        for steps, colour, label in ((theirs, THEIRS, "HuggingFace"), (ours, OURS, "vilt_fast")):
+        for taken, colour, label in ((theirs, THEIRS, "HuggingFace"), (ours, OURS, "vilt_fast")):
+            steps = [step for step in taken if name in step.losses]
             if not steps:
                 continue
             losses = _running([step.losses[name] for step in steps])
-            style = {"color": colour, "linewidth": 2.6 if steps is theirs else 1.5, "label": label}
+            style = {"color": colour, "linewidth": 2.6 if taken is theirs else 1.5, "label": label}
             above.plot([step.seconds for step in steps], losses, **style)
-            shown = len(theirs) or len(steps)
+            shown = sum(name in step.losses for step in theirs) or len(steps)
             below.plot([step.number for step in steps][:shown], losses[:shown], **style)
         above.set_title(words, fontsize=12, loc="left")
         above.set_xlabel("seconds")
@@ -189,8 +190,8 @@ def _markdown(plan, parameters, ours, theirs, table, pictures):
     lines += [
         "## Which patches each word is transported to",
         f"By the plan of the loss (beta {lesson.TRANSPORT['beta']}, {lesson.TRANSPORT['iterations']} iterations), in "
-        f"patches of {plan.patch} x {plan.patch} pixels. Nobody tells a word its place: which of them find it is "
-        "mostly settled by chance in the steps in which matching is learnt, and differs from seed to seed.",
+        f"patches of {plan.patch} x {plan.patch} pixels. Nobody tells a word its place. Alignment joins after "
+        f"{plan.aligned_after:.0%} of the steps, when words know what they name; nouns find it with some seeds only.",
     ]
     lines += [f"![{caption}]({name})" for name, caption in pictures]
     return "\n\n".join(lines) + "\n"
