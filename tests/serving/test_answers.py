@@ -93,7 +93,7 @@ def test_a_model_that_is_called_with_whole_pairs_answers_too():
     model.register_forward_hook(lambda *_: seen.append(1))
     with served.serving(model=model) as client:
         status, whole, _ = _vqa(client, IMAGES[0], TEXTS[0], top_k=2)
-        assert status == 200 and len(seen) == 1
+        assert status == 200 and len(seen) == 1 and len(whole) == 2
     with served.serving() as client:
         _, apart, _ = _vqa(client, IMAGES[0], TEXTS[0], top_k=2)
     assert [a["answer"] for a in whole] == [a["answer"] for a in apart]

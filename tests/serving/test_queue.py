@@ -140,10 +140,11 @@ def test_closing_finishes_what_was_taken(gate):
 
 
 def _slow(client, seconds):
-    """Batches take so long."""
-    engine = client.service._engine
+    """Batches take so long; returns the list of how many pairs each of them has."""
+    engine, sizes = client.service._engine, []
     own = engine.batch
-    engine.batch = lambda *given: (time.sleep(seconds), own(*given))[1]
+    engine.batch = lambda texts, images: (sizes.append(len(texts)), time.sleep(seconds), own(texts, images))[2]
+    return sizes
 
 
 def _body(n=0, texts=1):
@@ -179,17 +180,18 @@ def test_a_result_that_does_not_come_in_time_and_a_client_that_goes():
         assert headers["Retry-After"] == "1"
         served.until(lambda: not client.service.queue.taken)
     with served.serving("retrieval", workers=1) as client:
-        _slow(client, 0.5)
+        sizes = _slow(client, 0.5)
         first = threading.Thread(target=client.ask, args=("/rerank", _body()))
         first.start()
-        served.until(lambda: client.service.queue.taken == 1)
+        served.until(lambda: sizes == [1])
         body = json.dumps(_body(1, 3)).encode()
         with socket.create_connection(("127.0.0.1", client.port)) as going:
             head = b"POST /rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             going.sendall(head % len(body) + body)
             served.until(lambda: client.service.queue.taken == 4)
-        served.until(lambda: client.service.queue.taken <= 1, 5)
         first.join()
+        served.until(lambda: not client.service.queue.taken)
+        assert sizes == [1]  # nothing of what the other wanted
 
 
 def test_what_computes_nan_or_fails_is_no_answer():
