@@ -27,7 +27,7 @@ class Pretraining(lightning.LightningModule):
     def __init__(self, model, batches):
         super().__init__()
         self.model, self.batches = vilt_fast.accelerate(model), batches
-        self.losses = []
+        self.losses, self.random = [], None
 
     def train_dataloader(self):
         return self.batches
@@ -51,7 +51,7 @@ class Pretraining(lightning.LightningModule):
         self.random = checkpoint["random"]
 
     def on_train_start(self):
-        if hasattr(self, "random"):
+        if self.random is not None:
             torch.set_rng_state(self.random)
 
 

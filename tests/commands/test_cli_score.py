@@ -1,7 +1,6 @@
 """`vilt-fast score`, and the examples of scoring, on a tiny checkpoint."""
 
 import csv
-import importlib.util
 import socket
 import sys
 import types
@@ -12,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 from support import scored, scoring
+from support.examples import EXAMPLES, example
 from support.models import build
 
 import vilt_fast
 from vilt_fast import commands as cli
 from vilt_fast.commands.samples import word_tokenizer
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 TEXTS = ["a cat on the red sofa", "two dogs", "the cat"]
 
 
@@ -136,13 +135,6 @@ def test_one_gpu_for_several_processes_is_refused(home, tmp_path, monkeypatch, c
     assert "cuda:0 is one GPU, and each of several processes has its own" in capsys.readouterr().err
 
 
-def _example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class Table(dict):
     """Stands in for a dataset of either library where that is not installed: columns, given on in batches."""
 
@@ -167,7 +159,7 @@ def test_the_examples_of_tables(home, expected, tmp_path, monkeypatch, how):
     else:
         library = types.SimpleNamespace(load_dataset=lambda kind, data_files, split: batch)
     monkeypatch.setitem(sys.modules, how, library)
-    getattr(_example("score_columns"), f"with_{how}")(str(home / "retrieval"), "pairs", tmp_path / "out")
+    getattr(example("score_columns"), f"with_{how}")(str(home / "retrieval"), "pairs", tmp_path / "out")
     found = [float(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert found == [expected.scores[0, 1], expected.scores[1, 3]]
 

@@ -1,23 +1,13 @@
 """The example of Lightning: stopped after an epoch and gone on."""
 
-import importlib.util
-from pathlib import Path
-
 import torch
+from support.examples import example
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "lightning_module.py"
 SMALL = ["--scenes", "40", "--tokens", "300"]  #: eight batches an epoch
 
 
-def example():
-    spec = importlib.util.spec_from_file_location("lightning_module", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
-    main = example().main
+    main = example("lightning_module").main
     whole = main([*SMALL, "--epochs", "3", "--out", str(tmp_path / "whole")])
     first = main([*SMALL, "--epochs", "1", "--out", str(tmp_path / "halves")])
     then = main([*SMALL, "--epochs", "3", "--out", str(tmp_path / "halves"), "--resume"])

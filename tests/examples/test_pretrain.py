@@ -1,27 +1,18 @@
 """The example of a plain loop: stopped and gone on, and on two processes."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support.examples import EXAMPLES, example
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "pretrain.py"
 SMALL = ["--scenes", "40", "--tokens", "300"]  #: eight batches an epoch
 
 
-def example():
-    spec = importlib.util.spec_from_file_location("pretrain", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
-    main = example().main
+    main = example("pretrain").main
     whole = main([*SMALL, "--steps", "14", "--out", str(tmp_path / "whole")])
     first = main([*SMALL, "--steps", "5", "--out", str(tmp_path / "halves")])
     then = main([*SMALL, "--steps", "14", "--out", str(tmp_path / "halves"), "--resume"])  # into the second epoch
@@ -34,10 +25,13 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path):
 
 
 def test_two_processes_keep_equal_weights(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", EXAMPLE]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLE.parents[1])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)}
     done = subprocess.run(
-        [*command, *SMALL, "--steps", "3", "--out", tmp_path], capture_output=True, text=True, env=environment
+        [*command, EXAMPLES / "pretrain.py", *SMALL, "--steps", "3", "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"checkpoint-{rank}.pt") for rank in range(2))

@@ -111,6 +111,14 @@ def test_every_public_op_has_a_reference_and_availability_lists_all():
     assert all(isinstance(reason, str) for _, _, reason in rows)
 
 
+def test_a_library_of_other_sources_is_not_called(monkeypatch):
+    from vilt_fast.backends.cpp import _native
+
+    assert not registry.why_unavailable("linear", "cpp")
+    monkeypatch.setattr(_native, "INTERFACE", _native.INTERFACE + 1)
+    assert "built of other sources than these; build it again" in registry.why_unavailable("linear", "cpp")
+
+
 def test_a_missing_native_library_is_named(monkeypatch):
     from vilt_fast.backends.cpp import _native
 

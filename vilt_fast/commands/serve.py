@@ -5,6 +5,7 @@ import ctypes
 import os
 import sys
 
+from ..serving.limits import Limits
 from . import checkpoint as checkpoints
 from . import report
 from .arguments import above_zero, add_threads, set_threads, whole
@@ -32,14 +33,18 @@ def add(commands):
     parser.add_argument("--workers", type=whole(1, 1024), help="that share the threads (default: one for each)")
     parser.add_argument("--token-budget", type=whole(1, 2**31 - 1), help="rows of a batch")
     add = parser.add_argument_group("what is taken").add_argument
-    add("--max-body", type=whole(1, 2**40), default=16 << 20, metavar="BYTES", help="a request (default: 16 MiB)")
-    add("--max-bodies", type=whole(1, 2**50), default=256 << 20, metavar="BYTES", help="all at once (256 MiB)")
-    add("--max-pixels", type=whole(1, 2**40), default=50_000_000, metavar="N", help="an image (50,000,000)")
-    add("--max-text", type=whole(1, 2**30), default=10_000, metavar="N", help="characters of a text (10,000)")
-    add("--max-pairs", type=whole(1, 2**30), default=128, metavar="N", help="of text and image, a request (128)")
-    add("--max-queue", type=whole(1, 2**30), default=512, metavar="N", help="pairs in hand, then 429 (512)")
-    add("--read-timeout", type=above_zero, default=30.0, metavar="S", help="for a body to come in (30 seconds)")
-    add("--timeout", type=above_zero, default=60.0, metavar="S", help="from there to the answer (60 seconds)")
+    for name, most, metavar, what in (
+        ("body", 2**40, "BYTES", "a request"), ("bodies", 2**50, "BYTES", "all requests in hand"),
+        ("pixels", 2**40, "N", "an image"), ("text", 2**30, "N", "characters of a text"),
+        ("pairs", 2**30, "N", "of text and image, a request"), ("queue", 2**30, "N", "pairs in hand, then 429"),
+    ):  # fmt: skip
+        default = getattr(Limits, name)
+        add(f"--max-{name}", type=whole(1, most), default=default, metavar=metavar, help=f"{what} ({default:,})")
+    for flag, default, what in (
+        ("--read-timeout", Limits.read_seconds, "for a body to come in"),
+        ("--timeout", Limits.seconds, "from there to the answer"),
+    ):
+        add(flag, type=above_zero, default=default, metavar="S", help=f"{what} ({default:g} seconds)")
     parser.set_defaults(run=_run)
 
 
@@ -78,7 +83,6 @@ def run(arguments):
 
     from ..serving import server
     from ..serving.app import build
-    from ..serving.limits import Limits
     from ..serving.metrics import Metrics
     from ..serving.service import Service
     from ..swap import accelerate

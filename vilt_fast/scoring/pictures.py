@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -68,24 +67,26 @@ class Picture:
 
     def _for(self, processor):
         """The photograph; unread where the processor may decode a JPEG smaller than it is."""
-        from PIL import Image
-
         if _is_ours(processor) and isinstance(self.source, _ENCODED):
-            with Image.open(_file(self.source)) as header:
+            from ..images import sources
+
+            with sources.opened(self.source) as header:
                 if header.format == "JPEG":
                     return self.source
         return self.opened()
 
     def opened(self):
         """The photograph as a PIL image in RGB."""
-        from PIL import Image, ImageOps
+        from PIL import ImageOps
 
         source = self.source
         if isinstance(source, Mapping):
             raise InputError("processed inputs hold no photograph.")
         try:
             if isinstance(source, _ENCODED):
-                with Image.open(_file(source)) as picture:
+                from ..images import sources
+
+                with sources.opened(source) as picture:
                     return rgb(ImageOps.exif_transpose(picture))
             return rgb(source)
         except InputError as error:
@@ -122,10 +123,6 @@ _ENCODED = str | os.PathLike | bytes | bytearray | memoryview
 
 def _tensor(values) -> torch.Tensor:
     return values if isinstance(values, torch.Tensor) else torch.as_tensor(np.asarray(values))
-
-
-def _file(source):
-    return source if isinstance(source, str | os.PathLike) else io.BytesIO(source)
 
 
 def _is_ours(processor) -> bool:

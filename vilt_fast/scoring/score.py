@@ -100,7 +100,7 @@ def score(
     if not all(isinstance(picture.source, Mapping) for picture in pictures):
         of_images()  # what is missing is said before anything is computed
     listed = None if pairs is None else _pairs(pairs, len(ids), len(pictures))
-    budget = _whole(token_budget, "token_budget", TOKEN_BUDGET.get(task.device.type, TOKEN_BUDGET["cuda"]))
+    budget = _whole(token_budget, "token_budget", budget_of(task))
     k = _whole(top_k, "top_k", 1 if task.answers else len(pictures))
     if resume and out is None:
         raise InputError("score: resume=True needs out=, the file to go on with.")
@@ -108,13 +108,11 @@ def score(
     rank, world = ranks.here()
     mine = lambda: ranks.tiles_of(tiling, rank, world)  # noqa: E731
     cells = (len(ids), len(pictures)) if listed is None else (len(listed),)
-    dtype = np.dtype("f8" if task.dtype == torch.float64 else "f4")
-    if task.answers:
-        dtype, cells = np.dtype([("answer", "<i4"), ("score", dtype.str)]), (*cells, k)
+    cells, dtype = (*cells, k) if task.answers else cells, dtype_of(task)
     shape = cells if world == 1 else (sum(len(t.cells) for t in mine()), *cells[2 if listed is None else 1 :])
     place = (lambda tiles: ((t, t.cells) for t in tiles)) if world == 1 else ranks.in_a_row
     width = k if task.answers else 1
-    kept = functools.partial(reduced, task, k, dtype)
+    kept = functools.partial(reduced, task, k)
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))
         if out is None:
@@ -203,8 +201,20 @@ def _whole(value, name, default) -> int:
     return value
 
 
-def reduced(task: Pairs, k: int, dtype: np.dtype, logits: torch.Tensor) -> np.ndarray:
+def budget_of(task: Pairs) -> int:
+    """Rows of a batch, where nobody says how many."""
+    return TOKEN_BUDGET.get(task.device.type, TOKEN_BUDGET["cuda"])
+
+
+def dtype_of(task: Pairs) -> np.dtype:
+    """Of results: floats, or (answer, score)."""
+    score = np.dtype("f8" if task.dtype == torch.float64 else "f4")
+    return np.dtype([("answer", "<i4"), ("score", score.str)]) if task.answers else score
+
+
+def reduced(task: Pairs, k: int, logits: torch.Tensor) -> np.ndarray:
     """What is kept of logits [n, classes]: [n], or [n, k] of answers."""
+    dtype = dtype_of(task)
     if not task.answers:
         return task.scores(logits).to(torch.float64).cpu().numpy().astype(dtype)
     shares, order = torch.sort(logits.double().sigmoid(), dim=1, descending=True, stable=True)

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..models import find_pairs
 from ..scoring import pictures as pictures_of
 from ..scoring import texts as texts_of
-from ..scoring.score import TOKEN_BUDGET, reduced
+from ..scoring.score import budget_of, reduced
 from ..scoring.workers import Engine
 from . import asked
 from .batching import Batching
@@ -51,7 +51,8 @@ class Service:
         self._processor = processor if processor is not None else saved_processor(model, "serve")
         self._images = pictures_of.quick(self._processor.image_processor)
         self._tokenizing = threading.Lock()  # a fast tokenizer keeps the options of a call
-        self._engine = Engine(task, workers or torch.get_num_threads(), self._kept())
+        kept = functools.partial(reduced, task, asked.MOST_ANSWERS)
+        self._engine = Engine(task, workers or torch.get_num_threads(), kept)
         self.workers = self._engine.engines
         if workers is not None and workers != self.workers:
             self._engine.close()
@@ -59,19 +60,12 @@ class Service:
                 f"serve: there cannot be {workers} workers here, but {self.workers}: at most 8, one for each of "
                 f"{torch.get_num_threads()} threads, and one alone on a GPU or where the model takes whole pairs."
             )
-        budget = token_budget or TOKEN_BUDGET.get(task.device.type, TOKEN_BUDGET["cuda"])
-        self.queue = Batching(self._engine, budget, limits.queue, seen)
+        self.queue = Batching(self._engine, token_budget or budget_of(task), limits.queue, seen)
 
     def close(self) -> None:
         """Finish what was taken, end the threads."""
         self.queue.close()
         self._engine.close()
-
-    def _kept(self):
-        dtype = np.dtype("f8" if self.task.dtype == torch.float64 else "f4")
-        if self.task.answers:
-            dtype = np.dtype([("answer", "<i4"), ("score", dtype.str)])
-        return functools.partial(reduced, self.task, asked.MOST_ANSWERS, dtype)
 
     # --- what is asked, as futures: `take` is done in a thread beside the one that talks to clients -----
 

@@ -2,7 +2,7 @@
 
 A step is an op, or a run of whole models. Under a release of Triton it is known by a digest of all that decides what it
 compiles: the kernels, what these import of each other, and what plays. What stands in the table is not compiled again,
-what does not is, by CI at the latest; and a test fails where a row is no longer of what lies in kernels/.
+what does not is; and a test fails where a row is no longer of what lies in kernels/.
 
     python -m support.fake_gpu.passed 3.9.0     what has to be compiled under that release; fails where there is such
 """

@@ -5,6 +5,7 @@
 
 import torch
 
+INTERFACE = 1  #: of the library: what its bindings take
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "q8"}
 
 
@@ -16,7 +17,8 @@ def missing():
     except ImportError as error:
         return f"the native library vilt_fast._C is not built; pip install . with a C++ compiler ({error})."
     # An editable install can pull newer Python over an older library.
-    return "" if hasattr(_C, "linear_bwd") else "the native library vilt_fast._C is older than this; build it again."
+    same = getattr(_C, "interface", 0) == INTERFACE
+    return "" if same else "the native library vilt_fast._C was built of other sources than these; build it again."
 
 
 def problem(device, *, requires_grad=False, dropout=False, **dtypes):
