@@ -102,6 +102,7 @@ def main(argv=None):
         arguments.out.mkdir(parents=True, exist_ok=True)
         torch.save({"model": weights, "optimizer": moments, "losses": losses}, arguments.out / "sharded.pt")
     if world > 1:
+        distributed.barrier()  # nobody hangs up while the first still listens
         distributed.destroy_process_group()
     return losses
 
