@@ -84,17 +84,18 @@ def inputs(case, config, seed=0):
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "pixel_mask": pixel_mask}
 
 
-def flops(lengths, patches, config):
+def flops(lengths, patches, config, read=None):
     """Multiply-adds times two of one forward of the trunk over sequences of these lengths.
 
     Linear layers N (8 D^2 + 4 D F) a layer, attention 4 L^2 D a sequence and layer, patch projection 2 P (3 p^2) D.
+    With `read`, the last layer computes no more than so many rows, one a sample, and keys and values of all.
     Norms, softmax, embeddings and heads are left out (below 1 %).
     """
     d, f, tokens = config.hidden_size, config.intermediate_size, sum(lengths)
-    linear = tokens * (8 * d * d + 4 * d * f)
-    attention = sum(4 * n * n * d for n in lengths)
+    layer = tokens * (8 * d * d + 4 * d * f) + sum(4 * n * n * d for n in lengths)
+    last = layer if read is None else tokens * 4 * d * d + read * (4 * d * d + 4 * d * f) + 4 * tokens * d
     projection = 2 * sum(patches) * config.num_channels * config.patch_size**2 * d
-    return config.num_hidden_layers * (linear + attention) + projection
+    return (config.num_hidden_layers - 1) * layer + last + projection
 
 
 def traffic(lengths, config, weight_bytes, activation_bytes):

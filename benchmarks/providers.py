@@ -1,6 +1,7 @@
 """What is timed: HuggingFace's own model, ours, and (with --peers) what a user could pick instead.
 
-A provider is `build(model) -> call(inputs) -> pooled output`; `model` is HuggingFace's in float32 and is not modified.
+A provider is `build(model) -> call(inputs) -> pooled output`, or the logits of a model with a head; `model` is
+HuggingFace's in float32 and is not modified.
 """
 
 import copy
@@ -27,10 +28,15 @@ class Provider(NamedTuple):
     needs: tuple = ()
 
 
+def output(result):
+    """What a forward was made for: logits, if it has a head."""
+    return result.logits if "logits" in result else result.pooler_output
+
+
 def _caller(model):
     def call(inputs):
         with torch.inference_mode():
-            return model(**inputs).pooler_output
+            return output(model(**inputs))
 
     return call
 

@@ -1,9 +1,10 @@
-"""`python -m benchmarks.run model | train | linear | attention | block | transport | images | score | serve`: medians
-and ratios, to CSV.
+"""`python -m benchmarks.run model | vqa | train | linear | attention | block | transport | images | score | serve`:
+medians and ratios, to CSV.
 
-A speed-up is a ratio of medians of interleaved runs in one process, against HuggingFace's eager float32 on the same
-input. The floor is what the counted FLOPs and bytes need at the matmul peak and the copy bandwidth measured in the same
-run.
+`model` is the trunk, all rows of which are read; `vqa` has the head that answers questions, which reads one row a
+sample. A speed-up is a ratio of medians of interleaved runs in one process, against HuggingFace's eager float32 on the
+same input. The floor is what the counted FLOPs and bytes need at the matmul peak and the copy bandwidth measured in the
+same run.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from .table import FIELDS
 KEYS = ("provider", "case", "dtype")  #: what a row is known by
 OPTIONS = {  # which options do something
     "model": ("dtypes", "cases", "shapes", "model", "peers", "memory"),
+    "vqa": ("dtypes", "cases", "shapes", "model"),
     "memory": ("cases", "shapes", "model", "provider"),
     "train": ("dtypes", "memory"),
     "block": ("dtypes",),
@@ -82,7 +84,7 @@ def _measured(arguments):
 def _timed(arguments):
     """(rows without the machine's columns, what the machine can do)."""
     dtypes = sorted({"float32", *arguments.dtypes})
-    model = _trunk(arguments.model) if arguments.what == "model" else None
+    model = {"model": _trunk, "vqa": _vqa}.get(arguments.what, lambda name: None)(arguments.model)
     cases = _cases(arguments, model.config) if model else []
     with report.progress() as bar:
         step = _stepper(bar)
@@ -177,12 +179,16 @@ def _stepper(bar):
     return lambda what: bar.update(task, description=what, advance=1)
 
 
+def _vqa(name=None):
+    return checkpoint.load(name, "vqa") if name else checkpoint.random_vqa()
+
+
 def _trunk(name=None):
     return report.trunk(checkpoint.load(name) if name else checkpoint.random_vqa())
 
 
 def model_rows(model, cases, arguments, step=lambda what: None):
-    """Rows of the whole model, without the machine's columns; `model` is a HuggingFace ViltModel in float32."""
+    """Rows of a model, without the machine's columns; it is HuggingFace's, in float32, with or without a head."""
     run = providers.chosen(arguments.dtypes, arguments.peers)
     rows = []
     built = {}
@@ -210,8 +216,9 @@ def model_rows(model, cases, arguments, step=lambda what: None):
         for provider in run:
             quantiles = report.quantiles(times[provider.name])
             lengths, patches = shapes.work(case, model.config, provider.padded)
+            read = case.batch if arguments.what == "vqa" and not provider.padded else None
             row = {
-                "subject": "model",
+                "subject": arguments.what,
                 "provider": provider.name,
                 "backend": backends[provider.name],
                 "model": arguments.model or "random weights",
@@ -220,7 +227,7 @@ def model_rows(model, cases, arguments, step=lambda what: None):
                 "dtype": provider.dtype,
                 **table.times(quantiles, base),
                 "error": errors[provider.name],
-                "flops": shapes.flops(lengths, patches, model.config),
+                "flops": shapes.flops(lengths, patches, model.config, read),
                 "bytes": shapes.traffic(lengths, model.config, provider.weight_bytes, provider.activation_bytes),
             }
             if arguments.memory:
@@ -235,10 +242,10 @@ def model_rows(model, cases, arguments, step=lambda what: None):
 
 @torch.inference_mode()
 def _truth(model, inputs):
-    """The pooled output of HuggingFace's own model in float64."""
+    """What HuggingFace's own model gives in float64."""
     import copy
 
-    return copy.deepcopy(model).double()(**inputs).pooler_output
+    return providers.output(copy.deepcopy(model).double()(**inputs))
 
 
 def finish(row, machine, common):

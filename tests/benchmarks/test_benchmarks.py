@@ -53,6 +53,12 @@ def test_counted_work():
     assert sum(packed[0]) == 1724
     assert padded[0] == [281] * 8
     assert cases.flops(*padded, CONFIG) > 1.3 * cases.flops(*packed, CONFIG)
+    last = cases.flops([185], [144], ViltConfig(num_hidden_layers=1)) - cases.flops(
+        [185], [144], ViltConfig(num_hidden_layers=0)
+    )
+    assert cases.flops([185], [144], CONFIG, read=185) - cases.flops([185], [144], CONFIG) == 4 * 185 * 768 * (1 - 185)
+    saved = cases.flops([185], [144], CONFIG) - cases.flops([185], [144], CONFIG, read=1)
+    assert saved / last == pytest.approx(10 / 12, abs=0.03)  # all but keys and values
 
 
 def test_quantiles_and_interleaving():
@@ -194,6 +200,23 @@ def test_a_run_writes_every_column(tiny, tmp_path, capsys):
     assert text.endswith("\n<!-- /figures -->\nafter\n")
     assert "old" not in text
     assert "| HuggingFace float32 | 1.00 (" in text
+
+
+def test_a_model_with_a_head_is_counted_by_what_that_reads(tiny, tmp_path, monkeypatch):
+    model = ViltForQuestionAnswering(run._trunk().config).eval()
+    monkeypatch.setattr(checkpoint, "random_vqa", lambda: model)
+    rows = {}
+    for what in ("model", "vqa"):
+        out = tmp_path / f"{what}.csv"
+        command = [what, "--cases", "small", "--dtypes", "float32", "--repeats", "1", "--out", str(out)]
+        assert run.main(command) == 0
+        rows[what] = {row["provider"]: row for row in table.read(out)}
+    trunk, whole = rows["model"], rows["vqa"]
+    assert list(whole) == ["hf_eager", "ours_float32"] and {r["subject"] for r in whole.values()} == {"vqa"}
+    assert whole["hf_eager"]["flops"] == trunk["hf_eager"]["flops"]
+    assert int(whole["ours_float32"]["flops"]) < int(trunk["ours_float32"]["flops"])
+    assert 0 < float(whole["ours_float32"]["error"]) < 1e-5
+    assert whole["ours_float32"]["error"] != trunk["ours_float32"]["error"]  # of the logits
 
 
 def test_images_from_the_jpeg_to_the_answer(tiny, tmp_path, monkeypatch):
