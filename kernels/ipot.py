@@ -212,21 +212,21 @@ def _ipot_fwd_streamed_kernel(
     a = u_exponent + 1.0 / m
     used_exponent = a_exponent
     used = a
-    for t in range(1, iterations + 1):
-        now = step * t
-        for _ in range(inner):
-            text_tops = tl.where(text_real, LOWEST, LOWEST)
-            text_totals = tl.where(text_real, 0.0, 0.0)
-            for first in range(0, N, BLOCK_N):
-                columns = first + tl.arange(0, BLOCK_N)
-                tile = load_cost(cost, rows, columns, stride_m, text_real, is_real(image_pad, pair, columns, N))
-                top = image_top(tile, now, a_exponent)
-                v = 1.0 / (n * some(image_total(tile, now, a_exponent, a, top)))
-                text_tops, text_totals = add_text_sums(text_tops, text_totals, tile, now, -top, v)
-            used_exponent = a_exponent
-            used = a
-            a_exponent, a = normal(-text_tops, 1.0 / (m * some(text_totals)))
-        u_exponent, u, a_exponent, a = _carried(u_exponent, u, a_exponent, a)
+    for k in range(iterations * inner):  # one loop, as in _scaled
+        now = step * (k // inner + 1)
+        text_tops = tl.where(text_real, LOWEST, LOWEST)
+        text_totals = tl.where(text_real, 0.0, 0.0)
+        for first in range(0, N, BLOCK_N):
+            columns = first + tl.arange(0, BLOCK_N)
+            tile = load_cost(cost, rows, columns, stride_m, text_real, is_real(image_pad, pair, columns, N))
+            top = image_top(tile, now, a_exponent)
+            v = 1.0 / (n * some(image_total(tile, now, a_exponent, a, top)))
+            text_tops, text_totals = add_text_sums(text_tops, text_totals, tile, now, -top, v)
+        used_exponent = a_exponent
+        used = a
+        a_exponent, a = normal(-text_tops, 1.0 / (m * some(text_totals)))
+        if k % inner == inner - 1:
+            u_exponent, u, a_exponent, a = _carried(u_exponent, u, a_exponent, a)
     store_scaling(scaling, pair * (M + N), rows, M, u_exponent, u)
     now = step * iterations
     plan += pair.to(tl.int64) * M * N

@@ -24,6 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .. import functional, record
 from ..backends.cpp.quantize_linear import blob_size, gathered
 from ..ops import fingerprint, registry
+from ..ops._check import exporting
 from ..reference.encoder import MATRICES, LayerParameters
 from ..remembered import Known, once
 from .asked import Asked
@@ -208,7 +209,7 @@ _caches: weakref.WeakValueDictionary[int, WeightCache] = weakref.WeakValueDictio
 
 
 def _refuse_export():
-    if torch.compiler.is_exporting():
+    if exporting():
         raise RuntimeError("8-bit copies are not exported: accelerate the model without quantize first.")
 
 

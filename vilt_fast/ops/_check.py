@@ -195,6 +195,14 @@ def transforming():
     return _functorch() or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
 
 
+def exporting():
+    """Whether `torch.export` is under way, by its flag: torch 2.11's `is_exporting` is true of torch.compile, too."""
+    if hasattr(torch.compiler, "_is_exporting_flag"):
+        return torch.compiler._is_exporting_flag
+    # torch 2.6: export that is not strict; the strict one stops by itself where a plan would be made.
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
 def transformed(tensors):
     """Whether what is computed with these is for torch.func, which wraps all that is computed, or has a tangent."""
     return transforming() and (_functorch() or any(map(has_tangent, tensors)))

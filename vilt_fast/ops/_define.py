@@ -106,7 +106,7 @@ class Op:
         Within torch.func and forward-mode AD that is the reference, which is differentiable in every way, and in an
         export to ONNX too, which has no op of ours.
         """
-        ordinary = _check.transforming() or (torch.compiler.is_exporting() and _for_onnx())
+        ordinary = _check.transforming() or (_check.exporting() and _for_onnx())
         if backend is None and ordinary and "reference" in registry.backends(self.name):
             backend = "reference"
         return registry.resolve(self.name, backend, facts)

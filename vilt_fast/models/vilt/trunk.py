@@ -20,6 +20,7 @@ from ...engine.genuine import own_methods, why_not_own
 from ...engine.listeners import any_hooked, has_hooks, is_plain, runs_own_code, why_hooked, why_not_plain
 from ...engine.packing import Packing
 from ...engine.quantization import WeightCache
+from ...ops._check import exporting
 from ..base import Features, Swapped, SwappedTrunk
 from . import features, release, whole
 from .inputs import Inputs
@@ -248,19 +249,12 @@ def traced(model: hf.ViltModel) -> bool:
     Raises:
         RuntimeError: under `torch.export`, which HuggingFace's own way of drawing patches does not get through.
     """
-    if _is_exporting() and draws_its_patches(model.embeddings):
+    if exporting() and draws_its_patches(model.embeddings):
         raise RuntimeError(
             "torch.export of a ViLT needs to know where its tokens are: pass "
             "sequence_plan=vilt_fast.sequence_plan(model, **inputs), for inputs of these masks and sizes."
         )
-    return _is_exporting() or torch.jit.is_tracing()
-
-
-def _is_exporting() -> bool:
-    if hasattr(torch.compiler, "is_exporting"):
-        return torch.compiler.is_exporting()
-    # torch 2.6: export that is not strict; the strict one stops by itself where a plan would be made.
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    return exporting() or torch.jit.is_tracing()
 
 
 TRACED = "the calls of modules are being recorded: pass sequence_plan=vilt_fast.sequence_plan(model, **inputs)"
