@@ -115,7 +115,8 @@ class Block:
         """Why the block is not the textbook block, whose parameters tell all that it computes; "" where it is."""
         if reason := self.why_not_packable():
             return reason
-        if not self.norm_first or [type(s) for s in self.sublayers] != [Attention, FeedForward]:
+        kinds = tuple(isinstance(sublayer, Attention) for sublayer in self.sublayers)
+        if not self.norm_first or kinds != (True, False):
             return "it is not one attention and one feed-forward, each behind its norm"
         attention, feed_forward = self.sublayers
         if feed_forward.activation_kind != "gelu":

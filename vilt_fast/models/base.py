@@ -92,7 +92,7 @@ class Swapped:
     @property
     def own(self):
         """The module's own method, as its class defines it."""
-        return getattr(type(self.module), self.name).__get__(self.module)
+        return types.MethodType(getattr(type(self.module), self.name), self.module)  # torch 2.11 compiles no __get__
 
     @property
     def __func__(self):

@@ -28,7 +28,7 @@ def only_records(table) -> bool:
     own = table.__dict__
     if own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
-    hooks = own["_forward_hooks"].values()
+    hooks = list(own["_forward_hooks"].values())
     return is_plain(table, nn.Embedding) and bool(hooks) and all(is_own(hook, _RECORDS) for hook in hooks)
 
 
