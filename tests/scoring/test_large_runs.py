@@ -22,7 +22,7 @@ import vilt_fast
 from vilt_fast import InputError, testing
 from vilt_fast.models import find_pairs
 from vilt_fast.scoring import ranks
-from vilt_fast.scoring.score import _fingerprint
+from vilt_fast.scoring.fingerprint import fingerprint
 from vilt_fast.scoring.tiling import Tiling
 from vilt_fast.scoring.workers import autocast
 
@@ -82,7 +82,7 @@ def test_what_is_there_is_not_computed_again_unless_it_is_not_what_was_written(t
     out = tmp_path / "scores.npy"
     with pytest.warns(UserWarning, match="cannot be read"):
         scored.run(out, folder)
-    task, computed = vilt_fast.models.vilt.pairs.TaskPairs, []
+    task, computed = vilt_fast.models.vilt.task_pairs.TaskPairs, []
     pooled = task.pooled
     monkeypatch.setattr(task, "pooled", lambda self, *given: computed.append(len(given[0])) or pooled(self, *given))
     with pytest.warns(UserWarning, match="cannot be read"):
@@ -145,7 +145,7 @@ def test_what_else_a_model_computes_by_is_told_apart():
     """The kinds of autocast, on a GPU too, and the original's settings."""
     model = testing.random_weights(ViLTransformerSS()).eval()
     model.rank_output = torch.nn.Linear(32, 1)
-    mark = lambda: _fingerprint(find_pairs(model), [np.array([1])], [], None, None, (1,))  # noqa: E731
+    mark = lambda: fingerprint(find_pairs(model), [np.array([1])], [], None, None, (1,))  # noqa: E731
     plain = mark()
     assert mark() == plain
     model.hparams.config["max_image_len"] = 7

@@ -129,7 +129,7 @@ def test_each_is_prepared_once_and_forgotten(monkeypatch):
         return rows
 
     monkeypatch.setattr(type(task), "image", watched)
-    text = vilt_fast.models.vilt.pairs.TaskPairs.text
+    text = vilt_fast.models.vilt.task_pairs.TaskPairs.text
     texts = []
     monkeypatch.setattr(type(task), "text", lambda self, ids: texts.append(ids) or text(self, ids))
     monkeypatch.setattr(workers, "_KEPT_TEXTS", 1 << 20)
@@ -191,7 +191,7 @@ def test_what_goes_wrong_in_the_model_is_no_image_that_cannot_be_read(monkeypatc
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(vilt_fast.models.vilt.pairs.TaskPairs, "image", failing)
+        patch.setattr(vilt_fast.models.vilt.task_pairs.TaskPairs, "image", failing)
         with pytest.raises(type(error)):
             vilt_fast.score(*given, processor=scoring.processor(model))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

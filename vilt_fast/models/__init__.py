@@ -33,7 +33,7 @@ def find_pairs(model: nn.Module) -> Pairs | None:
     """`model` as a task on pairs of a text and an image; None where it is none that is known here."""
     found = original_pairs.find(model)
     if found is None and "transformers.models.vilt.modeling_vilt" in sys.modules:
-        from .vilt import pairs  # imports transformers
+        from .vilt import task_pairs  # imports transformers
 
-        found = pairs.find(model)
+        found = task_pairs.find(model)
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,20 +12,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import __version__
 from ..alignment.align import evaluating, saved_processor
 from ..errors import InputError
 from ..models import find_pairs
-from ..models.base import swap_of
 from ..models.pairs import Pairs
-from ..ops import registry
 from . import pictures as pictures_of
 from . import ranks
 from . import texts as texts_of
+from .fingerprint import fingerprint
 from .journal import InMemory, OnDisk
 from .matrix import ScoreMatrix
 from .tiling import Tiling
-from .workers import Workers, autocast
+from .workers import Workers
 
 #: Rows of a batch. On a CPU two chunks of the native encoder; on a GPU not measured.
 TOKEN_BUDGET = {"cpu": 1792, "cuda": 16384}
@@ -121,7 +118,7 @@ def score(
             path = out if world == 1 else ranks.path_of(out, rank, world)
             if world > 1 and not resume and Path(out).exists():
                 raise FileExistsError(f"score: {out} is there already: pass another out=, or remove it.")
-            mark = _fingerprint(task, ids, pictures, listed, of_images, (budget, k, rank, world))
+            mark = fingerprint(task, ids, pictures, listed, of_images, (budget, k, rank, world))
             results = OnDisk(path, shape, dtype, width, lambda: ((t.number, c) for t, c in place(mine())), mark, resume)
         stack.enter_context(results)
         total = tiling.count if world == 1 else sum(len(t.cells) for t in mine())
@@ -246,53 +243,3 @@ def _bar(wanted, total, done):
 class _Silent:
     def update(self, count):
         pass
-
-
-# --- what a result depends on -----------------------------------------------------------------------------------------
-
-
-def _fingerprint(task, ids, pictures, pairs, processor, options) -> dict[str, str]:
-    """{what: a digest}. Of images that all of them are processed inputs no processor is asked for."""
-    model, seen = task.model, _Seen()
-    seen.add(f"{type(model).__module__}.{type(model).__qualname__} {task.head} {task.why_whole()}")
-    for module in model.modules():
-        if swapped := swap_of(module):
-            seen.add(f"{type(swapped).__name__} {swapped.options.quantize}")
-    seen.add(_config(model))
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        seen.add(f"{name} {tensor.dtype} {list(tensor.shape)}")
-        seen.add(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if tensor.numel() else "")
-    texts, images = _Seen(), _Seen()
-    for text in ids:
-        texts.add(text.tobytes() + b";")
-    for picture in pictures:
-        images.add(picture.digest())
-    if not all(isinstance(picture.source, Mapping) for picture in pictures):
-        made = processor()
-        images.add(f"{type(made).__qualname__} {made.to_dict() if hasattr(made, 'to_dict') else made!r}")
-    chosen = _Seen()
-    chosen.add(f"{options} {autocast()}")
-    if pairs is not None:
-        chosen.add(pairs.tobytes())
-    native = registry.why_unavailable("encoder", "cpp")
-    versions = f"vilt_fast {__version__}, torch {torch.__version__}, {task.device.type}, native: {native or 'there'}"
-    return {
-        "model": seen.digest(), "texts": texts.digest(), "images": images.digest(), "options": chosen.digest(),
-        "versions": versions,
-    }  # fmt: skip
-
-
-def _config(model) -> str:
-    """The settings of a model and what is in it, of the original those of its `hparams`."""
-    found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
-    made = [config.to_json_string() for config in found.values() if hasattr(config, "to_json_string")]
-    return f"{made} {sorted(getattr(getattr(model, 'hparams', None), 'config', {}).items())}"
-
-
-class _Seen:
-    def __init__(self):
-        self._hash = hashlib.blake2b(digest_size=16)
-        self.digest = self._hash.hexdigest
-
-    def add(self, part):
-        self._hash.update(part.encode() if isinstance(part, str) else part)

@@ -22,7 +22,7 @@ from ..models.pairs import Pairs
 from . import tiling
 from .pictures import Picture
 
-_MOST_WORKERS = 8
+MOST_WORKERS = 8  # threads of an engine
 _KEPT_TEXTS = 1 << 26  # bytes of embedded texts; embedding one again takes about as long as copying it
 
 
@@ -49,10 +49,10 @@ class Engine:
         self._autocast = autocast()
         threads = torch.get_num_threads()
         if pairs.device.type == "cpu":
-            self.engines = self.readers = 1 if self.whole else min(threads, _MOST_WORKERS, most)
+            self.engines = self.readers = 1 if self.whole else min(threads, MOST_WORKERS, most)
             self.engine = self.decoders = _pool(self.engines, max(1, threads // self.engines))
         else:
-            self.engines, self.readers = 1, min(_MOST_WORKERS, os.cpu_count() or 1)
+            self.engines, self.readers = 1, min(MOST_WORKERS, os.cpu_count() or 1)
             self.engine, self.decoders = _pool(1, threads), _pool(self.readers, 1)
 
     def __enter__(self):

@@ -17,7 +17,7 @@ from ..models import find_pairs
 from ..scoring import pictures as pictures_of
 from ..scoring import texts as texts_of
 from ..scoring.score import budget_of, reduced
-from ..scoring.workers import Engine
+from ..scoring.workers import MOST_WORKERS, Engine
 from . import asked
 from .batching import Batching
 from .limits import Limits, Refusal, invalid
@@ -57,8 +57,9 @@ class Service:
         if workers is not None and workers != self.workers:
             self._engine.close()
             raise InputError(
-                f"serve: there cannot be {workers} workers here, but {self.workers}: at most 8, one for each of "
-                f"{torch.get_num_threads()} threads, and one alone on a GPU or where the model takes whole pairs."
+                f"serve: there cannot be {workers} workers here, but {self.workers}: at most {MOST_WORKERS}, one for "
+                f"each of {torch.get_num_threads()} threads, and one alone on a GPU or where the model takes whole "
+                "pairs."
             )
         self.queue = Batching(self._engine, token_budget or budget_of(task), limits.queue, seen)
 

@@ -1,108 +1,65 @@
-"""HuggingFace's ViLT on pairs of a text and an image that are embedded on their own."""
+"""What pairs of both kinds of ViLT share: a text and an image embedded on their own, then put together."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers.models.vilt import modeling_vilt as hf
 
 from ... import record
 from ...engine import encode as engine
-from ...engine.genuine import own_methods, why_not_own
 from ...engine.head import run_head
-from ...engine.listeners import has_hooks, why_hooked
-from ..base import swap_of, wrapper_of
+from ...engine.packing import Packing
+from ..base import SwappedTrunk, swap_of
 from ..pairs import Pairs, packing
 from . import embedding, features
-from .inputs import Inputs
-from .known import known_tables, tables, why_not_known
 from .options import ViltOptions
-from .rows import embed, planned
-from .trunk import TrunkForward
-
-#: heads that score a pair: the name in the model, and the class that has it (None: any that has a `ViltModel`)
-_HEADS = {
-    "rank_output": hf.ViltForImageAndTextRetrieval,
-    "classifier": hf.ViltForQuestionAnswering,
-    "itm_score": None,
-}
 
 
-def find(model: nn.Module) -> Pairs | None:
-    """`model` as a task on pairs; None where it is none that is known here."""
-    trunk = getattr(model, "vilt", None)
-    if not isinstance(trunk, hf.ViltModel):
-        return None
-    for name, kind in _HEADS.items():
-        if isinstance(getattr(model, name, None), nn.Module) and (kind is None or isinstance(model, kind)):
-            return TaskPairs(model, name)
-    return None
+class ViltPairs(Pairs):
+    """Pairs of a model whose `trunk` is swapped by `swap`; what a kind of ViLT keeps elsewhere, its subclass says."""
 
-
-class TaskPairs(Pairs):
-    """`ViltForImageAndTextRetrieval`, `ViltForQuestionAnswering`, or a `ViltModel` with a head `itm_score`."""
-
-    def __init__(self, model: nn.Module, head: str):
+    def __init__(self, model: nn.Module, head: str, trunk: nn.Module, swap: type[SwappedTrunk], text: nn.Module):
         super().__init__(model)
-        self.head, self.trunk = head, model.vilt
-        self.answers = head == "classifier"
-        self.names = dict(model.config.id2label) if self.answers else {}
-        found = self.trunk.embeddings.text_embeddings
-        self.positions = found.position_embeddings.num_embeddings
-        self.vocabulary = found.word_embeddings.num_embeddings
-        swapped = swap_of(self.trunk)
-        if not isinstance(swapped, TrunkForward):
-            swapped = TrunkForward(self.trunk, ViltOptions())
-        self._swapped = features.in_raster_order(swapped)
+        self.head = head
+        self.positions = text.position_embeddings.num_embeddings
+        self.vocabulary = text.word_embeddings.num_embeddings
+        swapped = swap_of(trunk)
+        self._swapped = features.in_raster_order(swapped if isinstance(swapped, swap) else swap(trunk, ViltOptions()))
 
     def why_whole(self) -> str:
-        model, trunk = self.model, self.trunk
-        if record.disabled():
-            return record.DISABLED
-        for module in (model, trunk):
-            if has_hooks(module):
-                return f"of {type(module).__name__}: {why_hooked(module, inside=False)}"
-            if wrapper_of(module, "forward") is not None:
-                return f"something is wrapped around the forward of {type(module).__name__}"
-        for module in (trunk, *([model] if _HEADS[self.head] is not None else [])):
-            if not own_methods(type(module)):
-                return why_not_own(type(module))
-        return why_not_known(trunk.embeddings)
+        return record.DISABLED if record.disabled() else self._why_own()
 
     def text(self, ids):
-        places = torch.arange(len(ids), device=ids.device)
-        return embedding.text_of(tables(self.trunk.embeddings), places, ids=ids)
+        return embedding.text_of(self._tables(), torch.arange(len(ids), device=ids.device), ids=ids)
 
-    def image(self, pixels, mask):
-        found = known_tables(self.trunk.embeddings)
-        inputs = Inputs(input_ids=self._no_text(), pixel_values=pixels, pixel_mask=mask, tables=found)
-        inputs._check_image(self.trunk.embeddings)
-        # Each image has the draws of one that comes first, so that none depends on those before it.
-        options = dataclasses.replace(self._swapped.options, generator=torch.Generator().manual_seed(0))
-        plan = planned(self.trunk, [inputs], None, options)
-        rows, _ = embed(self.trunk, [inputs], plan, options, self._weights())
-        return rows
-
-    def pooled(self, texts, images):
+    def pooled(self, texts: Sequence[torch.Tensor], images: Sequence[torch.Tensor]):
         places = packing([len(t) for t in texts], [len(i) for i in images], self.device)
         rows = torch.cat([rows for pair in zip(texts, images, strict=True) for rows in pair])
-        apart = self.device.type == "cpu"
-        return self._swapped.run_rows(rows, places, self._weights(), reads="pooled", apart=apart).pooled
-
-    def whole(self, ids, pixels, mask):
-        given = dict(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], pixel_values=pixels)
-        given["pixel_mask"] = torch.ones_like(pixels[:, 0], dtype=torch.long) if mask is None else mask
-        if _HEADS[self.head] is not None:
-            return self.model(**given, return_dict=True).logits
-        return getattr(self.model, self.head)(self.trunk(**given, return_dict=True).pooler_output)
+        return self._pooled(rows, places, apart=self.device.type == "cpu")
 
     def logits(self, pooled):
         return run_head(getattr(self.model, self.head), pooled, self._weights() if self.answers else None)
 
+    def _why_own(self) -> str:
+        """Why code of the model's own is between its parts, or ""."""
+        raise NotImplementedError
+
+    def _tables(self) -> embedding.Tables:
+        raise NotImplementedError
+
+    def _pooled(self, rows: torch.Tensor, places: Packing, *, apart: bool) -> torch.Tensor:
+        """Pooled rows [B, D] of packed ones [N, D]; `apart` is that of `engine.pool`."""
+        raise NotImplementedError
+
+    def _image_options(self) -> ViltOptions:
+        """Each image has the draws of one that comes first, so that none depends on those before it."""
+        return dataclasses.replace(self._swapped.options, generator=torch.Generator().manual_seed(0))
+
     def _weights(self):
-        return engine.in_force(self._swapped.weights, self.trunk)
+        return engine.in_force(self._swapped.weights, self._swapped.module)
 
     def _no_text(self):
         return torch.zeros(1, 0, dtype=torch.long, device=self.device)
