@@ -2,12 +2,12 @@
 recording is a plain call that writes to the same memory, so that everything around it is the same."""
 
 import copy
-import pickle
 import threading
 import warnings
 
 import pytest
 import torch
+from support.copies import pickled
 from support.graphs import (
     GPU,
     assert_same,
@@ -211,7 +211,7 @@ def test_no_more_than_so_many_are_kept(device, monkeypatch):
 def test_copies_have_graphs_of_their_own(device):
     plain, model = small(device)
     assert_same(model, plain, inputs_of(device))
-    for duplicate in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for duplicate in (copy.deepcopy(model), pickled(model)):
         assert len(cache(duplicate)) == 0
         in_place(duplicate)
         assert_same(model, plain, inputs_of(device))

@@ -8,8 +8,10 @@ from support.models import (
     EXTRAS,
     TEXT,
     assert_close,
+    assert_follows,
     assert_same_output,
     assert_same_structure,
+    assert_same_where_real,
     batch,
     build,
     call,
@@ -86,10 +88,7 @@ def test_hooks_fire_as_in_the_reference_and_are_honoured(kind, place, padded):
                 expected, actual = call(theirs, inputs, **flags), call(ours, inputs, **flags)
             # A hook that adds to padded positions too makes the task's own head see them: nothing to be zero there.
             assert_same_structure(actual, expected)
-            for (path, mine), (_, other) in zip(leaves(actual), leaves(expected), strict=True):
-                if mine is not None:
-                    mine, other = (only_real(path, t, masks, kind)[0] for t in (mine, other))
-                    assert_close(mine, other, path)
+            assert_same_where_real(kind, actual, expected, masks)
     assert seen[0] and seen[0] == seen[1]
     for handle in sum(handles, []):
         handle.remove()
@@ -132,9 +131,7 @@ def test_global_hooks(kind):
             handle.remove()
         counts.append(sorted(seen))
     assert counts[0] and counts[0] == counts[1]
-    for (path, theirs), (_, ours) in zip(*map(leaves, outputs), strict=True):
-        if ours is not None:
-            assert_close(*(only_real(path, t, masks, kind)[0] for t in (ours, theirs)), path)
+    assert_same_where_real(kind, *reversed(outputs), masks)
 
 
 @pytest.mark.parametrize("place", [p for p in PLACES if not p.startswith("embeddings.text_embeddings.w")])
@@ -205,17 +202,11 @@ REPLACEABLE = [p for p in PLACES if p not in ("", "encoder", "embeddings.patch_e
 def test_replaced_modules_are_honoured(kind, place):
     theirs, ours = pair(kind)
     inputs = batch(kind)
-    masks = real_positions(theirs, inputs)
     for model in (theirs, ours):
         parent, _, name = place.rpartition(".")
         holder = trunk_of(model).get_submodule(parent)
         holder._modules[name] = Shifted(holder._modules[name])
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            expected, actual = call(theirs, inputs), call(ours, inputs)
-        for (path, mine), (_, other) in zip(leaves(actual), leaves(expected), strict=True):
-            if mine is not None:
-                assert_close(*(only_real(path, t, masks, kind)[0] for t in (mine, other)), path)
+    assert_follows(kind, (theirs, ours), inputs)
 
 
 @pytest.mark.parametrize("place", [p for p in PLACES if p])
@@ -223,7 +214,6 @@ def test_replaced_modules_are_honoured(kind, place):
 def test_a_forward_of_ones_own_on_an_instance_is_honoured(kind, place):
     theirs, ours = pair(kind)
     inputs = batch(kind)
-    masks = real_positions(theirs, inputs)
     for model in (theirs, ours):
         module = trunk_of(model).get_submodule(place)
 
@@ -237,12 +227,7 @@ def test_a_forward_of_ones_own_on_an_instance_is_honoured(kind, place):
             return output
 
         module.forward = forward
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            expected, actual = call(theirs, inputs), call(ours, inputs)
-        for (path, mine), (_, other) in zip(leaves(actual), leaves(expected), strict=True):
-            if mine is not None:
-                assert_close(*(only_real(path, t, masks, kind)[0] for t in (mine, other)), path)
+    assert_follows(kind, (theirs, ours), inputs)
 
 
 def test_a_pooler_that_looks_at_more_than_the_first_token():

@@ -249,6 +249,13 @@ def assert_same_output(kind, ours, theirs, masks, *, exact=None):
             assert_within_budget(mine, other, only_real(path, truth, masks, kind)[0], what=path)
 
 
+def assert_same_where_real(kind, ours, theirs, masks):
+    """Every tensor agrees on real positions; what is at padded ones is nobody's concern."""
+    for (path, mine), (_, other) in zip(leaves(ours), leaves(theirs), strict=True):
+        if mine is not None:
+            assert_close(*(only_real(path, t, masks, kind)[0] for t in (mine, other)), path)
+
+
 def gradients(model):
     """{name: gradient or None}."""
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
@@ -276,6 +283,16 @@ def compare(inputs, *, kind="trunk", config=None, change=None, flags=EXTRAS, **m
         with torch.set_grad_enabled(grad):
             expected, actual = (call(model, inputs, **flags, **more) for model in (theirs, ours))
         assert_same_output(kind, actual, expected, masks)
+
+
+def assert_follows(kind, models, inputs):
+    """The second of two models computes on real positions what the first does, with and without autograd."""
+    theirs, ours = models
+    masks = real_positions(theirs, inputs)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            expected, actual = call(theirs, inputs), call(ours, inputs)
+        assert_same_where_real(kind, actual, expected, masks)
 
 
 def changed(**new):

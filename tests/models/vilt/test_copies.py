@@ -3,13 +3,12 @@
 import copy
 import functools
 import gc
-import io
-import pickle
 import types
 import weakref
 
 import pytest
 import torch
+from support.copies import pickled, saved
 from support.models import KINDS, PER_TOKEN, assert_close, batch, build, call, pair, trunk_of
 from test_original import build as build_original
 from test_original import make_batch
@@ -55,17 +54,6 @@ def replicated(model):
             setattr(replica, name, None if parameter is None else parameter.detach() * 1.5)
             replica._former_parameters = {}
     return new[model]
-
-
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 COPIES = [copy.deepcopy, pickled, saved, shallow]
@@ -163,7 +151,7 @@ def test_a_class_with_its_own_deepcopy():
 
 def test_a_swap_without_a_module_says_so():
     ours = vilt_fast.accelerate(build("trunk"))
-    for lost in (copy.deepcopy(ours.forward), pickle.loads(pickle.dumps(ours.forward))):
+    for lost in (copy.deepcopy(ours.forward), pickled(ours.forward)):
         with pytest.raises(RuntimeError, match="belongs to no module"):
             lost(**batch("trunk"))
     kept = ours.forward

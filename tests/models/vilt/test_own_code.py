@@ -11,6 +11,7 @@ import torch
 from support.models import (
     TEXT,
     assert_close,
+    assert_follows,
     batch,
     build,
     call,
@@ -44,17 +45,6 @@ def scaled(own):
         return (output[0] * 1.25, *output[1:]) if isinstance(output, tuple) else output * 1.25
 
     return more
-
-
-def assert_follows(kind, models, inputs):
-    theirs, ours = models
-    masks = real_positions(theirs, inputs)
-    for grad in (True, False):
-        with torch.set_grad_enabled(grad):
-            expected, actual = call(theirs, inputs), call(ours, inputs)
-        for (path, mine), (_, other) in zip(leaves(actual), leaves(expected), strict=True):
-            if mine is not None:
-                assert_close(*(only_real(path, t, masks, kind)[0] for t in (mine, other)), path)
 
 
 TRUNK = [

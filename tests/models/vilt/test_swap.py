@@ -2,13 +2,12 @@
 
 import copy
 import inspect
-import io
-import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.changes import CHANGES, moved_there_and_back, moved_to_bfloat16, one_layer_moved
+from support.copies import pickled, saved
 from support.models import (
     KINDS,
     as_dtype,
@@ -159,19 +158,8 @@ def test_a_subclass_that_keeps_the_forward():
 # --- copies and files -------------------------------------------------------------------------------------------------
 
 
-def through_pickle(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def through_torch_save(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle, through_torch_save])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_copies_are_accelerated_and_on_their_own(kind, duplicate, quantize):
     ours = vilt_fast.accelerate(build(kind, torch.float32), quantize=quantize)

@@ -2,10 +2,10 @@
 
 import copy
 import logging
-import pickle
 
 import pytest
 import torch
+from support.copies import pickled
 from support.models import KINDS, assert_same_structure, batch, build, call, leaves
 from support.original_vilt import ViLTransformerSS
 
@@ -149,7 +149,7 @@ def test_repr_says_what_is_accelerated_and_how():
     line = "accelerated by vilt_fast; quantize='int8', patch_order='reference'"
     assert [text.strip() for text in said.splitlines()[1:4]] == [line, "(vilt): ViltModel(", line]
     assert said.count(line) == 2
-    for twin in (copy.copy(ours), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+    for twin in (copy.copy(ours), copy.deepcopy(ours), pickled(ours)):
         assert repr(twin) == said
         assert repr(vilt_fast.restore(twin)) != said
     vilt_fast.accelerate(ours)
