@@ -28,6 +28,7 @@ class Pretraining(lightning.LightningModule):
         super().__init__()
         self.model, self.batches = vilt_fast.accelerate(model), batches
         self.losses, self.random = [], None
+        self.run = {"samples": len(batches.dataset), "tokens": batches.batch_sampler.budget}
 
     def train_dataloader(self):
         return self.batches
@@ -46,8 +47,13 @@ class Pretraining(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint):
         checkpoint["random"] = torch.get_rng_state()  # Lightning keeps none; dropout and matching draw from it
+        checkpoint["run"] = self.run
 
     def on_load_checkpoint(self, checkpoint):
+        if checkpoint["run"] != self.run:
+            raise SystemExit(
+                f"the checkpoint is of another run, of {checkpoint['run']}, and this one is of {self.run}."
+            )
         self.random = checkpoint["random"]
 
     def on_train_start(self):

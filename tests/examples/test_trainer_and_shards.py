@@ -9,6 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.examples import EXAMPLES, example
+from support.models import batch, build, labels
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+import vilt_fast
 
 
 def gradients(state):
@@ -64,15 +68,41 @@ def test_words_of_accumulated_batches_weigh_alike(tmp_path, alone, monkeypatch):
     monkeypatch.setattr(module.objectives, "mlm_loss", noted)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *_, **__: x)
     found = []
-    for batch, accumulate in ((8, 1), (2, 4)):
-        run = ["--scenes", "40", "--steps", "1", "--batch", str(batch), "--accumulate", str(accumulate)]
-        trainer = module.main([*run, "--out", str(tmp_path / str(batch))])
+    for size, accumulate in ((8, 1), (2, 4)):
+        run = ["--scenes", "40", "--steps", "1", "--batch", str(size), "--accumulate", str(accumulate)]
+        trainer = module.main([*run, "--out", str(tmp_path / str(size))])
         names = {parameter: name for name, parameter in trainer.model.named_parameters()}
         state = trainer.optimizer.state
         found.append(gradients({names[parameter]: kept for parameter, kept in state.items()}))
     (whole, total), *parts = seen
     assert [items for _, items in parts] == [total] * 4 and sum(words for words, _ in parts) == total == whole
     assert len({words for words, _ in parts}) > 1
+    assert_equal_gradients(*found)
+
+
+class Kept(TrainerCallback):
+    """The gradients of a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model, **others):
+        self.gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_trainer_treats_huggingfaces_class_as_the_plain_one(tmp_path, alone):
+    """Both are told how many labels accumulated batches have, and their loss does not look: the means are summed."""
+    inputs = batch("masked_lm", torch.float32) | {"labels": labels("masked_lm")}
+    samples = [{name: tensor[i] for name, tensor in inputs.items()} for i in range(2)]
+    assert len({int((sample["labels"] != -100).sum()) for sample in samples} - {0}) == 2
+    options = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=2, max_grad_norm=0,
+        report_to=[], save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    plain, trainers, found = build("masked_lm", torch.float32), [], []
+    for model in (plain, vilt_fast.accelerate(build("masked_lm", torch.float32))):
+        kept = Kept()
+        trainers.append(Trainer(model, options, train_dataset=samples, callbacks=[kept]))
+        trainers[-1].train()
+        found.append(kept.gradients)
+    assert len({trainer.model_accepts_loss_kwargs for trainer in trainers}) == 1
     assert_equal_gradients(*found)
 
 

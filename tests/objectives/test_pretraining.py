@@ -160,12 +160,23 @@ def test_soft_labels_and_another_denominator(model):
 
 @pytest.mark.parametrize("how", WAYS)
 def test_no_labelled_token_is_loss_0_with_gradient_0(model, how):
-    ours, given = ways(model, how), written.batch()
-    loss = objectives.mlm_loss(ours, given | {"labels": torch.full_like(given["labels"], -100)})
+    ours, given = ways(model, how), written.batch() | {"itm_labels": LABELS}
+    given["labels"] = torch.full_like(given["labels"], -100)
+    loss = objectives.mlm_loss(ours, given)
     assert loss == 0
     loss.backward()
     found = [p.grad for p in ours.parameters() if p.grad is not None]
     assert found and not any(g.isnan().any() or g.any() for g in found)
+    together = []  # matching and alignment learn from such a batch what they do without the words
+    for weights in ({}, {"mlm": 0}):
+        ours.zero_grad()
+        out = pretraining_loss(ours, given, weights=weights)
+        assert not out.mlm_loss
+        out.loss.backward()
+        together.append({n: p.grad for n, p in ours.named_parameters() if p.grad is not None and p.grad.any()})
+    assert together[0].keys() == together[1].keys()
+    for name, gradient in together[0].items():
+        torch.testing.assert_close(gradient, together[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("size, pairs", [(1, 0), (2, 1), (5, 2), (8, 4)])
@@ -252,6 +263,17 @@ BAD = {
     "a mask of another size": ({"false_pixel_mask": torch.ones(5, 8, 8)}, InputError, "false_pixel_mask must be"),
     "matching labels": ({"itm_labels": torch.tensor([0, 1, 2, 0, 1])}, InputError, r"itm_labels must be in \[0, 2\)"),
     "no images": ({"pixel_values": None}, InputError, "has no pixel_values"),
+    "images below a patch": (
+        {"pixel_values": torch.zeros(5, 3, 8, 64), "pixel_mask": None},
+        InputError,
+        "pixel_values of 8x64 hold no",
+    ),  # fmt: skip
+    "false images below a patch": (
+        {"false_pixel_values": torch.zeros(5, 3, 64, 8), "false_pixel_mask": None},
+        InputError,
+        "of 64x8 hold no",
+    ),  # fmt: skip
+    "a false image of nothing": ({"false_pixel_mask": torch.zeros(5, 64, 48)}, InputError, "is empty"),
     "no text": ({"input_ids": None, "mlm_input_ids": None}, InputError, "has no input_ids"),
     "lists": ({"labels": [[1]]}, TypeError, "labels must be a tensor, got list"),
 }

@@ -44,11 +44,11 @@ def itm_loss(model: nn.Module, batch: Mapping, *, generator: torch.Generator | N
         A scalar in at least float32.
 
     Raises:
-        InputError: missing or misshapen tensors, labels other than 0 and 1.
+        InputError: missing or misshapen tensors, images smaller than a patch, labels other than 0 and 1.
     """
     trunk = trunk_of(model, "itm_score")
     labels = labels_of(batch, generator)
-    found = states(trunk, {**batch, **images_of(batch, labels)}, Reads(0))
+    found = states(trunk, {**batch, **images_of(trunk, batch, labels)}, Reads(0))
     return of_pooled(model.itm_score, found.pooled, labels)[0]
 
 
@@ -66,16 +66,17 @@ def of_pooled(head: nn.Module, pooled: torch.Tensor, labels: torch.Tensor) -> tu
     return F.cross_entropy(wide(logits), labels.to(logits.device, non_blocking=True)), logits
 
 
-def images_of(batch: Mapping, labels: torch.Tensor) -> dict:
+def images_of(trunk: nn.Module, batch: Mapping, labels: torch.Tensor) -> dict:
     """pixel_values and pixel_mask [B, ...] in which samples labelled 0 have their false image."""
-    return repeated(*shared_images(batch, labels))
+    return repeated(*shared_images(trunk, batch, labels))
 
 
-def shared_images(batch: Mapping, labels: torch.Tensor) -> tuple[dict, tuple[int, ...]]:
+def shared_images(trunk: nn.Module, batch: Mapping, labels: torch.Tensor) -> tuple[dict, tuple[int, ...]]:
     """(pixel_values and pixel_mask of the true images, then of the false ones that are used; which each sample has)."""
     true = tensor(batch, "pixel_values", (len(labels), None, None, None))
     false = tensor(batch, "false_pixel_values", (*true.shape[:2], None, None), "which image-text matching swaps in")
     others = (labels == OTHER).nonzero()[:, 0]
+    _check_sides(trunk, pixel_values=true, false_pixel_values=false)
     place = {sample: len(labels) + i for i, sample in enumerate(others.tolist())}
     others = others.to(true.device, non_blocking=True)
     size = [max(sides) for sides in zip(true.shape[2:], false.shape[2:], strict=True)]
@@ -85,6 +86,17 @@ def shared_images(batch: Mapping, labels: torch.Tensor) -> tuple[dict, tuple[int
         "pixel_mask": torch.cat([_to_size(mask, size) for mask in masks]),
     }
     return images, tuple(place.get(sample, sample) for sample in range(len(labels)))
+
+
+def _check_sides(trunk, **images):
+    """Padded to the size of the others, an image that is smaller than a patch would have one."""
+    patches = getattr(trunk.embeddings, "patch_embeddings", None)
+    patch = getattr(getattr(patches, "projection", None), "kernel_size", (1, 1))
+    for name, pixels in images.items():
+        sides = tuple(pixels.shape[2:])
+        if sides[0] < patch[0] or sides[1] < patch[1]:
+            size = f"{sides[0]}x{sides[1]} hold no whole patch of {patch[0]}x{patch[1]}"
+            raise InputError(f"{name} of {size}: resize the images.")
 
 
 def _mask(batch, name, pixels):

@@ -74,7 +74,7 @@ def pretraining_loss(
     parts, read, drawn, soft = {}, None, None, batch.get("soft_labels")
     if weights["mlm"] and matched and not why_apart(trunk, batch):
         drawn, labels = labels_of(batch, generator), mlm_labels(batch)
-        inputs, image_of = _both(batch, drawn)
+        inputs, image_of = _both(trunk, batch, drawn)
         read = states(trunk, inputs, mlm_reads(model, labels, whole=whole), image_of)
         parts["mlm_loss"] = of_states(model.mlm_score, read, labels, soft_labels=soft)
     elif weights["mlm"]:
@@ -83,7 +83,7 @@ def pretraining_loss(
         parts["mlm_loss"] = of_states(model.mlm_score, masked, labels, soft_labels=soft)
     if matched and read is None:
         drawn = labels_of(batch, generator)
-        read = states(trunk, {**batch, **images_of(batch, drawn)}, Reads(0, whole=whole))
+        read = states(trunk, {**batch, **images_of(trunk, batch, drawn)}, Reads(0, whole=whole))
     logits = None
     if matched:
         drawn = drawn.to(read.pooled.device, non_blocking=True)
@@ -104,9 +104,9 @@ def _weights(given) -> dict[str, float]:
     return weights
 
 
-def _both(batch, labels) -> tuple[dict, tuple[int, ...]]:
+def _both(trunk, batch, labels) -> tuple[dict, tuple[int, ...]]:
     """The masked samples and the matched ones as one batch, and which image each has."""
-    images, image_of = shared_images(batch, labels)
+    images, image_of = shared_images(trunk, batch, labels)
     masked = mlm_inputs(batch)["input_ids"]
     inputs = {"input_ids": torch.cat([masked, tensor(batch, "input_ids", masked.shape)]), **images}
     for name in ("attention_mask", "token_type_ids"):

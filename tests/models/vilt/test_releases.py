@@ -97,10 +97,14 @@ def test_arguments_by_place(kind):
 
 @pytest.mark.parametrize("kind", ["trunk", "masked_lm", "nlvr2"])
 def test_arguments_that_it_has_not(kind):
-    """Refused or ignored: as the plain model has it."""
+    """Refused or ignored, the count of a Trainer that accumulates too: as the plain model has it."""
     theirs, ours = pair(kind)
     inputs = batch(kind)
-    for args, kwargs in (([], {"colour": "red"}), ([inputs["input_ids"]], {}), ([None] * 20, {})):
+    if labels(kind) is not None:
+        inputs["labels"] = labels(kind)
+    assert inspect.signature(ours.forward) == inspect.signature(theirs.forward)
+    more = {"colour": "red"}, {"num_items_in_batch": torch.tensor(3)}
+    for args, kwargs in (*(([], one) for one in more), ([inputs["input_ids"]], {}), ([None] * 20, {})):
         outcomes = []
         for model in (ours, theirs):
             try:
@@ -111,6 +115,8 @@ def test_arguments_that_it_has_not(kind):
         assert type(outcomes[0]) is type(outcomes[1])
         if isinstance(outcomes[0], str):
             assert outcomes[0] == outcomes[1]
+        elif "labels" in inputs:  # the loss
+            assert_close(*outcomes)
 
 
 @pytest.mark.parametrize("kind", ["trunk", *TASKS])
