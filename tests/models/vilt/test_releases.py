@@ -18,12 +18,12 @@ from support.models import (
     assert_same_gradients,
     assert_same_output,
     assert_same_structure,
+    assert_same_where_real,
     batch,
     build,
     call,
     gradients,
     labels,
-    leaves,
     only_real,
     pair,
     real_positions,
@@ -45,10 +45,7 @@ def assert_same_real(kind, ours, theirs, inputs, *, model, **flags):
         with torch.set_grad_enabled(grad):
             mine, other = call(ours, inputs, **flags), call(theirs, inputs, **flags)
         assert_same_structure(mine, other)
-        for (path, a), (_, b) in zip(leaves(mine), leaves(other), strict=True):
-            if a is not None:
-                a, b = (only_real(path, t, masks, kind)[0] for t in (a, b))
-                assert_close(a, b, path)
+        assert_same_where_real(kind, mine, other, masks)
 
 
 def assert_same_backward(kind, ours, theirs):
