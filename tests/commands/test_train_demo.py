@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 import vilt_fast
+from vilt_fast import objectives
 from vilt_fast.commands import lesson, main, train_demo
 
 #: A cell a patch: three shapes in four colours on four or six patches.
@@ -47,6 +48,19 @@ def test_one_seed_is_one_run():
     assert first == again
     other = dataclasses.replace(BRIEF, seed=1)
     assert [s.losses for s in lesson.train(vilt_fast.accelerate(lesson.model(other)), other, 3)] != first
+
+
+def test_alignment_rises_from_the_middle_on(monkeypatch):
+    own, seen = objectives.pretraining_loss, []
+
+    def noted(*args, weights, **options):
+        seen.append(weights["wpa"])
+        return own(*args, weights=weights, **options)
+
+    monkeypatch.setattr(objectives, "pretraining_loss", noted, raising=False)
+    shown = ["wpa_loss" in losses for losses in steps(vilt_fast.accelerate(lesson.model(BRIEF)))]
+    assert seen == pytest.approx([0, 0, 0, BRIEF.alignment / 3, BRIEF.alignment * 2 / 3, BRIEF.alignment])
+    assert shown == [False] * 3 + [True] * 3
 
 
 def test_scenes_of_the_examination_were_not_learnt_from():

@@ -31,7 +31,7 @@ class Plan:
     patch: int = PATCH
     learning_rate: float = 2e-3
     masked: float = 0.3  #: share of the words; ViLT's 0.15 learns the same from twice as many steps
-    alignment: float = 10.0  #: weight of the word-patch alignment, on top of its own 0.1
+    alignment: float = 10.0  #: weight that word-patch alignment rises to, on top of its own 0.1
     aligned_after: float = 0.5  #: share of the steps without it: words find places once they know what they name
     seed: int = 0
     world: dict = dataclasses.field(default_factory=dict)  #: of :class:`World`
@@ -119,7 +119,8 @@ def train(learner, plan: Plan, steps: int | None = None) -> Iterator[Step]:
     late = round(plan.steps * plan.aligned_after)
     begun = time.perf_counter()
     for number, batch in enumerate(itertools.islice(batches(plan), steps or plan.steps), 1):
-        weights = {"wpa": plan.alignment if number > late else 0.0}
+        # Slowly: what comes at once takes words away from where they were.
+        weights = {"wpa": plan.alignment * max(0, number - late) / max(1, plan.steps - late)}
         output = pretraining_loss(learner, batch, generator=generator, weights=weights)
         optimizer.zero_grad()
         output.loss.backward()
