@@ -191,7 +191,8 @@ def _markdown(plan, parameters, ours, theirs, table, pictures):
         "## Which patches each word is transported to",
         f"By the plan of the loss (beta {lesson.TRANSPORT['beta']}, {lesson.TRANSPORT['iterations']} iterations), in "
         f"patches of {plan.patch} x {plan.patch} pixels. Nobody tells a word its place. Alignment joins after "
-        f"{plan.aligned_after:.0%} of the steps, when words know what they name; nouns find it with some seeds only.",
+        f"{plan.aligned_after:.0%} of the steps, when words know what they name, and its weight rises to the end; "
+        "words find their places with some seeds only.",
     ]
     lines += [f"![{caption}]({name})" for name, caption in pictures]
     return "\n\n".join(lines) + "\n"
