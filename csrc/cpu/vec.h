@@ -74,6 +74,15 @@ VF_INLINE I interleave_bf16(const bf16* even, const bf16* odd) {
   const I o = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)odd));
   return _mm512_or_si512(e, _mm512_slli_epi32(o, 16));
 }
+VF_INLINE I interleave_bf16(F even, F odd) {  // rounded
+#if VF_LEVEL >= 3
+  const I both = (I)_mm512_cvtne2ps_pbh(odd, even);  // 16 of even, then 16 of odd
+  const __m256i e = _mm512_castsi512_si256(both), o = _mm512_extracti64x4_epi64(both, 1);
+#else
+  const __m256i e = to_bf16(even), o = to_bf16(odd);
+#endif
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(e), _mm512_slli_epi32(_mm512_cvtepu16_epi32(o), 16));
+}
 // A Chunk is kChunk consecutive units of one matrix row; see pack() in gemm.h.
 using Chunk = __m256i;
 constexpr int kChunk = 8;
@@ -186,6 +195,9 @@ VF_INLINE I interleave_bf16(const bf16* even, const bf16* odd) {
   const I e = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)even));
   const I o = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)odd));
   return _mm256_or_si256(e, _mm256_slli_epi32(o, 16));
+}
+VF_INLINE I interleave_bf16(F even, F odd) {  // rounded
+  return _mm256_or_si256(round_bf16(even), _mm256_slli_epi32(round_bf16(odd), 16));
 }
 using Chunk = __m256i;
 constexpr int kChunk = 8;
@@ -307,6 +319,9 @@ VF_INLINE I interleave_bf16(const bf16* even, const bf16* odd) {
   I x;
   for (int i = 0; i < kLanes; ++i) x[i] = (int32_t)((uint32_t)even[i] | (uint32_t)odd[i] << 16);
   return x;
+}
+VF_INLINE I interleave_bf16(F even, F odd) {  // rounded
+  return round_bf16(even) | (I)((U)round_bf16(odd) << 16);
 }
 using Chunk = I;
 constexpr int kChunk = 4;
