@@ -49,14 +49,15 @@ def patch_embed(
     chosen = chosen.to(weight.dtype)
     rows, columns = chosen.flatten(1), weight.flatten(1).T  # no F.linear: who replaces that means linear layers
     projected = (rows @ columns if bias is None else torch.addmm(bias, rows, columns)).to(wide)
-    corners = position.to(wide)[pos_index]  # [n, 4, D]
+    # Not by indexing, whose gradient threads add up in any order on a CPU.
+    corners = torch.embedding(position.to(wide), pos_index)  # [n, 4, D]
     patches = projected + (corners * pos_weight.to(wide).unsqueeze(-1)).sum(1)
     patches = F.dropout(patches, dropout_p)
     cls = (cls_token.to(wide) + position[0].to(wide)).expand(len(cls_rows), -1)
     cls = F.dropout(cls, dropout_p)
     if modality is not None:
-        patches = patches + modality.to(wide)[modality_index[patch_sample]]
-        cls = cls + modality.to(wide)[modality_index]
+        patches = patches + torch.embedding(modality.to(wide), modality_index[patch_sample])
+        cls = cls + torch.embedding(modality.to(wide), modality_index)
 
     x = cls.new_zeros(total_rows, cls.shape[1])
     if text is not None:
