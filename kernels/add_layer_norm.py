@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _aot, _device, _tiles
+from . import _aot, _dependent, _device, _tiles
 
 MAX_WIDTH = 8192
 _GROUPS = 256
@@ -28,8 +28,9 @@ _GROUPS = 256
 @triton.jit(do_not_specialize=["N"])
 def _add_layer_norm_fwd_kernel(
     x, residual, weight, bias, seed, s_out, y_out, mean_out, rstd_out, N, D, stride_x, stride_r, eps, dropout_p,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    _dependent.begin(PDL)
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     real = (cols < D)[None, :]
     inside = (rows < N)[:, None] & real
@@ -129,7 +130,8 @@ def add_layer_norm_fwd(*, x, residual, weight, bias, eps, dropout_p, seed, keep)
     if s.numel():
         x, residual = _tiles.rows(x, residual)
         N = x.shape[0]
-        config = fwd_config(N, D, x.dtype, _device.arch(x))
+        arch = _device.arch(x)
+        config = _dependent.options(fwd_config(N, D, x.dtype, arch), arch)
         with _device.on(x):
             _add_layer_norm_fwd_kernel[(triton.cdiv(N, config["ROWS"]),)](
                 x, residual, *_tiles.dense(weight, bias), seed if dropout_p > 0 else None, s, y, mean, rstd, N, D,
@@ -176,7 +178,11 @@ def aot_cases():
                 types = dict.fromkeys(("residual", "s", "s_out", "ds", "dresidual"), f"*{stream}")
                 if not dropout:
                     types["seed"] = None
-                yield _aot.case(_add_layer_norm_fwd_kernel, f"add_layer_norm {name}", x, config, **types)
+                for targets, options in _dependent.ways()[: 1 if x == "fp32" else 2]:
+                    yield _aot.case(
+                        _add_layer_norm_fwd_kernel, f"add_layer_norm {name}" + " dependent" * options["PDL"], x,
+                        config | options, targets=targets, **types,
+                    )  # fmt: skip
                 if not dropout and x == stream:
                     types["dx"] = None
                 yield _aot.case(_add_layer_norm_bwd_kernel, f"add_layer_norm backward {name}", x, config, **types)

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import _aot, _device, _tiles
+from . import _aot, _dependent, _device, _tiles
 from ._gelu import gelu as _gelu
 
 
@@ -80,30 +80,43 @@ def _finish_halves(
 
 
 @triton.jit
-def tile_of(
-    x, weight, scales, bias, residual, pre, out, m, n, M, N, K, stride_xm, stride_wn, stride_rm, GELU: tl.constexpr,
-    TMA: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+def products_of(
+    x, weight, scales, m0, n0, first, last, M, N, K, stride_xm, stride_wn, TMA: tl.constexpr, WHOLE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute and write the output tile of row block m and column block n."""
+    """The float32 tile at (m0, n0) of x W^T, summed over columns `first` to `last` of both."""
     # Hopper's tensor cores keep 13 bits or so of a sum of e4m3 products: after 128 it moves on to float32 registers.
     INEXACT: tl.constexpr = 0 if scales[0] is None else BLOCK_K if BLOCK_K < 128 else 128
-    m0, n0 = m * BLOCK_M, n * BLOCK_N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
-        for k in range(0, K, BLOCK_K):
+        for k in range(first, last, BLOCK_K):
             acc = tl.dot(x.load([m0, k]), weight.load([n0, k]).T, acc, PRECISION, max_num_imprecise_acc=INEXACT)
     else:
         rows, cols, ks = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         x_at = x + tl.where(rows < M, rows, 0).to(tl.int64)[:, None] * stride_xm + ks[None, :]
         w_at = weight + tl.where(cols < N, cols, 0).to(tl.int64)[None, :] * stride_wn + ks[:, None]
-        for k in range(0, K, BLOCK_K):
+        for k in range(first, last, BLOCK_K):
             if WHOLE_K:
                 a, b = tl.load(x_at + k), tl.load(w_at + k)
             else:
                 a = tl.load(x_at + k, mask=ks[None, :] < K - k, other=0.0)
                 b = tl.load(w_at + k, mask=ks[:, None] < K - k, other=0.0)
             acc = tl.dot(a, b, acc, PRECISION, max_num_imprecise_acc=INEXACT)
+    return acc
+
+
+@triton.jit
+def tile_of(
+    x, weight, scales, bias, residual, pre, out, m, n, M, N, K, stride_xm, stride_wn, stride_rm, GELU: tl.constexpr,
+    TMA: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute and write the output tile of row block m and column block n."""
+    m0, n0 = m * BLOCK_M, n * BLOCK_N
+    acc = products_of(
+        x, weight, scales, m0, n0, 0, K, M, N, K, stride_xm, stride_wn, TMA, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        PRECISION,
+    )  # fmt: skip
     if PARTS == 4:
         left, right = _tiles.halves(acc)
         half: tl.constexpr = BLOCK_N // 2
@@ -118,7 +131,9 @@ def _linear_fwd_kernel(
     x, weight, x_scale, weight_scale, bias, residual, pre, out, M, N, K, stride_xm, stride_wn, stride_rm,
     GELU: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    _dependent.begin(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     for tile in tl.range(
         tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=SPECIALIZE, warp_specialize=SPECIALIZE
@@ -189,6 +204,14 @@ def _config(kind, M, N, *, arch=90, residual=False, gelu=False):
     return config | _device.configuration("linear_gelu", arch, M) if gelu and kind == "tma" else config
 
 
+def _measured(config, kind, M, K, arch):
+    """Of a plain linear layer: with what was measured, where something was; a split of K only where K is that long."""
+    found = _device.configuration("linear", arch, M) if kind == "tma" else {}
+    if K <= found.get("DEPTH", 0):
+        found = {name: found[name] for name in ("PDL",) if name in found}
+    return config | found
+
+
 def kind_of(x, *weights):
     if x.dtype == torch.float32:
         return "float32"
@@ -225,12 +248,20 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
         (bias,), (residual,) = _tiles.dense(bias), _tiles.rows(residual)
         kind = kind or kind_of(x, weight)
         arch = _device.arch(x)
-        config = dict(config or _config(kind, M, N, arch=arch, residual=residual is not None, gelu=gelu))
+        if config is None:
+            config = _config(kind, M, N, arch=arch, residual=residual is not None, gelu=gelu)
+            config = config if gelu else _measured(config, kind, M, K, arch)
+        config = _dependent.options(dict(config), arch)
         if gelu and out_dtype == torch.float32:
             config["GELU"] = "erf"
         programs = config.pop("per_multiprocessor") * _device.multiprocessors(x)
         block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
         tma = kind.startswith("tma")
+        if config.get("DEPTH"):
+            from . import linear_split  # which imports this file
+
+            linear_split.launch(x, weight, scales, bias, residual, pre, out, tma, config)
+            return out.view(shape), x.new_empty(0) if pre is None else pre.view(shape)
         with _device.on(x):
             _linear_fwd_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(N, block_n)),)](
                 TensorDescriptor.from_tensor(x, [block_m, block_k]) if tma else x,
@@ -292,7 +323,9 @@ def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,), fp8=False)
                 key = (target, kind, save, extra, *config.values())
                 if key not in seen:
                     seen.add(key)
-                    yield _aot_case(op, target, kind, dtype, save, extra, M, N, K, config)
+                    yield _aot_case(op, target, kind, dtype, save, extra, M, N, K, config | {"PDL": False})
+                    if kind == "tma" and not save and extra is None:
+                        yield _aot_case(op, target, kind, dtype, save, extra, M, N, K, config | {"PDL": True})
 
 
 def _aot_case(op, target, kind, dtype, save, residual, M, N, K, config):
@@ -311,7 +344,7 @@ def _aot_case(op, target, kind, dtype, save, residual, M, N, K, config):
     )  # fmt: skip
     if result == dtype:
         types |= dict(x_scale=None, weight_scale=None)
-    extras = "+pre" * save + (f"+residual {residual}" if residual else "")
+    extras = "+pre" * save + (f"+residual {residual}" if residual else "") + " dependent" * config["PDL"]
     return _aot.case(
         _linear_fwd_kernel, f"{op} {kind} M<={M} N={N} K={K} {block_m}x{block_n}x{block_k}{extras}", result,
         config | dict(TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=target.precision),
@@ -321,3 +354,6 @@ def _aot_case(op, target, kind, dtype, save, residual, M, N, K, config):
 
 def aot_cases():
     yield from aot_variants("linear", ((768, 768), (2304, 768), (768, 3072)), gelu=False, residual=(None, "fp32"))
+    from . import linear_split
+
+    yield from linear_split.cases()

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import _aot, _device, _tiles, linear
+from . import _aot, _dependent, _device, _tiles, linear
 from .linear import described, tile_of, tile_place
 
 
@@ -24,7 +24,9 @@ def _linear_qkv_fwd_kernel(
     x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias, query, key, value, M, N, K, stride_xm,
     stride_qn, stride_kn, stride_vn, TMA: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    _dependent.begin(PDL)
     which = tl.program_id(0) % 3
     m, n = tile_place(tl.program_id(0) // 3, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     weight, bias, out, stride_wn = query_weight, query_bias, query, stride_qn
@@ -66,7 +68,7 @@ def launch(x, weights, biases, outs, kind=None, config=None):
     (M, K), N = x.shape, len(weights[0])
     kind = kind or linear.kind_of(x, *weights)
     arch = _device.arch(x)
-    config = dict(config or _config(kind, M, N, arch=arch))
+    config = _dependent.options(dict(config or _config(kind, M, N, arch=arch)), arch)
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
     tma = kind.startswith("tma")
     if any(bias is None for bias in biases) and biases.count(None) < 3:
@@ -121,7 +123,9 @@ def aot_cases():
                 if (kind, config) in seen:
                     continue
                 seen.append((kind, config))
-                yield _aot_case(target, kind, dtype, M, config)
+                for targets, how in _dependent.ways([target]):
+                    if targets and (kind == "tma" or not how["PDL"]):
+                        yield _aot_case(target, kind, dtype, M, config | how)
 
 
 def _aot_case(target, kind, dtype, M, config):
@@ -135,5 +139,5 @@ def _aot_case(target, kind, dtype, M, config):
     types = dict(x=matrix(block_m, block_k), **{f"{name}_weight": matrix(block_n, block_k) for name in three})
     types |= dict.fromkeys(three, matrix(block_m, block_n // config["PARTS"]))
     more = dict(TMA=tma, WHOLE_K=WIDTH % block_k == 0, PRECISION=target.precision)
-    name = f"linear_qkv {kind} M<={M} N={WIDTH} K={WIDTH} {block_m}x{block_n}x{block_k}"
+    name = f"linear_qkv {kind} M<={M} N={WIDTH} K={WIDTH} {block_m}x{block_n}x{block_k}" + " dependent" * config["PDL"]
     return _aot.case(_linear_qkv_fwd_kernel, name, dtype, config | more, targets=[target], matmul=True, **types)
