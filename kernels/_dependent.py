@@ -1,4 +1,4 @@
-"""Programmatic dependent launch (NVIDIA, sm_90 on): a kernel is set up while the one before it in its stream still runs.
+"""Programmatic dependent launch (NVIDIA, sm_90 on): a kernel is set up while the one before it still runs.
 
 A kernel launched with ``launch_pdl`` may begin as soon as every program of the one before it has said so or has ended.
 `begin` therefore comes first in a kernel, and every program of it goes through there:

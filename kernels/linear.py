@@ -206,7 +206,8 @@ def _config(kind, M, N, *, arch=90, residual=False, gelu=False):
 
 def _measured(config, kind, M, K, arch):
     """Of a plain linear layer: with what was measured, where something was; a split of K only where K is that long."""
-    found = _device.configuration("linear", arch, M) if kind == "tma" else {}
+    found = dict(_device.configuration("linear", arch, M)) if kind == "tma" else {}
+    found.pop("RESIDUAL", None)  # which is for those who call
     if K <= found.get("DEPTH", 0):
         found = {name: found[name] for name in ("PDL",) if name in found}
     return config | found

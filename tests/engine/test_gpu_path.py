@@ -8,7 +8,9 @@ from support.models import batch, build, call, labels, leaves, real_positions
 from torch import nn
 
 import vilt_fast
+from vilt_fast import order
 from vilt_fast.engine import native
+from vilt_fast.kernels import linear
 from vilt_fast.ops import registry
 from vilt_fast.testing import assert_within_budget
 
@@ -83,6 +85,46 @@ def test_padding_runs_on_them_too(device, launched):
     right = call(exact, moved(batch("trunk"), "cpu", torch.float32) | floats64("trunk", torch.float32))
     compare(call(ours, inputs), call(plain, inputs), right)
     assert {(op, "triton") for op in FUSED} <= launched
+
+
+@pytest.fixture
+def adding(monkeypatch):
+    """Where the table has linear layers add the residual stream; the kernels that add, as they are called."""
+    entry = order.Entry(("triton", "reference"), "a test", {"RESIDUAL": True})
+    monkeypatch.setitem(order.table(), (order.capability(), "linear", "any"), entry)
+    order.entry.cache_clear()
+    seen, launch = [], linear.launch
+
+    def noted(x, weight, bias, residual, **options):
+        seen.append(residual)
+        return launch(x, weight, bias, residual, **options)
+
+    monkeypatch.setattr(linear, "launch", noted)
+    yield seen
+    order.entry.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, blocks", [("trunk", torch.float16, 1), ("question_answering", torch.float32, 2)]
+)
+def test_linear_layers_add_to_the_stream_where_the_table_says_so(kind, dtype, blocks, device, launched, adding):
+    """All rows and chosen ones; not where dropout is alive, a gradient may be wanted or the stream is wider."""
+    exact, plain, ours = models(kind, device, dtype, num_hidden_layers=blocks)
+    inputs = moved(batch(kind), device, dtype)
+    with torch.no_grad():
+        right = call(exact, moved(batch(kind), "cpu", dtype) | floats64(kind, dtype))
+        compare(call(ours, inputs), call(plain, inputs), right, real_positions(exact, batch(kind)))
+    assert ("add_layer_norm", "triton") not in launched
+    assert sum(residual is not None for residual in adding) == 2 * blocks
+    adding.clear()
+    call(ours, inputs)
+    with torch.no_grad():
+        for module in ours.encoder.modules() if kind == "trunk" else ():
+            if isinstance(module, nn.Dropout):
+                module.train().p = 0.1
+        with torch.autocast(device, torch.float16, enabled=dtype == torch.float32):
+            call(ours, inputs)
+    assert ("add_layer_norm", "triton") in launched and not any(residual is not None for residual in adding)
 
 
 def floats64(kind, dtype):

@@ -32,9 +32,7 @@ def _split(x, weight, bias, residual, depth=32, *, gelu=False, kind="pointer"):
     [(torch.float32, None), (torch.float32, torch.float32), (torch.float16, None), (torch.float16, torch.float32),
      (torch.float16, torch.float16)],
 )  # fmt: skip
-@pytest.mark.parametrize(
-    "M, N, K, depth", [(70, 40, 100, 48), (1, 300, 64, 32), (5, 7, 9, 16), (64, 32, 96, 32)]
-)
+@pytest.mark.parametrize("M, N, K, depth", [(70, 40, 100, 48), (1, 300, 64, 32), (5, 7, 9, 16), (64, 32, 96, 32)])
 @torch.no_grad()
 def test_within_budget(M, N, K, depth, dtype, residual):
     """Splits that K fills and that it does not, one split and several, odd rows and columns."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..ops._check import transforming
+from ..ops.linear import adds_residual
 from . import graphs as engine
 from . import packed, recomputed
 from .blocks import Block
@@ -74,10 +75,10 @@ def stack(blocks: Sequence[Block], weights: WeightCache | None) -> Callable:
     """The function (rows [N, D], spans, wanted) -> [N or W, D] of plain blocks."""
 
     def run(x: torch.Tensor, spans: Spans, wanted: Selection | None) -> torch.Tensor:
-        x, branch = packed.as_parameters(x, blocks[0]), None
+        x, branch, adds = packed.as_parameters(x, blocks[0]), None, adds_residual(x)
         for i, block in enumerate(blocks):
             here = wanted if i + 1 == len(blocks) else None
-            x, branch, _ = packed.step_of(block, i, spans, weights, wanted=here)(x, branch)
+            x, branch, _ = packed.step_of(block, i, spans, weights, wanted=here, adds=adds)(x, branch)
         return packed.added(x, branch)
 
     return run

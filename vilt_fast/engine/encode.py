@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from .. import record
 from ..ops import registry
 from ..ops._check import transforming
+from ..ops.linear import adds_residual
 from . import captured, native, packed, recomputed
 from .blocks import Block, Described
 from .graphs import Graphs
@@ -101,7 +102,7 @@ def encode(
     go_native = not never and fp8 is None
     run_from = native.run_from if runs is None else runs.run_from
     spans = packing.spans
-    branch = None  # of the last sublayer, not added to the stream yet
+    branch, adds = None, adds_residual(rows)  # of the last sublayer, not added to the stream yet
     i = 0
     while i < len(blocks):
         reason = never
@@ -125,7 +126,7 @@ def encode(
             copies = None if fp8 is None or _why_not_fp8(block) else fp8
             if copies is not None and (emulated := why_emulated(rows)):
                 copies.say(f"it is emulated here, with no gain: {emulated}")
-            step = packed.step_of(block, i, spans, copies, packing if want_attention else None, here)
+            step = packed.step_of(block, i, spans, copies, packing if want_attention else None, here, adds)
             if copies is not None and torch.is_grad_enabled():
                 stream = packed.as_parameters(packed.added(result.rows, branch), block)
                 result.rows, branch = packed.recomputed_step(block, step, spans, stream, here), None

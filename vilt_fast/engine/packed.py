@@ -1,7 +1,7 @@
 """The packed way: a block's steps on packed rows, one fused op each where its modules are the plain ones.
 
 What a sublayer adds to the residual stream is handed on unadded, as a `Branch`: the next norm adds it in the same pass
-over memory.
+over memory. Or its last linear layer does (`ops.linear.adds_residual`), and there is no branch.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ def step_of(
     weights: WeightCache | None = None,
     packing: Packing | None = None,
     wanted: Selection | None = None,
+    adds: bool = False,
 ):
     """The step of a block: (stream, branch before) -> (stream, branch, probabilities or None).
 
     With `weights` (fp8) its linear layers compute with 8-bit copies; with a packing, attention's probabilities are
-    wanted. With a selection, only those rows go on; the others are keys and values.
+    wanted. With a selection, only those rows go on; the others are keys and values. With `adds`, linear layers that can
+    add to the stream themselves.
     """
 
     def multiply(name, x, *modules, gelu=False):
@@ -77,8 +79,15 @@ def step_of(
             return functional.linear_gelu(x, modules[0].weight, modules[0].bias)
         return linear(modules[0], x)
 
-    def attention(sublayer, x, stream_dtype):
-        """(branch, probabilities or None)."""
+    def grown(stream, name, x, module, dropout):
+        """(stream, branch): the stream grows by what a linear layer gives."""
+        p = live(dropout)
+        if adds and weights is None and p == 0 and type(module) is nn.Linear and stream.dtype == x.dtype:
+            return functional.linear(x, module.weight, module.bias, stream), None
+        return stream, Branch(multiply(name, x, module), p)
+
+    def attention(sublayer, x, stream):
+        """(stream, branch, probabilities or None)."""
         if weights is not None or len(sublayer.projections) == 1:
             query, key, value = multiply("qkv", x, *sublayer.projections).chunk(3, dim=-1)
             query = chosen(query, wanted)
@@ -93,22 +102,24 @@ def step_of(
         dropout_p, probabilities = live(sublayer.dropout), None
         if packing is not None:
             # The reference adds a mask, if any, in the dtype of its stream: under autocast that is not the scores'.
-            dtype = query.dtype if packing.dense else torch.promote_types(query.dtype, stream_dtype)
+            dtype = query.dtype if packing.dense else torch.promote_types(query.dtype, stream.dtype)
             context, probabilities = _attention_with_probabilities(
                 query, key, value, packing, sublayer.scale, dropout_p, dtype
             )
         else:
             context = attend(query, key, value, spans, wanted, dropout_p=dropout_p, scale=sublayer.scale)
-        return Branch(multiply("out", context.flatten(-2), sublayer.out), live(sublayer.out_dropout)), probabilities
+        stream = chosen(stream, wanted)
+        return *grown(stream, "out", context.flatten(-2), sublayer.out, sublayer.out_dropout), probabilities
 
-    def feed_forward(sublayer, x):
+    def feed_forward(sublayer, x, stream):
+        """(stream, branch)."""
         if type(sublayer.fc1) is nn.Linear and sublayer.activation_kind == "gelu":
             inner = multiply("fc1", x, sublayer.fc1, gelu=True)
         else:
             inner = sublayer.activation(sublayer.fc1(x))
         if sublayer.activation_dropout is not None:
             inner = sublayer.activation_dropout(inner)
-        return Branch(multiply("fc2", inner, sublayer.fc2), live(sublayer.fc2_dropout))
+        return grown(stream, "fc2", inner, sublayer.fc2, sublayer.fc2_dropout)
 
     def step(x, branch):
         probabilities = None
@@ -118,10 +129,9 @@ def step_of(
             else:
                 inner = x = added(x, branch)
             if isinstance(sublayer, FeedForward):
-                branch = feed_forward(sublayer, inner)
+                x, branch = feed_forward(sublayer, inner, x)
             else:
-                branch, seen = attention(sublayer, inner, x.dtype)
-                x = chosen(x, wanted)
+                x, branch, seen = attention(sublayer, inner, x)
                 probabilities = seen if probabilities is None else probabilities
             if not block.norm_first:
                 (_, x), branch = normed(sublayer.norm, x, branch), None

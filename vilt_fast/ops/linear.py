@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from .. import order
 from . import _check, registry
 from ._define import Op
 
@@ -80,3 +81,14 @@ def linear(
     if name in registry.PLAIN:
         return _OP.plain(name, x=x, weight=weight, bias=bias, residual=residual)
     return _OP(name, x=x, weight=weight, bias=bias, residual=residual)[0]
+
+
+def adds_residual(x: Tensor) -> bool:
+    """Whether a linear layer of rows like `x` had better add a residual than leave that to a norm behind it.
+
+    Where order.csv says so (RESIDUAL=True) and asks a backend first that does it in the same pass; in inference.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type not in registry._GPUS:
+        return False
+    entry = order.entry("linear", registry.size_of(x))
+    return entry.backends[0] not in registry.PLAIN and bool(entry.configuration.get("RESIDUAL"))
