@@ -104,9 +104,7 @@ def adding(monkeypatch):
     order.entry.cache_clear()
 
 
-@pytest.mark.parametrize(
-    "kind, dtype, blocks", [("trunk", torch.float16, 1), ("question_answering", torch.float32, 2)]
-)
+@pytest.mark.parametrize("kind, dtype, blocks", [("trunk", torch.float16, 1), ("question_answering", torch.float32, 2)])
 def test_linear_layers_add_to_the_stream_where_the_table_says_so(kind, dtype, blocks, device, launched, adding):
     """All rows and chosen ones; not where dropout is alive, a gradient may be wanted or the stream is wider."""
     exact, plain, ours = models(kind, device, dtype, num_hidden_layers=blocks)
