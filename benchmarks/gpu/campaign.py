@@ -45,6 +45,9 @@ PARTS = {
     "kernels": Part("benchmarks.gpu.kernels:kernels", 20, 250, "ops and their variants beside the alternatives"),
     "models": Part("benchmarks.gpu.models:models", 20, 240, "whole models; padded SDPA under torch.compile first"),
     "winners": Part("benchmarks.gpu.models:winners", 15, 110, "the variants that won, in whole models"),
+    "launches": Part(
+        "benchmarks.gpu.models:launches", 15, 40, "dependent launches, split K, residuals in whole models"
+    ),
     "compiled": Part("benchmarks.gpu.models:compiled", 30, 130, "the whole model under torch.compile"),
     "training": Part("benchmarks.gpu.models:training", 10, 45, "a training step"),
     "transport": Part("benchmarks.gpu.transport:transport", 10, 90, "CUDA kernels: tests, correctness, times"),

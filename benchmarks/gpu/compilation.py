@@ -12,8 +12,8 @@ from pathlib import Path
 
 from . import process
 
-PARTS = ("checks:correctness", "models:models", "models:compiled", "kernels:kernels", "models:training",
-         "transport:transport")  # fmt: skip
+PARTS = ("checks:correctness", "models:models", "models:compiled", "kernels:kernels", "models:launches",
+         "models:training", "transport:transport")  # fmt: skip
 MOST = 12  # processes: each takes some gigabytes of the GPU
 
 

@@ -28,8 +28,8 @@ def kernels(context):
     for batch in (context.batches[:3])[::-1]:
         case = context.case(batch)
         for group in (
-            _attention, _attention_gradients, _linear_gelu, _linear_qkv, _linear_out, _linear_fc2, _add_layer_norm,
-            _text_embed, _patch_embed, _linear_cross_entropy,
+            _attention, _attention_gradients, _linear_gelu, _linear_qkv, _linear_out, _linear_fc2, _linear_out_norm,
+            _linear_fc2_norm, _add_layer_norm, _text_embed, _patch_embed, _linear_cross_entropy,
         ):  # fmt: skip
             context.item(f"{group.__name__[1:]}, batch {batch}", partial(group, context, case))
         context.kept.pop(("calls", case.name), None)
@@ -287,6 +287,45 @@ def _linear_qkv(context, case):
     work = counts.linear(rows, d, 3 * d, x.element_size())
     exact = partial(plain, x.double(), [w.double() for w in weights], [b.double() for b in biases])
     _group(context, "linear qkv", case, calls, exact, work)
+
+
+def _into_norm(context, case, op, inputs):
+    """A linear layer, the residual stream and the norm behind: who adds the stream, and whose product it is."""
+    d, rows = context.config.hidden_size, sum(lengths(context, case))
+    x, stream = _random(context, rows, inputs), _random(context, rows + 1, d)[1:]
+    weight, bias = _random(context, d, inputs, scale=inputs**-0.5), _random(context, d)
+    norm = _random(context, d), _random(context, d), 1e-12
+
+    def plain(x, stream, weight, bias, scale, shift):
+        total = F.linear(x, weight, bias) + stream
+        return total, F.layer_norm(total, (d,), scale, shift, norm[2])
+
+    def norm_adds(linear):
+        return functional.add_layer_norm(linear(x, weight, bias), stream, *norm, backend="triton")
+
+    def linear_adds():
+        total = own(x, weight, bias, stream)
+        return total, F.layer_norm(total, (d,), *norm)
+
+    own, given = partial(functional.linear, backend="triton"), (x, stream, weight, bias, *norm[:2])
+    calls = {"eager": partial(plain, *given), **_with(_compiled(context, case, plain), *given)}
+    calls |= {
+        "ours": partial(norm_adds, F.linear),
+        "ours own_product": partial(norm_adds, own),
+        "ours linear_adds": linear_adds,
+    }
+    size = x.element_size()
+    product, added = counts.linear(rows, inputs, d, size, residual=size), counts.add_layer_norm(rows, d, size)
+    work = product._replace(scalar=added.scalar, bytes=product.bytes + added.bytes // 4)  # of the norm, what it writes
+    _group(context, op, case, calls, lambda: plain(*map(_double, given)), work)
+
+
+def _linear_out_norm(context, case):
+    _into_norm(context, case, "linear out norm", context.config.hidden_size)
+
+
+def _linear_fc2_norm(context, case):
+    _into_norm(context, case, "linear fc2 norm", context.config.intermediate_size)
 
 
 def _add_layer_norm(context, case):

@@ -127,6 +127,21 @@ def winners(context):
                 _item(context, "models_winners", run, name, batch)
 
 
+def launches(context):
+    """Ours in graphs with what only a whole forward shows, beside what ships: `variants.WHOLE`."""
+    run, name = providers(context), variants.FORWARD
+    for batch in context.batches[:1] if context.dry else (1, 8, 64):
+        _item(context, "models_launches", run, name, batch)
+        for variant, whole in variants.WHOLE.items():
+            if context.dry or batch in whole.batches:
+                run[f"{name}_{variant}"] = run[name]._replace(build=partial(_with_rows, variant, run[name].build))
+                _item(context, "models_launches", run, f"{name}_{variant}", batch)
+
+
+def _with_rows(variant, build, model):
+    return variants.within(variant, build(model))
+
+
 def _with_winners(won, build, model):
     return variants.chosen(won, build(model))
 

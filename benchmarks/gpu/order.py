@@ -2,8 +2,9 @@
 
 From kernels.csv and alignment.csv of a campaign: of each op the backends that were timed in one group, fastest first,
 and the variant of our own kernel that beat what ships; at the largest batch for calls of any size, and for those of a
-size that was measured where they came out otherwise. Without --update the rows are printed; with it they take the
-place, in vilt_fast/order.csv, of all that this says of the same device and op.
+size that was measured where they came out otherwise. Where whole forwards (models_launches.csv) were faster with the
+rows of a variant, those, for calls of that size. Without --update the rows are printed; with it they take the place,
+in vilt_fast/order.csv, of all that this says of the same device and op.
 """
 
 import argparse
@@ -34,9 +35,12 @@ def rows(results, device):
     times, won = {}, variants.by_batch(results)
     for row in (*table.read(results / "kernels.csv"), *table.read(results / "alignment.csv")):
         name, _, case = row["case"].rpartition(" ")
-        op, backend = OPS.get(name, name), BACKENDS.get(row["provider"])
+        op, batch = OPS.get(name, name), int(case[1:]) if case[1:].isdigit() else 0
+        best = won.get(name, {}).get(batch)
+        backend = BACKENDS.get("ours" if best and row["provider"] == f"ours {best}" else row["provider"])
+        if best and row["provider"] == "ours":  # the variant stands for it
+            continue
         if backend in registry.backends(op):
-            batch = int(case[1:]) if case[1:].isdigit() else 0
             times.setdefault((op, FLOATS.index(row["dtype"])), {}).setdefault(batch, []).append((backend, name, row))
     found, known = [], set()
     for (op, _), cases in sorted(times.items()):
@@ -50,7 +54,26 @@ def rows(results, device):
             own = _row(device, op, order.size_of(ROWS * batch), cases[batch], won, batch)
             if any(own[column] != every[column] for column in ("backends", "configuration")):
                 found.append(own)
-    return found
+    return _with_forwards(found, results, device)
+
+
+def _with_forwards(found, results, device):
+    """The rows, and what whole forwards were faster with besides."""
+    rows = {(row["device"], row["op"], row["size"]): row for row in found}
+
+    def known(device, op, size):
+        row = rows.get((device, op, size)) or rows.get((device, op, "any"))
+        if not row:
+            return order.of(device, op, size)
+        return order.Entry(tuple(row["backends"].split()), row["by"], order.parsed(row["configuration"]))
+
+    for batch, (name, row) in variants.of_forwards(results).items():
+        by = f"measured on {row['device']}, commit {row['commit']}, {row['date']}"
+        for key, entry in variants.entries(name, device, known).items():
+            if key[2] == order.size_of(ROWS * batch):
+                values = (*key, " ".join(entry.backends), order.written(entry.configuration), by)
+                rows[key] = dict(zip(order.FIELDS, values, strict=True))
+    return list(rows.values())
 
 
 def _row(device, op, size, timed, won, batch):

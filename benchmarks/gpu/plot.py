@@ -11,6 +11,7 @@ TITLES = {
     "models": "A forward, batch 1 to 256, mixed sizes",
     "models_compiled": "The same after torch.compile",
     "models_winners": "The same with the variants that won",
+    "models_launches": "The same, launched otherwise",
     "training": "A training step",
     "alignment": "Optimal transport between words and patches",
     "retrieval": "Every text against every image",

@@ -13,6 +13,7 @@ def text(results):
     for name, title in (
         ("profile", ""), ("retrieval", "pairs against each other"), ("alignment", "transport"), ("kernels", "ops"),
         ("training", "training step"), ("models_compiled", "models under torch.compile"),
+        ("models_launches", "models launched otherwise"),
         ("models_winners", "models with the variants that won"), ("models", "models"),
     ):  # fmt: skip
         rows = table.read(results / f"{name}.csv")

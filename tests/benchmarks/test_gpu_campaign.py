@@ -68,6 +68,10 @@ def test_the_table_names_every_case_and_comes_last(dry):
         ),
         ("models_compiled", {"hf_eager", "hf_compile_bf16", "ours_graphs_bfloat16"}),
         ("models_winners", {"hf_eager", "ours_graphs_bfloat16", "ours_bfloat16"}),
+        (
+            "models_launches",
+            {"hf_eager", variants.FORWARD, *(f"{variants.FORWARD}_{name}" for name in variants.WHOLE)},
+        ),
         ("training", {"hf_autocast", "ours_autocast"}),
         ("alignment", {"loop", "triton"}),
         ("retrieval", {"hf_eager", "hf_bf16", "ours_bfloat16"}),
@@ -98,17 +102,19 @@ def test_the_strongest_peer_comes_first_and_each_variant_beside_what_ships(dry):
 
 def test_ours_are_as_right_as_their_peers(dry):
     """In each group and dtype our error is at most twice the worst of the others, plus a rounding."""
-    for name in ("kernels", "models", "models_compiled", "models_winners", "alignment"):
+    for name in ("kernels", "models", "models_compiled", "models_winners", "models_launches", "alignment"):
         groups = {}
         for row in rows(dry[0], name):
             groups.setdefault((row["case"], row["dtype"]), []).append(row)
         for (case, dtype), group in groups.items():
-            if name in ("models_compiled", "models_winners") and dtype == "float32":  # only the base of the ratios
+            if (
+                name in ("models_compiled", "models_winners", "models_launches") and dtype == "float32"
+            ):  # only the base of the ratios
                 assert {row["provider"] for row in group} == {"hf_eager"}
                 continue
             if dtype == "float8":  # nobody else computes in it; tests/test_quantization.py holds it to its emulation
                 continue
-            if name == "models_winners":  # ours alone, which `models` holds to their peers
+            if name in ("models_winners", "models_launches"):  # ours alone, which `models` holds to their peers
                 assert all(row["provider"].startswith(tables.OURS) for row in group)
                 continue
             rated = [row for row in group if row["provider"] != "conv2d"]  # which leaves out half of the work

@@ -95,6 +95,7 @@ def test_items_are_dealt_out_over_processes_each_once(tmp_path):
 def test_every_variant_is_another_launch():
     asked = {
         "linear_gelu": partial(linear._config, "tma", 13792, 3072, gelu=True),
+        "linear fc2": lambda: linear._measured(linear._config("tma", 185, 768), "tma", 185, 3072, 90),
         "linear qkv": partial(linear_qkv._config, "tma", 13792, 768),
         "add_layer_norm": partial(add_layer_norm.fwd_config, 13792, 768, torch.bfloat16, 90),
         "patch_embed": partial(patch_embed.fwd_config, 9216, torch.bfloat16, 90),
@@ -110,6 +111,32 @@ def test_every_variant_is_another_launch():
                 assert other != ships, (op, name)
             assert asked[op]() == ships
             assert order.parsed(order.written(some[name])) == some[name]
+
+
+def test_rows_of_whole_forwards_stand_in_the_table_while_one_runs(monkeypatch):
+    def told():
+        backends = order.entry("linear", "few").backends[0], order.entry("linear_gelu").backends[0]
+        ops = ("linear", "linear_qkv", "linear_gelu", "add_layer_norm", "attention")
+        return backends, *({op: order.configuration(op, 90, rows) for op in ops} for rows in (185, 13792))
+
+    monkeypatch.setattr(order, "capability", lambda: "sm_90")
+    order.entry.cache_clear()
+    before = told()
+    usual, few, many = before
+    split = variants.VARIANTS["linear fc2"]["64x128 splits of 768"]
+    waits = {op: {"PDL": True} for op in few if op != "attention"} | {"attention": {}}
+    for name, wanted in {
+        "dependent": (usual, waits, waits), "own": (("triton", usual[1]), few, many),
+        "own_split": (("triton", usual[1]), few | {"linear": split}, many),
+        "own_split_dependent": (("triton", usual[1]), waits | {"linear": split | {"PDL": True}}, waits),
+        "own_residual": (("triton", usual[1]), *(found | {"linear": {"RESIDUAL": True}} for found in (few, many))),
+    }.items():  # fmt: skip
+        assert variants.within(name, told)() == wanted, name
+        assert told() == before
+    with pytest.raises(ZeroDivisionError):
+        variants.within("own", lambda: 1 / 0)()
+    assert told() == before
+    order.entry.cache_clear()
 
 
 def test_winners_are_read_off_the_kernels(tmp_path):
