@@ -6,12 +6,10 @@ ones, with every optional argument absent and present. A call is run without and
 
 import itertools
 from functools import partial
-from unittest import mock
 
 import torch
 
-from vilt_fast import functional, order
-from vilt_fast.kernels import linear_split
+from vilt_fast import functional
 from vilt_fast.testing import offsets, packing_indices, padding_masks, sliced
 
 ROWS = (185, 1720, 13880)  # batches of 1, 8 and 64
@@ -36,16 +34,9 @@ def run(call, inputs) -> None:
         torch.autograd.grad(outputs, wanted, [torch.empty_like(o) for o in outputs], allow_unused=True)
 
 
-def _with(op, configuration, call):
-    """A call with something in the table that no row has."""
-    with mock.patch.dict(order.TRIED, {op: configuration}):
-        call()
-
-
-DEPENDENT = {"PDL": True}
-
-
 def add_layer_norm(dtype):
+    from .tried import DEPENDENT, tried
+
     def call(dropout_p, *given):
         return functional.add_layer_norm(*given, 1e-12, dropout_p=dropout_p)
 
@@ -55,7 +46,7 @@ def add_layer_norm(dtype):
         x, weight, bias = _empty(dtype, (rows, WIDTH), WIDTH, WIDTH)
         given = x, torch.empty(rows, WIDTH, dtype=stream), weight if affine[0] else None, bias if affine[1] else None
         yield True, partial(run, partial(call, dropout_p), given)
-        yield True, partial(_with, "add_layer_norm", DEPENDENT, partial(run, partial(call, dropout_p), given))
+        yield True, partial(tried, "add_layer_norm", DEPENDENT, partial(run, partial(call, dropout_p), given))
     for rows, width in ((1, 1), (3, 100), (5, 8192)):
         yield False, partial(run, partial(call, 0.1), _empty(dtype, (rows, width), (rows, width), width, width))
     yield False, partial(run, partial(call, 0.0), [sliced(t) for t in _empty(dtype, (4, 33), (4, 33), 33, 33)])
@@ -91,11 +82,15 @@ def attention(dtype):
 
 
 def linear(dtype):
+    from vilt_fast.kernels import linear_split
+
+    from .tried import DEPENDENT, tried
+
     for rows, (outputs, inputs), bias in itertools.product(ROWS, SHAPES, (True, False)):
         x, weight, added = _empty(dtype, (rows, inputs), (outputs, inputs), outputs)
         for residual in (None, *(torch.empty(rows, outputs, dtype=kind) for kind in {dtype, FLOAT})):
             yield True, partial(run, functional.linear, (x, weight, added if bias else None, residual))
-        yield True, partial(_with, "linear", DEPENDENT, partial(run, functional.linear, (x, weight, added)))
+        yield True, partial(tried, "linear", DEPENDENT, partial(run, functional.linear, (x, weight, added)))
     for x, weight in _odd(dtype):
         for residual in (None, torch.empty(len(x), len(weight))):
             yield False, partial(run, functional.linear, (x, weight, None, residual))
@@ -105,25 +100,29 @@ def linear(dtype):
         x, weight, added = _empty(dtype, (ROWS[0], INNER), (WIDTH, INNER), WIDTH)
         stream = residual and torch.empty(ROWS[0], WIDTH, dtype=residual)
         inner = partial(run, functional.linear, (x, weight, added if bias else None, stream))
-        yield True, partial(_with, "linear", split, inner)
+        yield True, partial(tried, "linear", split, inner)
 
 
 def linear_qkv(dtype):
+    from .tried import DEPENDENT, tried
+
     for rows, given in itertools.product(ROWS, ((True, True, True), (False, False, False), (True, False, True))):
         x, *weights = _empty(dtype, (rows, WIDTH), *[(WIDTH, WIDTH)] * 3)
         biases = [torch.empty(WIDTH, dtype=dtype) if one else None for one in given]
         yield True, partial(run, functional.linear_qkv, (x, *weights, *biases))
-        yield True, partial(_with, "linear_qkv", DEPENDENT, partial(run, functional.linear_qkv, (x, *weights, *biases)))
+        yield True, partial(tried, "linear_qkv", DEPENDENT, partial(run, functional.linear_qkv, (x, *weights, *biases)))
     for x, weight in _odd(dtype):
         yield False, partial(run, functional.linear_qkv, (x, weight, weight.clone(), weight, None, None, None))
 
 
 def linear_gelu(dtype):
+    from .tried import DEPENDENT, tried
+
     for rows, bias in itertools.product(ROWS, (True, False)):
         x, weight, added = _empty(dtype, (rows, WIDTH), (INNER, WIDTH), INNER)
         given = x, weight, added if bias else None
         yield True, partial(run, functional.linear_gelu, given)
-        yield True, partial(_with, "linear_gelu", DEPENDENT, partial(run, functional.linear_gelu, given))
+        yield True, partial(tried, "linear_gelu", DEPENDENT, partial(run, functional.linear_gelu, given))
     for x, weight in _odd(dtype):
         yield False, partial(run, functional.linear_gelu, (x, weight, None))
 
