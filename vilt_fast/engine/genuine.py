@@ -16,9 +16,12 @@ import os
 import sys
 import types
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+from . import unchanged
 
 _LIBRARIES = ("torch", "transformers", "peft")
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")  # how torch gets from a call to `forward`
@@ -32,16 +35,7 @@ class _Code:
     methods: dict = dataclasses.field(default_factory=dict)  #: of the class, by name
     globals: dict = dataclasses.field(default_factory=dict)  #: by (where, name), where is a module or a class
     names: tuple[str, ...] = ()  #: of the methods
-
-    def in_place(self, kind: type) -> bool:
-        """Whether all of it is still where it was found."""
-        for name, value in self.methods.items():
-            if getattr(kind, name, None) is not value:
-                return False
-        for (where, name), value in self.globals.items():
-            if getattr(where, name, None) is not value:
-                return False
-        return True
+    found: tuple = ()  #: all of it as `unchanged.in_place` takes it, which holds no class that is looked at
 
 
 _codes: dict[weakref.ref, _Code] = {}  # a WeakKeyDictionary takes three times as long to ask
@@ -49,13 +43,23 @@ _codes: dict[weakref.ref, _Code] = {}  # a WeakKeyDictionary takes three times a
 
 def _code(kind: type) -> _Code:
     code = _codes.get(weakref.ref(kind))
-    if code is None or not code.in_place(kind):
+    if code is None or not unchanged.asked().in_place(code.found, kind):
         code = _codes[weakref.ref(kind, _forget)] = _found(kind)
     return code
 
 
 def _forget(kind):
     _codes.pop(kind, None)
+
+
+def found_of(kinds: Iterable[type]) -> tuple:
+    """(where, name, value) of all that calls of modules of these classes go through: what `own_methods` hangs on."""
+    found = {}
+    for kind in kinds:
+        for where, name, value in _code(kind).found:
+            where = kind if where is None else where
+            found[id(where), name] = where, name, value
+    return tuple(found.values())
 
 
 @torch.compiler.assume_constant_result
@@ -110,6 +114,10 @@ def _found(kind: type) -> _Code:
             called = {name for chain in used for name in chain} & set(dir(kind)) - set(dir(nn.Module))
             waiting += [n for n in called if isinstance(getattr(kind, n), types.FunctionType)]
     code.names = tuple(code.methods)
+    code.found = (
+        *((None, name, method) for name, method in code.methods.items()),
+        *((where, name, value) for (where, name), value in code.globals.items()),
+    )
     return code
 
 
