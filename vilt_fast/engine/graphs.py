@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -91,7 +90,7 @@ class Graphs(Asked):
     def __init__(self, insists: bool = True):
         super().__init__("cuda_graphs", insists)
         self.failed = ""  #: why nothing is captured any more
-        self._graphs: OrderedDict[tuple, _Graph] = OrderedDict()
+        self._graphs: dict[tuple, _Graph] = {}
         self._lock = threading.Lock()
         self._turns = {}  #: {device: (memory pool of all graphs, event after what was launched last)}
         self._buffers = {}  #: {(device, dtype): what large inputs share}
@@ -146,8 +145,8 @@ class Graphs(Asked):
                     return None
             else:
                 graph.fill(given)
-            self._graphs.move_to_end(key)
             self._replayed += 1
+            graph.last = self._replayed
             graph.recording.replay()
             # Copies: the next replay writes over them. Within the turn, so that it waits for them.
             return tuple(t.clone() for t in graph.recording.result)
@@ -160,7 +159,7 @@ class Graphs(Asked):
             return None
         self._drop(lambda known: known[0] == key[0] and known[-1] != identity)
         while len(self._graphs) >= MAX_GRAPHS:
-            self._graphs.popitem(last=False)
+            del self._graphs[min(self._graphs, key=lambda known: self._graphs[known].last)]
         try:
             with record.unheard():
                 graph = _Graph(function, given, self._buffers, device, pool)
@@ -254,6 +253,8 @@ def _numerics(kind):
 
 
 class _Graph:
+    last = 0  #: replay of all graphs that was of this one
+
     def __init__(self, function, given, buffers, device, pool):
         with torch.inference_mode(False), torch.no_grad():  # tensors that a call in either mode may write to
             self.at = {name: _buffer(one, buffers, device) for name, one in given.items()}

@@ -18,6 +18,33 @@ from .plan import SequencePlan
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """What inputs are held against, of an embedding module whose tables tell what it computes."""
+
+    width: int  #: D
+    words: int
+    positions: int
+    longest: int  #: text that has position ids
+    types: int
+    modalities: int
+    channels: int
+    patch: tuple[int, int]  #: (height, width)
+
+    @classmethod
+    def of(cls, embeddings: hf.ViltEmbeddings, found: Tables) -> Sizes:
+        return cls(
+            width=found.cls_token.shape[-1],
+            words=len(found.word.weight),
+            positions=len(found.position.weight),
+            longest=found.position_ids.shape[1],
+            types=len(found.token_type.weight),
+            modalities=len(found.modality.weight),
+            channels=embeddings.patch_embeddings.num_channels,
+            patch=tuple(found.projection.weight.shape[2:]),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Inputs:
     """Validated inputs of one image per sample."""
 
@@ -30,12 +57,13 @@ class Inputs:
     image_embeds: torch.Tensor | None = None
     modality: int = 1
     image_of: tuple[int, ...] | None = None  #: which image each sample has, where several share one
-    tables: Tables | None = None  #: of the embedding module, where it is known
+    tables: Tables | None = None  #: of the embedding module, where it is known and they have been looked for
+    sizes: Sizes | None = None  #: where the embedding module is known, and takes what it is given
 
     @staticmethod
     def among(given: dict) -> dict:
         """What `given` holds for `checked`, of the keyword arguments of a model's forward."""
-        return {name: value for name, value in given.items() if name in Inputs.__slots__ and name != "tables"}
+        return {name: value for name, value in given.items() if name in Inputs.__slots__ and name not in _FOUND}
 
     @property
     def text(self) -> torch.Tensor:
@@ -49,19 +77,31 @@ class Inputs:
 
     @staticmethod
     def checked(
-        model: hf.ViltModel, *, modality: int | None = None, image_of: tuple[int, ...] | None = None, **given
+        model: hf.ViltModel,
+        *,
+        modality: int | None = None,
+        image_of: tuple[int, ...] | None = None,
+        sizes: Sizes | None = None,
+        **given,
     ) -> Inputs:
         """The inputs of `ViltModel.forward`, after every check that needs no plan.
+
+        Args:
+            sizes: of its embedding module, where that is known to be what it was when these were found: then its tables
+                are not looked for.
 
         Raises:
             InputError: (a `ValueError`, `RuntimeError` and `IndexError`) naming what was given and what to do.
             TypeError: an input is no tensor.
         """
-        found = known_tables(model.embeddings)
-        inputs = Inputs(**given, modality=1 if modality is None else modality, image_of=image_of, tables=found)
-        check_tensors(input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds)
-        known = takes_what_is_given(model.embeddings, found)
-        if known:
+        found = None if sizes is not None else known_tables(model.embeddings)
+        if takes_what_is_given(model.embeddings, found):
+            sizes = Sizes.of(model.embeddings, found)
+        modality = 1 if modality is None else modality
+        inputs = Inputs(**given, modality=modality, image_of=image_of, tables=found, sizes=sizes)
+        if sizes is None:
+            check_tensors(input_ids=inputs.input_ids, inputs_embeds=inputs.inputs_embeds)
+        else:
             check_tensors(**given)
             pixels = inputs.pixel_values
             if pixels is not None and pixels.ndim == 3:
@@ -70,10 +110,14 @@ class Inputs:
                     "pixel_values.unsqueeze(0)."
                 )
         inputs._check_both(model)
-        if known:
-            inputs._check_text(found)
-            inputs._check_image(model.embeddings)
+        if sizes is not None:
+            inputs._check_text(model.embeddings.text_embeddings.position_ids)
+            inputs._check_image()
         return inputs
+
+    def with_tables(self, model: hf.ViltModel) -> Inputs:
+        """The same with the tables of the embedding module, where it is known."""
+        return dataclasses.replace(self, tables=known_tables(model.embeddings)) if self.tables is None else self
 
     def _check_both(self, model):
         """What `ViltModel.forward` itself wants of its inputs."""
@@ -103,19 +147,19 @@ class Inputs:
                 f"{images} images."
             )
 
-    def _check_text(self, found: Tables):
-        ids, embeds, width = self.input_ids, self.inputs_embeds, found.cls_token.shape[-1]
+    def _check_text(self, position_ids: torch.Tensor):
+        ids, embeds, sizes = self.input_ids, self.inputs_embeds, self.sizes
         if ids is not None:
             if ids.dtype not in (torch.int32, torch.int64):
                 raise InputError(f"input_ids must be int32 or int64 [B, T], got {ids.dtype} {list(ids.shape)}.")
-            _check_range(ids, found.word, "input_ids")
-        elif embeds.shape[2] != width:
-            raise InputError(f"inputs_embeds must be [B, T, {width}], got {list(embeds.shape)}.")
+            _check_range(ids, sizes.words, "input_ids")
+        elif embeds.shape[2] != sizes.width:
+            raise InputError(f"inputs_embeds must be [B, T, {sizes.width}], got {list(embeds.shape)}.")
         batch, length = self.text_shape
-        longest = found.position_ids.shape[1]
-        if length > longest:
-            raise InputError(f"the text has {length} tokens and the model {longest} positions: truncate it.")
-        _check_range(found.position_ids[:, :length], found.position, "position_ids")
+        if length > sizes.longest:
+            raise InputError(f"the text has {length} tokens and the model {sizes.longest} positions: truncate it.")
+        if readable(position_ids):
+            _check_range(position_ids[:, :length], sizes.positions, "position_ids")
         if self.attention_mask is not None and tuple(self.attention_mask.shape) != (batch, length):
             given = list(self.attention_mask.shape)
             raise InputError(f"attention_mask must be [{batch}, {length}] like the text, got {given}.")
@@ -123,13 +167,12 @@ class Inputs:
         if types is not None:
             if types.ndim != 2 or types.shape[0] not in (1, batch) or types.shape[1] != length:
                 raise InputError(f"token_type_ids must be [{batch}, {length}] like the text, got {list(types.shape)}.")
-            _check_range(types, found.token_type, "token_type_ids")
+            _check_range(types, sizes.types, "token_type_ids")
 
-    def _check_image(self, embeddings: hf.ViltEmbeddings):
+    def _check_image(self):
         pixels, embeds, mask = self.pixel_values, self.image_embeds, self.pixel_mask
-        batch, width = len(self.text), embeddings.cls_token.shape[-1]
+        batch, width, channels = len(self.text), self.sizes.width, self.sizes.channels
         if pixels is not None:
-            channels = embeddings.patch_embeddings.num_channels
             if pixels.ndim != 4 or pixels.shape[1] != channels:
                 raise InputError(
                     "Make sure that the channel dimension of the pixel values match with the one set in the "
@@ -143,7 +186,7 @@ class Inputs:
                 f"image_embeds of {embeds.shape[1]} tokens need a pixel_mask that flattens to [{batch}, "
                 f"{embeds.shape[1]}] (1 where a token is real), got {shape}."
             )
-        modalities = len(embeddings.token_type_embeddings.weight)
+        modalities = self.sizes.modalities
         if not 0 <= self.modality < modalities:
             raise InputError(f"image_token_type_idx must be in [0, {modalities}), got {self.modality}.")
 
@@ -159,7 +202,8 @@ class Inputs:
         batch, length = self.text_shape
         if self.pixel_values is None:
             return batch * images, length, (1, self.image_embeds.shape[1]), False
-        sides = zip(self.pixel_values.shape[2:], patch_size(model.embeddings), strict=True)
+        patch = patch_size(model.embeddings) if self.sizes is None else self.sizes.patch
+        sides = zip(self.pixel_values.shape[2:], patch, strict=True)
         return batch * images, length, tuple(pixels // patch for pixels, patch in sides), True
 
     def plan(self, model: hf.ViltModel, options: ViltOptions, cells=None) -> SequencePlan:
@@ -195,9 +239,11 @@ def _position_dtype(table):
     return torch.float64 if table.dtype == torch.float64 else torch.float32
 
 
-def _check_range(ids, table, name):
+_FOUND = ("tables", "sizes")  #: what is not given
+
+
+def _check_range(ids, size, name):
     """Out-of-range ids, where they may be looked at."""
-    size = len(table.weight)
     low, high = limits(ids) or (0, 0)
     if low < 0 or high >= size:
         raise InputError(f"{name} must be in [0, {size}), got values from {low} to {high}.")

@@ -51,10 +51,10 @@ def _sampled(mask: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> np.nd
 
 def cells(pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Pixels [B, C, H, W] as patches [B, gh, gw, C, ph, pw], a view; what is left beyond whole patches is cut off."""
-    (ph, pw), (height, width) = size, pixels.shape[2:]
-    gh, gw = height // ph, width // pw
-    cut = pixels[:, :, : gh * ph, : gw * pw].unflatten(3, (gw, pw)).unflatten(2, (gh, ph))
-    return cut.permute(0, 2, 4, 1, 3, 5)
+    (ph, pw), (images, channels, height, width) = size, pixels.shape
+    image, channel, row, column = pixels.stride()
+    shape = images, height // ph, width // pw, channels, ph, pw
+    return pixels.as_strided(shape, (image, ph * row, pw * column, channel, row, column))  # one view in place of five
 
 
 def sampled_mask(pixels: torch.Tensor, grid: Sequence[int], is_image) -> torch.Tensor:

@@ -25,7 +25,7 @@ from ..base import Part, Swapped
 from . import release, whole
 from .encoder import EncoderForward
 from .given import check_tensors
-from .inputs import Inputs, joined
+from .inputs import Inputs, Sizes, joined
 from .options import ViltOptions
 from .plan import SequencePlan
 from .trunk import Trunk, TrunkForward, activation_kind, chosen, extras, is_known, why_own_now
@@ -92,15 +92,16 @@ class TaskForward(Swapped):
             self.say_own(why)
             return result
         self.check(labels)
-        images = self.images(given)
-        trunk = model.vilt.forward.run(
-            images,
-            sequence_plan,
+        wanted = (
             chosen(given.get("output_hidden_states"), config.output_hidden_states),
             chosen(given.get("output_attentions"), config.output_attentions),
-            reads=self.reads,
-            head=None if self.head_kinds is None else whole.Head(self.headed, self.head_modules(), self.head_kinds),
         )
+        head = None if self.head_kinds is None else whole.Head(self.headed, self.head_modules(), self.head_kinds)
+        standing = None if head is None else model.vilt.forward.standing(given, *wanted, head)
+        images = self.images(given, standing and standing.sizes)
+        trunk = model.vilt.forward.run(
+            images, sequence_plan, *wanted, reads=self.reads, head=head, standing=standing
+        )  # fmt: skip
         logits = self.logits(trunk, images)
         record.say("packed" if trunk.logits is None else "CUDA graph", "", ("head", getattr(model, self.head)))
         loss = None if labels is None else self.loss(logits, labels.to(logits.device))
@@ -136,9 +137,9 @@ class TaskForward(Swapped):
     def look_at(self, labels: torch.Tensor, attention_mask: torch.Tensor | None, padding: str) -> None:
         """Say what of the labels cannot count as it does in the reference, where looking at them waits for nothing."""
 
-    def images(self, given) -> list[Inputs]:
+    def images(self, given, sizes: Sizes | None = None) -> list[Inputs]:
         """The inputs of each image that a sample has."""
-        return [Inputs.checked(self.module.vilt, **Inputs.among(given))]
+        return [Inputs.checked(self.module.vilt, **Inputs.among(given), sizes=sizes)]
 
     def plan(self, **inputs) -> SequencePlan:
         """The plan that a call with these inputs would make."""
@@ -265,7 +266,7 @@ class ImagesAndTextForward(TaskForward):
                 return f"of {type(child).__name__}: {why_hooked(child)}"
         return "" if is_known(vilt) else "which tokens a part of the trunk looks at is not known"
 
-    def images(self, given):
+    def images(self, given, sizes=None):
         of_images = {k: given.get(k) for k in ("pixel_values", "pixel_mask", "image_embeds")}
         check_tensors(**of_images)
         pixel_values, pixel_mask, image_embeds = of_images.values()

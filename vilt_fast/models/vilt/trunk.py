@@ -67,12 +67,14 @@ class TrunkForward(SwappedTrunk):
             self.say_own(why)
             return self.own(*args, **kwargs)
         config = self.module.config
-        trunk = self.run(
-            [Inputs.checked(self.module, **Inputs.among(given), modality=given.get("image_token_type_idx"))],
-            sequence_plan,
+        wanted = (
             chosen(given.get("output_hidden_states"), config.output_hidden_states),
             chosen(given.get("output_attentions"), config.output_attentions),
         )
+        standing = self.standing(given, *wanted)
+        modality, sizes = given.get("image_token_type_idx"), standing and standing.sizes
+        inputs = Inputs.checked(self.module, **Inputs.among(given), modality=modality, sizes=sizes)
+        trunk = self.run([inputs], sequence_plan, *wanted, standing=standing)
         hidden, attentions = extras(trunk)
         sequence = trunk.sequence
         if not release.wants_dict(self.module, given):
@@ -131,19 +133,24 @@ class TrunkForward(SwappedTrunk):
         want_attention=False,
         reads: str | Reads | None = None,
         head: whole.Head | None = None,
+        standing: whole.Standing | None = None,
     ) -> Trunk:
         """Embed, encode, normalise and pool; several images share one text and run as one packed batch.
 
         `reads` says what is read of the result, so that the last block can leave out the rest: "pooled", "texts", or of
         some samples this and of others that (`Reads`); None for everything. Who wants hidden states or attentions, or
         listens to a part after the blocks, gets all rows. `head` is what will be made of it, for a graph to have that
-        in it.
+        in it. `standing` is what `standing` has found out for this call.
         """
         weights = engine.in_force(self.weights, self.module, want_hidden, want_attention)
-        standing = self._standing(images[0].text.device, want_hidden, want_attention, head)
-        plan = planned(self.module, images, plan, self.options, known=standing is not None)
-        if standing is not None and (done := self._replayed(standing, images, plan, reads)):
-            return done
+        if standing is None:
+            standing = self._standing(images[0].text.device, want_hidden, want_attention, head)
+        known = standing is not None and standing.sizes is not None
+        plan = planned(self.module, images, plan, self.options, known)
+        if known:
+            if done := self._replayed(standing, images, plan, reads):
+                return done
+            images = [inputs.with_tables(self.module) for inputs in images]
         rows, plan = embed(self.module, images, plan, self.options, weights)
         return self.run_rows(rows, plan, weights, want_hidden, want_attention, reads)
 
@@ -196,16 +203,21 @@ class TrunkForward(SwappedTrunk):
     def _describe(self):
         return functools.partial(_block, encoder=self.module.encoder)
 
-    def _standing(self, device, want_hidden, want_attention, head) -> whole.Standing | None:
-        """What is known of the model, where a call like this one can be a CUDA graph."""
+    def standing(
+        self, given: Mapping, want_hidden: bool, want_attention: bool, head: whole.Head | None = None
+    ) -> whole.Standing | None:
+        """What is known of the model, where a call with these arguments can be a CUDA graph."""
+        ids = given.get("input_ids")
+        return self._standing(ids.device, want_hidden, want_attention, head) if isinstance(ids, torch.Tensor) else None
+
+    def _standing(self, device, want_hidden, want_attention, head):
         if self.graphs is None or captured.why_not_now(self.graphs, device, want_hidden, want_attention):
             return None
         if self.weights is not None and self.weights.kind == "int8":  # which are for CPUs: the engine will say so
             return None
         model = self.module
         around = functools.partial(_is_plain_around_blocks, model)
-        known = whole.standing(self.graphs, model, self._describe(), around, head)
-        return known if known.whole else None
+        return whole.standing(self.graphs, model, self._describe(), around, head)
 
     def _replayed(self, standing, images, plan, reads) -> Trunk | None:
         """All of it as one CUDA graph, where there is one."""

@@ -26,8 +26,8 @@ from ...engine.listeners import any_hooked, is_plain
 from ...engine.packing import Selection, Spans
 from ...engine.quantization import WeightCache
 from . import embedding, patches
-from .inputs import Inputs
-from .known import is_known, tables
+from .inputs import Inputs, Sizes
+from .known import is_known, position_grid, tables
 from .plan import SequencePlan
 from .reads import Reads
 
@@ -99,25 +99,33 @@ class Places:
         )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _LaidOut:
-    """A plan for a bucket."""
+    """A plan in its bucket."""
 
-    memory: torch.Tensor  #: what `Places` are views of
-    cells: tuple[torch.Tensor, ...]  #: image, y and x of each patch
+    bucket: Bucket
+    bytes: int  #: that its places take
+    memory: torch.Tensor | None = None  #: what `Places` are views of; None until it is wanted
+    cells: tuple[torch.Tensor, ...] = ()  #: image, y and x of each patch
+
+    @classmethod
+    def of(cls, plan: SequencePlan) -> _LaidOut:
+        """That of a plan, which a server keeps."""
+        known = _laid_out.get(plan)
+        if known is None:
+            bucket = Bucket.of(plan)
+            known = _laid_out[plan] = cls(bucket, Places.bytes(bucket, plan.pos_weight.dtype))
+        return known
 
 
-_laid_out: weakref.WeakKeyDictionary[SequencePlan, dict[Bucket, _LaidOut]] = weakref.WeakKeyDictionary()
+_laid_out: weakref.WeakKeyDictionary[SequencePlan, _LaidOut] = weakref.WeakKeyDictionary()
 
 
-def _lay_out(plan: SequencePlan, bucket: Bucket) -> _LaidOut:
-    """Made once a plan, which a server keeps: some thirty launches, and no wait."""
-    known = _laid_out.setdefault(plan, {})
-    if bucket in known:
-        return known[bucket]
+def _lay_out(plan: SequencePlan, known: _LaidOut) -> None:
+    """Made once a plan: some thirty launches, and no wait."""
+    bucket = known.bucket
     with torch.inference_mode(False), torch.no_grad():
-        size = Places.bytes(bucket, plan.pos_weight.dtype)
-        memory = torch.zeros(size, dtype=torch.uint8, device=plan.device)
+        memory = torch.zeros(known.bytes, dtype=torch.uint8, device=plan.device)
         at = Places.within(memory, bucket, plan.pos_weight.dtype)
         put(at.cu_seqlens, plan.cu_seqlens, plan.total_rows)
         put(at.text_places, plan.text_source % max(plan.text_length, 1), 0)
@@ -136,8 +144,8 @@ def _lay_out(plan: SequencePlan, bucket: Bucket) -> _LaidOut:
             free += len(rows) - len(own)
         height, width = plan.patch_grid
         image, cell = plan.patch_source // (height * width), plan.patch_source % (height * width)
-        known[bucket] = _LaidOut(memory, (image, cell // width, cell % width))
-    return known[bucket]
+        known.cells = image, cell // width, cell % width
+        known.memory = memory
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -164,7 +172,7 @@ class Standing:
     """What is known of a model as it stands, until something about it changes."""
 
     kind: str  #: of its graphs
-    whole: bool  #: whether all but the head can be in a graph
+    sizes: Sizes | None  #: of the embedding module, where all but the head can be in a graph
     head: Head | None  #: where it can be, too
 
 
@@ -182,19 +190,25 @@ def standing(
     kind = "whole" if head is None else "whole with its head"
 
     def look():
-        """(whether all but the head can be in a graph, whether the head can)."""
+        """(sizes and side of the table of image positions where all but the head can be in a graph, whether the head
+        can)."""
+        nothing = None, 0, False
         if not is_known(model.embeddings) or not plain_around():
-            return False, False
+            return nothing
         if not (model.pooler is None or _is_of(model.pooler, (hf.ViltPooler, nn.Linear, nn.Tanh))):
-            return False, False
+            return nothing
         if any(module.training for part in trunk if part is not None for module in part.modules()):
-            return False, False
+            return nothing
         if any(describe(layer).why_not_plain() for layer in model.encoder.layer):
-            return False, False
-        return True, head is not None and all(map(functools.partial(_is_of, kinds=head.kinds), head.modules))
+            return nothing
+        sizes, grid = Sizes.of(model.embeddings, tables(model.embeddings)), position_grid(model.embeddings)
+        return sizes, grid, head is not None and all(map(functools.partial(_is_of, kinds=head.kinds), head.modules))
 
-    whole, with_head = graphs.standing(kind, parts, look) or (False, False)
-    return Standing(kind, whole, head if with_head else None)
+    sizes, grid, with_head = graphs.standing(kind, parts, look) or (None, 0, False)
+    # What a config holds is none of its attributes.
+    if sizes is not None and grid != position_grid(model.embeddings):
+        return Standing(kind, None, None)
+    return Standing(kind, sizes, head if with_head else None)
 
 
 def replay(
@@ -214,12 +228,13 @@ def replay(
     if inputs.image_of is not None or isinstance(reads, Reads):
         return None  # samples that share an image, or are read in two ways, as training does
     tensors = inputs.input_ids, inputs.pixel_values, model.embeddings.cls_token
-    bucket = Bucket.of(plan)
+    laid_out = _LaidOut.of(plan)
+    bucket = laid_out.bucket
     if bucket.rows > MOST_ROWS or any(t.device != plan.device for t in tensors):
         return None
     blocks = list(map(describe, model.encoder.layer)) if weights is not None else None
     identity = () if weights is None else captured.places_of_copies(blocks, weights)
-    given = _given(plan, bucket, inputs, model.embeddings.patch_embeddings.projection.weight.shape[2:])
+    given = _given(plan, laid_out, inputs, known.sizes.patch)
 
     def prepare():
         modules = blocks or list(map(describe, model.encoder.layer))
@@ -238,24 +253,23 @@ def _is_of(module, kinds):
     return not any_hooked(module) and all(is_plain(m, *kinds) and not m.training for m in module.modules())
 
 
-def _given(plan, bucket, inputs, patch) -> dict[str, Given]:
-    # Laid out by what writes, in its turn: another stream may be the first to want it.
-    ids, types, pixels = inputs.input_ids, inputs.token_type_ids, inputs.pixel_values
+def _given(plan, laid_out, inputs, patch) -> dict[str, Given]:
+    ids, types, pixels, bucket = inputs.input_ids, inputs.token_type_ids, inputs.pixel_values, laid_out.bucket
     texts, count = len(plan.text_source), len(plan.patch_source)
+
+    def places(to):
+        if laid_out.memory is None:  # by what writes, in its turn: another stream may be the first to want it
+            _lay_out(plan, laid_out)
+        to.copy_(laid_out.memory)
 
     def gathered(tensor):
         return lambda to: torch.index_select(tensor.reshape(-1), 0, plan.text_source, out=to[:texts])
 
     def cut_out(to):
-        cells = patches.cells(pixels, patch)
-        torch.ops.aten.index.Tensor_out(cells, _lay_out(plan, bucket).cells, out=to[:count])
+        torch.ops.aten.index.Tensor_out(patches.cells(pixels, patch), laid_out.cells, out=to[:count])
 
     given = {
-        "places": Given(
-            (Places.bytes(bucket, plan.pos_weight.dtype),),
-            torch.uint8,
-            lambda to: to.copy_(_lay_out(plan, bucket).memory),
-        ),
+        "places": Given((laid_out.bytes,), torch.uint8, places),  # first: the others read what was laid out
         "ids": Given((bucket.texts,), ids.dtype, gathered(ids)),
         "pixels": Given((bucket.patches, pixels.shape[1], *patch), pixels.dtype, cut_out, shared=True),
     }
