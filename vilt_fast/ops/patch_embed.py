@@ -197,9 +197,10 @@ def patch_embed(
         pos_index=pos_index, cls_rows=cls_rows, modality_index=modality_index,
     )  # fmt: skip
     normalization = dict(pixel_scale=pixel_scale, pixel_shift=pixel_shift)
-    _validate(
-        pixels, **floats, **indices, pos_weight=pos_weight, total_rows=total_rows, dropout_p=dropout_p, **normalization
-    )
+    _check.of_forms(
+        _validate, pixels=pixels, **floats, **indices, pos_weight=pos_weight, total_rows=total_rows,
+        dropout_p=dropout_p, **normalization,
+    )  # fmt: skip
     out_dtype = (cls_token if weight.dtype == torch.uint8 else weight).dtype if out_dtype is None else out_dtype
     needs_grad = _check.needs_grad(pixels, *floats.values())
     facts = _facts(pixels, weight, cls_token, position, modality, text, dropout_p, out_dtype, needs_grad)

@@ -51,7 +51,7 @@ def _check_range(name, ids, table):
         raise IndexError(f"text_embed: {name} holds {low if low < 0 else high}, expected 0 <= id < {table.shape[0]}.")
 
 
-def _validate(
+def _validate_forms(
     input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias, modality,
     dropout_p,
 ):  # fmt: skip
@@ -72,8 +72,20 @@ def _validate(
     _check.dtypes(_NAME, _check.INDICES, **indices)
     _check.same_device(_NAME, **floats, **indices)
     _check.probability(_NAME, dropout_p)
-    for name, table in (("input_ids", word), ("position_ids", position), ("token_type_ids", token_type)):
-        _check_range(name, indices[name], table)
+
+
+def _validate(
+    input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias, modality,
+    dropout_p,
+):  # fmt: skip
+    _check.of_forms(
+        _validate_forms, input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids,
+        token_type_ids=token_type_ids, word=word, position=position, token_type=token_type, ln_weight=ln_weight,
+        ln_bias=ln_bias, modality=modality, dropout_p=dropout_p,
+    )  # fmt: skip
+    _check_range("input_ids", input_ids, word)
+    _check_range("position_ids", position_ids, position)
+    _check_range("token_type_ids", token_type_ids, token_type)
 
 
 def _validate_backward(

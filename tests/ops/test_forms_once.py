@@ -1,0 +1,59 @@
+"""What a call was found fit for before says nothing of one of another form, or of other values."""
+
+import pytest
+import torch
+
+from vilt_fast import functional, testing
+
+
+def text(change=lambda given: None):
+    table, ids = torch.randn(5, 4), torch.zeros(3, dtype=torch.int64)
+    given = dict(
+        input_ids=ids, inputs_embeds=None, position_ids=ids, token_type_ids=ids, word=table, position=table,
+        token_type=table, ln_weight=torch.ones(4), ln_bias=torch.zeros(4), modality=table, eps=1e-6, dropout_p=0.0,
+    )  # fmt: skip
+    change(given)
+    return functional.text_embed(**given)
+
+
+def patches(change=lambda given: None):
+    table = torch.randn(5, 4)
+    given = dict(
+        pixels=torch.randn(1, 3, 4, 4), weight=torch.randn(4, 3, 2, 2), bias=torch.zeros(4), cls_token=torch.zeros(4),
+        position=table, modality=table, text=torch.randn(2, 4),
+        **testing.packing_indices([2], [(2, 2)], canvas=(2, 2), table=(2, 2)),
+    )  # fmt: skip
+    change(given)
+    return functional.patch_embed(**given)
+
+
+def put(**new):
+    return lambda given: given.update(new)
+
+
+@pytest.mark.parametrize(
+    "call, change, error",
+    [
+        (text, put(ln_weight=torch.ones(3)), ValueError),
+        (text, put(ln_weight=torch.ones(4, dtype=torch.int64)), TypeError),
+        (text, put(input_ids=torch.zeros(3)), TypeError),
+        (text, put(ln_bias=torch.zeros(4, device="meta")), ValueError),
+        (text, put(input_ids=None), ValueError),
+        (text, put(dropout_p=1.0), ValueError),
+        (text, put(ln_weight=[1.0] * 4), TypeError),
+        (text, put(input_ids=torch.full((3,), 5)), IndexError),
+        (text, put(position_ids=torch.full((3,), -1)), IndexError),
+        (patches, put(bias=torch.zeros(3)), ValueError),
+        (patches, put(bias=torch.zeros(4, dtype=torch.float64)), TypeError),
+        (patches, put(cls_token=torch.zeros(4, device="meta")), ValueError),
+        (patches, put(total_rows=3), ValueError),
+        (patches, put(dropout_p=-0.5), ValueError),
+        (patches, put(text=None), ValueError),
+    ],
+)
+def test_a_call_that_passed_lets_no_other_pass(call, change, error):
+    call(), call()
+    for _ in range(2):
+        with pytest.raises(error):
+            call(change)
+    call()
