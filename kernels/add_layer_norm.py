@@ -3,7 +3,8 @@
     s = dropout(x) + residual;  y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
 
 Shapes: x, residual [N, D] of floating dtypes that may differ (a float32 residual stream under bfloat16 layers); s
-[N, D] in the wider of the two, y [N, D] in that of x; mean and rstd [N] float32 are kept for the backward.
+[N, D] in the wider of the two, y [N, D] in that of x; mean and rstd [N] float32 are kept for the backward. For layers
+on 8 bits y, rounded to the dtype of x, is handed on as e4m3 with a scale a row, [N] float32 (kernels/_e4m3.py).
 
 Forward: a tile of whole rows a program, in registers, mean first and then the centred squares: x and residual are read
 once, s and y written once. The statistics are those of s as it is rounded, as in the reference.
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 
 from . import _aot, _dependent, _device, _tiles
+from ._e4m3 import grown, scaled, step_of
 
 MAX_WIDTH = 8192
 _GROUPS = 256
@@ -27,8 +29,8 @@ _GROUPS = 256
 
 @triton.jit(do_not_specialize=["N"])
 def _add_layer_norm_fwd_kernel(
-    x, residual, weight, bias, seed, s_out, y_out, mean_out, rstd_out, N, D, stride_x, stride_r, eps, dropout_p,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
+    x, residual, weight, bias, seed, s_out, y_out, scale, mean_out, rstd_out, N, D, stride_x, stride_r, eps,
+    dropout_p, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _dependent.begin(PDL)
     rows, cols = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
@@ -50,9 +52,15 @@ def _add_layer_norm_fwd_kernel(
         y *= tl.load(weight + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         y += tl.load(bias + cols, mask=cols < D, other=0.0).to(tl.float32)[None, :]
+    if scale is not None:
+        y = y.to(x.dtype.element_ty).to(tl.float32)  # as it would lie in memory
+        step = step_of(grown(tl.zeros((ROWS,), tl.float32), y))
+        tl.store(scale + rows, step, mask=rows < N)
+        y = scaled(y, step)
     tl.store(y_out + wide * D + cols[None, :], y.to(y_out.dtype.element_ty), mask=inside)
-    tl.store(mean_out + rows, mean, mask=rows < N)
-    tl.store(rstd_out + rows, rstd, mask=rows < N)
+    if mean_out is not None:
+        tl.store(mean_out + rows, mean, mask=rows < N)
+        tl.store(rstd_out + rows, rstd, mask=rows < N)
 
 
 @triton.jit(do_not_specialize=["N", "rows_each"])
@@ -123,21 +131,26 @@ def fwd_config(N, D, dtype, arch):
 
 
 def add_layer_norm_fwd(*, x, residual, weight, bias, eps, dropout_p, seed, keep):
-    D = x.shape[-1]
     s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     y = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if s.numel():
-        x, residual = _tiles.rows(x, residual)
-        N = x.shape[0]
-        arch = _device.arch(x)
-        config = _dependent.options(fwd_config(N, D, x.dtype, arch), arch)
-        with _device.on(x):
-            _add_layer_norm_fwd_kernel[(triton.cdiv(N, config["ROWS"]),)](
-                x, residual, *_tiles.dense(weight, bias), seed if dropout_p > 0 else None, s, y, mean, rstd, N, D,
-                x.stride(0), residual.stride(0), eps, dropout_p, **config,
-            )  # fmt: skip
+        config = fwd_config(s.numel() // x.shape[-1], x.shape[-1], x.dtype, _device.arch(x))
+        seed = seed if dropout_p > 0 else None
+        launch(x, residual, weight, bias, seed, s, y, None, mean, rstd, eps, dropout_p, config)
     return (s, y), (mean, rstd) if keep else ()
+
+
+def launch(x, residual, weight, bias, seed, s, y, scale, mean, rstd, eps, dropout_p, config):
+    """Write s, y and the statistics, dense; with `scale`, y is e4m3 and statistics may be None."""
+    x, residual = _tiles.rows(x, residual)
+    N, D = x.shape
+    config = _dependent.options(config, _device.arch(x))
+    with _device.on(x):
+        _add_layer_norm_fwd_kernel[(triton.cdiv(N, config["ROWS"]),)](
+            x, residual, *_tiles.dense(weight, bias), seed, s, y, scale, mean, rstd, N, D, x.stride(0),
+            residual.stride(0), eps, dropout_p, **config,
+        )  # fmt: skip
 
 
 def add_layer_norm_bwd(
@@ -175,13 +188,19 @@ def aot_cases():
         for x, stream in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
             for dropout in (False, True):
                 name = f"N={N} x {x} stream {stream}" + " dropout" * dropout
-                types = dict.fromkeys(("residual", "s", "s_out", "ds", "dresidual"), f"*{stream}")
+                types = dict.fromkeys(("residual", "s", "s_out", "ds", "dresidual"), f"*{stream}") | {"scale": None}
                 if not dropout:
                     types["seed"] = None
                 for targets, options in _dependent.ways()[: 1 if x == "fp32" else 2]:
                     yield _aot.case(
                         _add_layer_norm_fwd_kernel, f"add_layer_norm {name}" + " dependent" * options["PDL"], x,
                         config | options, targets=targets, **types,
+                    )  # fmt: skip
+                if not dropout and x == "bf16":
+                    quantized = types | dict(scale="*fp32", y_out="*fp8e4nv", mean_out=None, rstd_out=None)
+                    yield _aot.case(
+                        _add_layer_norm_fwd_kernel, f"add_layer_norm_fp8 {name}", x, config | {"PDL": False},
+                        targets=_aot.FP8_TARGETS, **quantized,
                     )  # fmt: skip
                 if not dropout and x == stream:
                     types["dx"] = None

@@ -2,7 +2,8 @@
 
 Shapes: x [M, K]; weight [N, K]; bias [N] or None; residual [M, N] or None, of any floating dtype; out [M, N], and for
 the backward of a GELU the rounded pre-activation x W^T + b, [M, N]. With x_scale [M] and weight_scale [N], float32, x
-and weight are e4m3 and stand for x * x_scale[:, None] and weight * weight_scale[:, None] (kernels/linear_fp8.py).
+and weight are e4m3 and stand for x * x_scale[:, None] and weight * weight_scale[:, None] (kernels/linear_fp8.py). Then
+a row of x may have a scale for each 128 columns, [K / 128, M], and so may one of out, which is e4m3, too.
 
 One kernel, two ways of reading the operands:
   * TMA (sm_90, sm_100): host-side tensor descriptors, tiles land in shared memory without passing through registers. On
@@ -27,7 +28,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _aot, _dependent, _device, _tiles
-from ._gelu import gelu as _gelu
+from ._e4m3 import GROUP as GROUP_OF_SCALES
+from ._epilogue import finish, finish_halves, finish_quantized
 
 
 @triton.jit
@@ -40,43 +42,14 @@ def tile_place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _store(out, acc, m0, n0, M, N, TMA: tl.constexpr):
-    """Write acc at (m0, n0) of the dense [M, N] matrix behind ``out``, a descriptor or a pointer."""
-    if TMA:
-        out.store([m0, n0], acc.to(out.dtype))
+def _multiplied(acc, a, b, k, m0, M, scales, INEXACT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b, where a has a scale for each group of columns times that of its group."""
+    if scales[2] is None:
+        return tl.dot(a, b, acc, PRECISION, max_num_imprecise_acc=INEXACT)
     else:
-        rows = m0 + tl.arange(0, acc.shape[0])[:, None]
-        cols = n0 + tl.arange(0, acc.shape[1])[None, :]
-        tl.store(out + rows.to(tl.int64) * N + cols, acc.to(out.dtype.element_ty), mask=(rows < M) & (cols < N))
-
-
-@triton.jit
-def _finish(acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU: tl.constexpr, TMA: tl.constexpr):
-    cols = n0 + tl.arange(0, acc.shape[1])
-    if scales[0] is not None:
         lines = m0 + tl.arange(0, acc.shape[0])
-        acc *= tl.load(scales[0] + lines, mask=lines < M, other=0.0)[:, None]
-        acc *= tl.load(scales[1] + cols, mask=cols < N, other=0.0)[None, :]
-    if bias is not None:
-        acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    if pre is not None:
-        _store(pre, acc, m0, n0, M, N, TMA)
-    if GELU is not None:
-        acc = _gelu(acc, GELU)
-    if residual is not None:
-        rows = m0 + tl.arange(0, acc.shape[0])[:, None]
-        at = residual + rows.to(tl.int64) * stride_rm + cols[None, :]
-        acc += tl.load(at, mask=(rows < M) & (cols[None, :] < N), other=0.0).to(tl.float32)
-    _store(out, acc, m0, n0, M, N, TMA)
-
-
-@triton.jit
-def _finish_halves(
-    acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU: tl.constexpr, TMA: tl.constexpr
-):  # fmt: skip
-    left, right = _tiles.halves(acc)
-    _finish(left, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
-    _finish(right, m0, n0 + acc.shape[1] // 2, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+        steps = scales[2] + k // GROUP_OF_SCALES * M.to(tl.int64) + lines
+        return acc + tl.dot(a, b, input_precision=PRECISION) * tl.load(steps, mask=lines < M, other=0.0)[:, None]
 
 
 @triton.jit
@@ -90,7 +63,8 @@ def products_of(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if TMA:
         for k in range(first, last, BLOCK_K):
-            acc = tl.dot(x.load([m0, k]), weight.load([n0, k]).T, acc, PRECISION, max_num_imprecise_acc=INEXACT)
+            a, b = x.load([m0, k]), weight.load([n0, k]).T
+            acc = _multiplied(acc, a, b, k, m0, M, scales, INEXACT, PRECISION)
     else:
         rows, cols, ks = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
         x_at = x + tl.where(rows < M, rows, 0).to(tl.int64)[:, None] * stride_xm + ks[None, :]
@@ -101,7 +75,7 @@ def products_of(
             else:
                 a = tl.load(x_at + k, mask=ks[None, :] < K - k, other=0.0)
                 b = tl.load(w_at + k, mask=ks[:, None] < K - k, other=0.0)
-            acc = tl.dot(a, b, acc, PRECISION, max_num_imprecise_acc=INEXACT)
+            acc = _multiplied(acc, a, b, k, m0, M, scales, INEXACT, PRECISION)
     return acc
 
 
@@ -111,27 +85,32 @@ def tile_of(
     TMA: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute and write the output tile of row block m and column block n."""
+    """Compute and write the output tile of row block m and column block n.
+
+    scales: of x [M], of weight [N], of x by groups of columns, of out by groups of columns; None where there are none.
+    """
     m0, n0 = m * BLOCK_M, n * BLOCK_N
     acc = products_of(
         x, weight, scales, m0, n0, 0, K, M, N, K, stride_xm, stride_wn, TMA, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K,
         PRECISION,
     )  # fmt: skip
-    if PARTS == 4:
+    if scales[3] is not None:
+        finish_quantized(acc, m0, n0, scales, bias, out, M, N, GELU, TMA, PARTS)
+    elif PARTS == 4:
         left, right = _tiles.halves(acc)
         half: tl.constexpr = BLOCK_N // 2
-        _finish_halves(left, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
-        _finish_halves(right, m0, n0 + half, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+        finish_halves(left, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+        finish_halves(right, m0, n0 + half, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
     else:
-        _finish(acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
+        finish(acc, m0, n0, scales, bias, residual, pre, out, M, N, stride_rm, GELU, TMA)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_fwd_kernel(
-    x, weight, x_scale, weight_scale, bias, residual, pre, out, M, N, K, stride_xm, stride_wn, stride_rm,
-    GELU: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, WHOLE_K: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    x, weight, x_scale, weight_scale, group_scale, out_scale, bias, residual, pre, out, M, N, K, stride_xm, stride_wn,
+    stride_rm, GELU: tl.constexpr, TMA: tl.constexpr, SPECIALIZE: tl.constexpr, WHOLE_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     _dependent.begin(PDL)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -140,8 +119,8 @@ def _linear_fwd_kernel(
     ):
         m, n = tile_place(tile, tiles_m, tiles_n, GROUP)
         tile_of(
-            x, weight, (x_scale, weight_scale), bias, residual, pre, out, m, n, M, N, K, stride_xm, stride_wn,
-            stride_rm, GELU, TMA, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
+            x, weight, (x_scale, weight_scale, group_scale, out_scale), bias, residual, pre, out, m, n, M, N, K,
+            stride_xm, stride_wn, stride_rm, GELU, TMA, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
         )  # fmt: skip
 
 
@@ -182,17 +161,28 @@ _CONFIGS = {
         (512, _ANY, 64, 64, 128, 1, 4, 3, 2),
         (_ANY, _ANY, 128, 64, 64, 1, 4, 3, 2),
     ),
+    # Where x has scales by groups of columns, and a sum of its own for each; where out has, and tiles are as wide.
+    "pointer fp8 x": ((512, 1024, 64, 32, 128, 1, 4, 3, 2), (_ANY, _ANY, 64, 64, 128, 1, 4, 3, 2)),
+    "tma fp8 out": ((512, _ANY, 64, 128, 128, 4, 4, 3, 2), (_ANY, _ANY, 128, 128, 128, 4, 8, 3, 2)),
+    "pointer fp8 out": ((_ANY, _ANY, 64, 128, 64, 4, 4, 3, 2),),
 }
 _GROUP = 8
 
 
-def _config(kind, M, N, *, arch=90, residual=False, gelu=False):
-    """Block sizes, warps, stages, programs a multiprocessor and the way of a GELU, if any, for an [M, N] output."""
-    row = next(row for row in _CONFIGS[kind] if row[0] >= M and row[1] >= N)
+def _config(kind, M, N, *, arch=90, residual=False, gelu=False, groups=""):
+    """Block sizes, warps, stages, programs a multiprocessor and the way of a GELU, if any, for an [M, N] output.
+
+    ``groups``: "x" or "out" has scales by groups of columns.
+    """
+    rows = _CONFIGS.get(f"{kind} {groups}", _CONFIGS[kind])
+    row = next(row for row in rows if row[0] >= M and row[1] >= N)
     # sm_100 stages the residual in shared memory: too much for 256 columns. Where nothing else runs under an epilogue,
     # that of one program should run under the products of another.
     if row[3] == 256 and (residual if arch >= 100 else gelu):
         row = _CONFIGS[kind][4]
+    # Nor do Triton 3.6 and 3.9 compile the search for a group's largest over 8 warps there.
+    if groups == "out" and arch >= 100:
+        row = rows[0]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "num_warps", "num_stages", "per_multiprocessor")
     config = dict(zip(names, row[2:], strict=True), GROUP=_GROUP)
     config["SPECIALIZE"] = kind.startswith("tma") and arch >= 100
@@ -234,11 +224,11 @@ def supports(*, device=None, dtype=None, weight_dtype=None, residual_dtype=None,
 # --- launchers --------------------------------------------------------------------------------------------------------
 
 
-def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, None), kind=None, config=None):
+def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None,) * 4, kind=None, config=None):
     """(out, pre): out = act(x W^T + b) + residual, pre = x W^T + b in the dtype of x where ``save``, else empty [0].
 
-    ``scales`` are those of the rows of x and of weight, for e4m3. ``kind`` and ``config`` override the choice, for
-    tests and benchmarks.
+    ``scales`` are those of `tile_of`, for e4m3; with the last, out is e4m3, through GELU. ``kind`` and ``config``
+    override the choice, for tests and benchmarks.
     """
     shape = (*x.shape[:-1], weight.shape[0])
     x, weight = _tiles.rows(x, weight)
@@ -248,9 +238,11 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None, No
     if out.numel():
         (bias,), (residual,) = _tiles.dense(bias), _tiles.rows(residual)
         kind = kind or kind_of(x, weight)
-        arch = _device.arch(x)
+        arch, groups = _device.arch(x), "x" if scales[2] is not None else ""
+        if scales[3] is not None:
+            kind, groups = kind if N % 16 == 0 else kind.replace("tma", "pointer"), "out"  # a value of out is a byte
         if config is None:
-            config = _config(kind, M, N, arch=arch, residual=residual is not None, gelu=gelu)
+            config = _config(kind, M, N, arch=arch, residual=residual is not None, gelu=gelu, groups=groups)
             config = config if gelu else _measured(config, kind, M, K, arch)
         config = _dependent.options(dict(config), arch)
         if gelu and out_dtype == torch.float32:
@@ -310,8 +302,11 @@ def linear_bwd(*, needs, grad_out, x, weight, bias, residual):
 ROWS = (185, 1720, 13880)  # batch 1, 8, 64
 
 
-def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,), fp8=False):
-    """Every configuration that ``launch`` can choose for these (N, K) and ViLT's row counts, once each."""
+def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,), fp8=False, groups=""):
+    """Every configuration that ``launch`` can choose for these (N, K) and ViLT's row counts, once each.
+
+    ``groups``: "x" or "out", which of them has scales by groups of columns.
+    """
     seen = set()
     for target in _aot.FP8_TARGETS if fp8 else _aot.TARGETS:
         kinds = [("pointer fp8", "fp8e4nv")] if fp8 else [("pointer", "bf16"), ("float32", "fp32")]
@@ -319,17 +314,18 @@ def aot_variants(op, shapes, *, gelu, pre=(False,), residual=(None,), fp8=False)
             kinds.append(("tma fp8", "fp8e4nv") if fp8 else ("tma", "bf16"))
         for kind, dtype in kinds:
             for M, (N, K), save, extra in itertools.product(ROWS, shapes, pre, residual):
-                config = _config(kind, M, N, arch=target.arch, residual=extra is not None, gelu=gelu)
+                more = dict(residual=extra is not None, gelu=gelu, groups=groups)
+                config = _config(kind, M, N, arch=target.arch, **more)
                 config.pop("per_multiprocessor")
                 key = (target, kind, save, extra, *config.values())
                 if key not in seen:
                     seen.add(key)
-                    yield _aot_case(op, target, kind, dtype, save, extra, M, N, K, config | {"PDL": False})
+                    yield _aot_case(op, target, kind, dtype, save, extra, M, N, K, config | {"PDL": False}, groups)
                     if kind == "tma" and not save and extra is None:
-                        yield _aot_case(op, target, kind, dtype, save, extra, M, N, K, config | {"PDL": True})
+                        yield _aot_case(op, target, kind, dtype, save, extra, M, N, K, config | {"PDL": True}, groups)
 
 
-def _aot_case(op, target, kind, dtype, save, residual, M, N, K, config):
+def _aot_case(op, target, kind, dtype, save, residual, M, N, K, config, groups):
     tma, result = kind.startswith("tma"), "bf16" if dtype == "fp8e4nv" else dtype
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
 
@@ -340,12 +336,19 @@ def _aot_case(op, target, kind, dtype, save, residual, M, N, K, config):
         return matrix(element, block_m, block_n // config["PARTS"])
 
     types = dict(
-        x=matrix(dtype, block_m, block_k), weight=matrix(dtype, block_n, block_k), out=output(residual or result),
+        x=matrix(dtype, block_m, block_k), weight=matrix(dtype, block_n, block_k),
+        out=output(dtype if groups == "out" else residual or result),
         pre=output(result) if save else None, residual=residual and f"*{residual}",
     )  # fmt: skip
-    if result == dtype:
-        types |= dict(x_scale=None, weight_scale=None)
-    extras = "+pre" * save + (f"+residual {residual}" if residual else "") + " dependent" * config["PDL"]
+    scaled = {
+        "x_scale": groups != "x",
+        "weight_scale": True,
+        "group_scale": groups == "x",
+        "out_scale": groups == "out",
+    }
+    types |= {name: "*fp32" if there and result != dtype else None for name, there in scaled.items()}
+    extras = "+pre" * save + (f"+residual {residual}" if residual else "") + f" {groups} by groups" * bool(groups)
+    extras += " dependent" * config["PDL"]
     return _aot.case(
         _linear_fwd_kernel, f"{op} {kind} M<={M} N={N} K={K} {block_m}x{block_n}x{block_k}{extras}", result,
         config | dict(TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=target.precision),

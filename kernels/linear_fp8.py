@@ -6,6 +6,11 @@ Shapes: x [M, K] float32, float16 or bfloat16; weight [N, K] float8_e4m3fn with 
 Two kernels: a pass over x that finds max|row| and writes row / scale, scale = max|row| / 448, the largest e4m3; then
 the product of kernels/linear.py, whose epilogue multiplies the float32 sums by both scales before bias and GELU. A row
 of zeros has scale 1. A NaN or an infinity makes its own row NaN and no other.
+
+Rows that the kernel before has quantised need no such pass: x is e4m3 then, with a scale a row from the norm
+(kernels/add_layer_norm.py), or one a row and group of 128 columns from the product with GELU, whose tiles are as wide:
+there the largest of a row is in no program's hands, that of a group is. The next product multiplies the sum of each
+group by its scale in float32, where Hopper's sums have to be moved to anyway.
 """
 
 import torch
@@ -13,8 +18,8 @@ import triton
 import triton.language as tl
 
 from . import _aot, _device, _tiles, linear
+from ._e4m3 import GROUP, grown, scaled, step_of
 
-LARGEST = tl.constexpr(448.0)  # of e4m3
 _ROWS, _COLUMNS = 4, 1024
 
 
@@ -30,16 +35,14 @@ def _quantize_fp8_kernel(
     for k in range(0, K, COLUMNS):
         v = tl.load(x + wide * stride_x + k + cols[None, :], mask=valid & (k + cols < K)[None, :], other=0.0)
         v = v.to(tl.float32)
-        most = tl.maximum(most, tl.max(tl.abs(v), 1)) + tl.sum(v * 0.0, 1)  # NaN once anything is not finite
-    step = tl.where(most == 0.0, 1.0, most / LARGEST)
+        most = grown(most, v)
+    step = step_of(most)
     tl.store(scale + rows, step, mask=rows < M)
     for k in range(0, K, COLUMNS):
         inside = valid & (k + cols < K)[None, :]
         if not WHOLE:
             v = tl.load(x + wide * stride_x + k + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-        r = v / step[:, None]
-        r = tl.where(r > LARGEST, LARGEST, tl.where(r < -LARGEST, -LARGEST, r))  # a NaN passes through
-        tl.store(q + wide * K + k + cols[None, :], r.to(q.dtype.element_ty), mask=inside)
+        tl.store(q + wide * K + k + cols[None, :], scaled(v, step).to(q.dtype.element_ty), mask=inside)
 
 
 def supports(*, device=None, dtype=None):
@@ -71,18 +74,41 @@ def quantize(x):
     return q.view(x.shape), scale.view(x.shape[:-1])
 
 
-def linear_fp8_fwd(*, x, weight, weight_scale, bias, gelu, keep):
-    q, scale = quantize(x)
+def linear_fp8_fwd(*, x, weight, weight_scale, bias, gelu, x_scale, dtype, keep):
+    q, *scales = _rows(x, x_scale)
     out, _ = linear.launch(
-        q, weight, bias, None, gelu=gelu, save=False, out_dtype=x.dtype,
-        scales=(scale.view(-1), weight_scale.contiguous()),
+        q, weight, bias, None, gelu=gelu, save=False, out_dtype=x.dtype if dtype is None else dtype,
+        scales=(scales[0], weight_scale.contiguous(), scales[1], None),
     )  # fmt: skip
     return (out,), ()
+
+
+def linear_gelu_fp8_fwd(*, x, weight, weight_scale, bias, x_scale, keep):
+    """Scales lie a group after the other, [groups, rows], as the next product reads them."""
+    q, *scales = _rows(x, x_scale)
+    scale = x.new_empty(triton.cdiv(len(weight), GROUP.value), *x.shape[:-1], dtype=torch.float32)
+    out, _ = linear.launch(
+        q, weight, bias, None, gelu=True, save=False, out_dtype=torch.float8_e4m3fn,
+        scales=(scales[0], weight_scale.contiguous(), scales[1], scale),
+    )  # fmt: skip
+    return (out, scale.movedim(0, -1)), ()
+
+
+def _rows(x, x_scale):
+    """(rows as e4m3, their scales [M] or None, those of their groups of columns [groups, M] or None)."""
+    if x_scale is None:
+        q, scale = quantize(x)
+        return q, scale.view(-1), None
+    if x_scale.dim() < x.dim():
+        return x, x_scale.reshape(-1), None
+    return x, None, x_scale.movedim(-1, 0).contiguous().view(x_scale.shape[-1], -1)
 
 
 def aot_cases():
     for gelu, shapes in ((False, ((2304, 768), (768, 768), (768, 3072))), (True, ((3072, 768),))):
         yield from linear.aot_variants("linear_fp8", shapes, gelu=gelu, fp8=True)
+    yield from linear.aot_variants("linear_fp8", ((768, 3072),), gelu=False, fp8=True, groups="x")
+    yield from linear.aot_variants("linear_gelu_fp8", ((3072, 768),), gelu=True, fp8=True, groups="out")
     for K in (768, 3072):
         yield _aot.case(
             _quantize_fp8_kernel, f"quantize_fp8 K={K}", "bf16", _quantize_config(K), targets=_aot.FP8_TARGETS,

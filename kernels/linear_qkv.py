@@ -35,8 +35,8 @@ def _linear_qkv_fwd_kernel(
     elif which == 2:
         weight, bias, out, stride_wn = value_weight, value_bias, value, stride_vn
     tile_of(
-        x, weight, (None, None), bias, None, None, out, m, n, M, N, K, stride_xm, stride_wn, 0, None, TMA, WHOLE_K,
-        BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
+        x, weight, (None, None, None, None), bias, None, None, out, m, n, M, N, K, stride_xm, stride_wn, 0, None, TMA,
+        WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K, PARTS, PRECISION,
     )  # fmt: skip
 
 

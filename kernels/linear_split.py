@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _aot, _dependent, _device, linear
+from ._epilogue import finish, store
 
 #: What takes part of a configuration with DEPTH, and what paper has for fc2 at batch 1: one round of a GPU's programs.
 _NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "DEPTH", "GROUP", "num_warps", "num_stages")
@@ -32,11 +33,11 @@ def _linear_split_fwd_kernel(
     m, n = linear.tile_place(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     m0, n0, first = m * BLOCK_M, n * BLOCK_N, tl.program_id(1) * DEPTH
     acc = linear.products_of(
-        x, weight, (x_scale, weight_scale), m0, n0, first, tl.minimum(first + DEPTH, K), M, N, K, stride_xm, stride_wn,
-        TMA, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        x, weight, (x_scale, weight_scale, None, None), m0, n0, first, tl.minimum(first + DEPTH, K), M, N, K, stride_xm,
+        stride_wn, TMA, WHOLE_K, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     mine = partial + tl.program_id(1).to(tl.int64) * M * N
-    linear._store(mine, acc, m0, n0, M, N, False)
+    store(mine, acc, m0, n0, M, N, False)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -51,7 +52,7 @@ def _linear_sum_kernel(
     acc = tl.load(at, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
         acc += tl.load(at + tl.cast(split, tl.int64) * M * N, mask=inside, other=0.0)
-    linear._finish(acc, m0, n0, (x_scale, weight_scale), bias, residual, pre, out, M, N, stride_rm, GELU, False)
+    finish(acc, m0, n0, (x_scale, weight_scale, None, None), bias, residual, pre, out, M, N, stride_rm, GELU, False)
 
 
 def launch(x, weight, scales, bias, residual, pre, out, tma, config):
@@ -69,11 +70,11 @@ def launch(x, weight, scales, bias, residual, pre, out, tma, config):
         _linear_split_fwd_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n), splits)](
             TensorDescriptor.from_tensor(x, [block_m, block_k]) if tma else x,
             TensorDescriptor.from_tensor(weight, [block_n, block_k]) if tma else weight,
-            *scales, partial, M, N, K, x.stride(0), weight.stride(0),
+            *scales[:2], partial, M, N, K, x.stride(0), weight.stride(0),
             TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=_device.precision(_device.arch(x)), **config,
         )  # fmt: skip
         _linear_sum_kernel[(triton.cdiv(M, _SUM["ROWS"]), triton.cdiv(N, _SUM["COLUMNS"]))](
-            partial, *scales, bias, residual, pre, out, M, N, 0 if residual is None else residual.stride(0),
+            partial, *scales[:2], bias, residual, pre, out, M, N, 0 if residual is None else residual.stride(0),
             SPLITS=splits, GELU=gelu, **_SUM, **how,
         )  # fmt: skip
 

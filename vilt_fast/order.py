@@ -62,6 +62,11 @@ def configuration(op: str, arch: int, rows: int) -> dict[str, int | bool | str |
     return TRIED[op] if op in TRIED else _measured(op, arch, size_of(rows))
 
 
+def chosen(op: str, size: str = "any") -> dict[str, int | bool | str | None]:
+    """The same of the GPU of this process, for who chooses between ops."""
+    return TRIED[op] if op in TRIED else entry(op, size).configuration
+
+
 TRIED: dict[str, dict] = {}  #: {op: configuration} to have now, whatever the table says: what a campaign compares
 
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 import vilt_fast
-from vilt_fast import functional, testing
+from vilt_fast import functional, order, testing
+from vilt_fast.ops import registry
 
 from .. import counts, ops
 from . import timing, variants
@@ -29,7 +30,8 @@ def kernels(context):
         case = context.case(batch)
         for group in (
             _attention, _attention_gradients, _linear_gelu, _linear_qkv, _linear_out, _linear_fc2, _linear_out_norm,
-            _linear_fc2_norm, _add_layer_norm, _text_embed, _patch_embed, _linear_cross_entropy,
+            _linear_fc2_norm, _add_layer_norm, _text_embed, _patch_embed, _linear_cross_entropy, _add_layer_norm_fp8,
+            _linear_gelu_fp8,
         ):  # fmt: skip
             context.item(f"{group.__name__[1:]}, batch {batch}", partial(group, context, case))
         context.kept.pop(("calls", case.name), None)
@@ -95,9 +97,9 @@ def _dtype(context):
 
 
 @torch.no_grad()
-def _group(context, op, case, calls, truth, work, **options):
+def _group(context, op, case, calls, truth, work, dtype=None, **options):
     name = f"{op} {case.name}"
-    timing.group(context, "kernels", name, case.shape, _dtype(context), calls, truth, work, **options)
+    timing.group(context, "kernels", name, case.shape, dtype or _dtype(context), calls, truth, work, **options)
 
 
 def _group_with_gradients(context, op, case, calls, truth, work):
@@ -341,6 +343,71 @@ def _add_layer_norm(context, case):
     calls |= {"ours": own, **variants.of(context, case, "add_layer_norm", own)}
     work = counts.add_layer_norm(rows, d, given[0].element_size())
     _group(context, "add_layer_norm", case, calls, lambda: plain(*map(_double, given)), work)
+
+
+def _quantized(context, outputs, inputs):
+    """(weight in the dtype of the campaign, the same as e4m3 with its scales)."""
+    weight = _random(context, outputs, inputs, scale=inputs**-0.5)
+    return weight, functional.quantize_fp8(weight, backend="reference")
+
+
+def _why_no_fp8(context):
+    return registry.why_unavailable("linear_fp8", "triton", device=context.device.type, dtype=context.dtype)
+
+
+def _add_layer_norm_fp8(context, case):
+    """A norm and the product of queries, keys and values on e4m3: what ships hands on e4m3, `apart` makes a pass."""
+    if reason := _why_no_fp8(context):
+        context.note(f"add_layer_norm_fp8: {reason}")
+        return
+    d, rows = context.config.hidden_size, sum(lengths(context, case))
+    given = [_random(context, rows, d), _random(context, rows + 1, d)[1:], _random(context, d), _random(context, d)]
+    weight, copy = _quantized(context, 3 * d, d)
+
+    def ours():
+        _, x, scale = functional.add_layer_norm_fp8(*given, 1e-12, backend="triton")
+        return functional.linear_fp8(x, *copy, None, x_scale=scale, dtype=context.dtype, backend="triton")
+
+    def plain(x, residual, scale, bias, weight):
+        return F.linear(F.layer_norm(x + residual, (d,), scale, bias, 1e-12), weight)
+
+    calls = {"eager bfloat16": partial(plain, *given, weight), "ours": ours}
+    calls |= variants.of(context, case, "add_layer_norm_fp8", ours)
+    _group(
+        context, "add_layer_norm_fp8", case, calls, lambda: plain(*map(_double, (*given, weight))),
+        counts.linear(rows, d, 3 * d, 1), "float8",
+    )  # fmt: skip
+
+
+def _linear_gelu_fp8(context, case):
+    """A feed-forward sublayer on e4m3: what ships hands on e4m3 by groups of columns, `apart` by rows, in a pass."""
+    if reason := _why_no_fp8(context):
+        context.note(f"linear_gelu_fp8: {reason}")
+        return
+    d, f, rows = context.config.hidden_size, context.config.intermediate_size, sum(lengths(context, case))
+    x, (first, one), (second, two) = (
+        _random(context, rows, d), _quantized(context, f, d), _quantized(context, d, f)
+    )  # fmt: skip
+    rounded = functional.quantize_fp8(x, backend="triton")
+
+    def ours():
+        q, scale = rounded
+        if order.chosen("linear_gelu_fp8").get("FUSED", True):
+            inner, scale = functional.linear_gelu_fp8(q, *one, None, x_scale=scale, backend="triton")
+            return functional.linear_fp8(inner, *two, None, x_scale=scale, dtype=context.dtype, backend="triton")
+        more = dict(x_scale=scale, dtype=context.dtype, backend="triton")
+        return functional.linear_fp8(
+            functional.linear_fp8(q, *one, None, gelu=True, **more), *two, None, backend="triton"
+        )
+
+    def plain(x, first, second):
+        return F.linear(F.gelu(F.linear(x, first)), second)
+
+    calls = {"eager bfloat16": partial(plain, x, first, second), "ours": ours}
+    calls |= variants.of(context, case, "linear_gelu_fp8", ours)
+    one_way, back = counts.linear(rows, d, f, 1), counts.linear(rows, f, d, 1)
+    work = counts.Work(one_way.products + back.products, 0, one_way.bytes + back.bytes)
+    _group(context, "linear_gelu_fp8", case, calls, lambda: plain(*map(_double, (x, first, second))), work, "float8")
 
 
 def _text_embed(context, case):

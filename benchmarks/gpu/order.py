@@ -24,7 +24,7 @@ OPS = {
     "linear qkv": "linear_qkv", "linear out": "linear", "linear fc2": "linear",
     "linear_cross_entropy_bwd": "linear_cross_entropy", "distance": "word_patch_distance",
 }  # fmt: skip
-FLOATS = ("bfloat16", "float16", "float32")  #: whose times decide, the first that was timed
+FLOATS = ("bfloat16", "float16", "float32", "float8")  #: whose times decide, the first that was timed
 
 
 ROWS = 215  #: of a sample: 185 at batch 1, 13,792 at batch 64

@@ -47,6 +47,9 @@ VARIANTS = {
         f"{rows} row{'s' * (rows > 1)} {warps} warp{'s' * (warps > 1)}": dict(ROWS=rows, num_warps=warps)
         for rows, warps in ((4, 4), (1, 1), (2, 1))
     },
+    # A pass that quantises what a norm has written; the GELU's rows with a scale a row, by such a pass.
+    "add_layer_norm_fp8": {"apart": dict(FUSED=False)},
+    "linear_gelu_fp8": {"apart": dict(FUSED=False)},
     "attention": {
         "single 64x288": _named(_ATTENTION, 64, 256, 4, 2, 32, True),
         "online 64x64": _named(_ATTENTION, 64, 64, 4, 2, 0, False),

@@ -128,6 +128,7 @@ def test_every_op_and_batch_is_there(dry):
     cases = {row["case"] for row in rows(dry[0], "kernels")}
     ops = ("attention", "attention_bwd", "linear qkv", "linear out", "linear fc2", "linear_gelu", "add_layer_norm")
     ops += ("text_embed", "patch_embed", "linear_cross_entropy_bwd", "linear out norm", "linear fc2 norm")
+    ops += ("add_layer_norm_fp8", "linear_gelu_fp8")
     assert cases == {f"{op} {batch}" for op in ops for batch in ("b1", "b2")}
     checked = rows(dry[0], "correctness")
     assert {row["op"] for row in checked} == {

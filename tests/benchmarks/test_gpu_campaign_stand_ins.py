@@ -102,6 +102,8 @@ def test_every_variant_is_another_launch():
         "attention": partial(attention._forward_config, 90, 2, 64, 281, 281, 768, 132),
         "attention_bwd": partial(attention_bwd._config, 90, 2, 64, 281, 768, 132),
     }
+    for op in ("add_layer_norm_fp8", "linear_gelu_fp8"):
+        asked[op] = lambda op=op: {"FUSED": True} | order.chosen(op)
     assert set(asked) == set(variants.VARIANTS)
     for op, some in variants.VARIANTS.items():
         for name in some:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support.models import batch, build, call, labels, leaves, real_positions
+from support.triton_case import round_as_torch
 from torch import nn
 
 import vilt_fast
@@ -154,6 +155,39 @@ def test_training_runs_on_the_fused_kernels_and_every_gradient_is_right(device, 
         for row, g in zip(rows, (mine[name], other[name], gradient), strict=True):
             row.append(g.flatten())
     assert_within_budget(*map(torch.cat, rows))
+
+
+@torch.no_grad()
+def test_fp8_is_handed_on_or_made_in_a_pass(device, launched, monkeypatch):
+    """The norms' rows are the same bits either way; of the GELU's, groups of columns have scales of their own."""
+    round_as_torch(monkeypatch)
+    plain = build("trunk", torch.float32, **SMALL).to(device)
+    ours = vilt_fast.accelerate(copy.deepcopy(plain), quantize="fp8")
+    inputs = moved(batch("trunk"), device, torch.float32)
+    found = {}
+    for fused in ((True, True), (False, True), (True, False), (False, False)):
+        launched.clear()
+        for op, here in zip(("add_layer_norm_fp8", "linear_gelu_fp8"), fused, strict=True):
+            monkeypatch.setitem(order.TRIED, op, {"FUSED": here})
+        found[fused] = ours(**inputs).pooler_output
+        assert (("add_layer_norm_fp8", "triton") in launched, ("linear_gelu_fp8", "triton") in launched) == fused
+    full = vilt_fast.accelerate(plain)(**inputs).pooler_output
+    assert torch.equal(found[True, True], found[False, True]) and torch.equal(found[True, False], found[False, False])
+    assert not torch.equal(found[True, True], found[True, False])
+    errors = [(found[True, way] - full).norm() / full.norm() for way in (True, False)]
+    assert errors[0] < 1.5 * errors[1] and errors[1] < 0.2
+
+
+@torch.no_grad()
+def test_fp8_that_is_handed_on_compiles_to_one_graph(device, monkeypatch):
+    torch._dynamo.reset()
+    round_as_torch(monkeypatch)
+    one = SMALL | {"num_hidden_layers": 1}
+    ours = vilt_fast.accelerate(build("trunk", torch.float32, **one).to(device), quantize="fp8")
+    inputs = moved(batch("trunk"), device, torch.float32)
+    inputs["sequence_plan"] = vilt_fast.sequence_plan(ours, **inputs)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).pooler_output, ours(**inputs).pooler_output)
 
 
 def test_the_stream_is_added_once_whatever_comes_between(device):

@@ -95,8 +95,8 @@ def test_every_shipped_configuration(kind, place):
     x, weight, scale, bias = _inputs((M, K), N, torch.float32)
     q, step = reference.quantize_fp8(x)
     got, _ = linear.launch(
-        q, weight, bias, None, gelu=True, save=False, out_dtype=torch.float32, scales=(step, scale), kind=kind,
-        config=config,
+        q, weight, bias, None, gelu=True, save=False, out_dtype=torch.float32, kind=kind, config=config,
+        scales=(step, scale, None, None),
     )  # fmt: skip
     exact = torch.nn.functional.gelu(
         (q.double() * step.double()[:, None]) @ (weight.double() * scale.double()[:, None]).t() + bias.double()
@@ -127,7 +127,9 @@ def test_registered_ops_and_compile():
     x, weight, scale, bias = _inputs((6, 40), 9, torch.float32)
     ops = torch.ops.vilt_fast
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # test_schema knows no e4m3
-    torch.library.opcheck(ops.linear_fp8.default, (x, weight, scale, bias, True, "triton"), test_utils=checks)
+    torch.library.opcheck(
+        ops.linear_fp8.default, (x, weight, scale, bias, True, None, None, "triton"), test_utils=checks
+    )
     torch.library.opcheck(ops.quantize_fp8.default, (x, "triton"), test_utils=checks)
     compiled = torch.compile(
         lambda x: functional.linear_fp8(x, weight, scale, bias, backend="triton") * 2, fullgraph=True,

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import torch
 
 from vilt_fast.testing import assert_within_budget
@@ -78,3 +79,18 @@ def assert_all_within_budget(actual, plain, exact, inputs, cotangents):
             if a is not None:
                 assert a.dtype == p.dtype and a.shape == p.shape, f"{kind} {place}"
                 assert_within_budget(a, p, e, what=f"{kind} {place}")
+
+
+def round_as_torch(monkeypatch):
+    """Let Triton's interpreter round to e4m3 as GPUs and torch do: its own halves numbers whose mantissa is carried."""
+    from triton.runtime import interpreter
+
+    own = interpreter._convert_float
+
+    def convert(values, given, wanted, rounding):
+        if str(wanted) != "fp8e4nv" or str(given) != "fp32":
+            return own(values, given, wanted, rounding)
+        rounded = torch.from_numpy(np.array(values)).to(torch.float8_e4m3fn)
+        return rounded.view(torch.uint8).numpy().reshape(values.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)

@@ -140,7 +140,7 @@ def run_from(blocks: Described, first: int, weights: WeightCache | None) -> tupl
             break
         run.compute, run.num_heads = compute, attention.num_heads
         run.sublayers.append(block.sublayers)
-        run.parameters += parameters
+        run.parameters.extend(parameters)
         run.eps += [attention.norm.eps, feed_forward.norm.eps]
         run.blocks += 1
     return run, reason

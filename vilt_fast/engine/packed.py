@@ -17,7 +17,7 @@ from ..functional import LayerParameters
 from .blocks import Block, FeedForward, layer_parameters
 from .listeners import live
 from .packing import Packing, Selection, Spans
-from .quantization import WeightCache
+from .quantization import E4M3Rows, WeightCache, hands_on
 from .recomputed import recomputed
 
 
@@ -43,11 +43,14 @@ def as_parameters(rows: torch.Tensor, block: Block) -> torch.Tensor:
     return rows.to(weight.dtype)
 
 
-def normed(norm: nn.LayerNorm, stream, branch: Branch | None):
-    """(the stream with the branch added, its norm)."""
+def normed(norm: nn.LayerNorm, stream, branch: Branch | None, e4m3: bool = False):
+    """(the stream with the branch added, its norm); `e4m3`: an fp8 layer takes that, so its rows may be such."""
     if branch is None or norm.normalized_shape != stream.shape[-1:]:
         stream = added(stream, branch)
         return stream, norm(stream)
+    if e4m3 and not branch.dropout_p and hands_on("add_layer_norm_fp8", branch.rows):
+        stream, *rows = functional.add_layer_norm_fp8(branch.rows, stream, norm.weight, norm.bias, norm.eps)
+        return stream, E4M3Rows(*rows, branch.rows.dtype)
     return functional.add_layer_norm(branch.rows, stream, norm.weight, norm.bias, norm.eps, dropout_p=branch.dropout_p)
 
 
@@ -113,10 +116,14 @@ def step_of(
 
     def feed_forward(sublayer, x, stream):
         """(stream, branch)."""
-        if type(sublayer.fc1) is nn.Linear and sublayer.activation_kind == "gelu":
-            inner = multiply("fc1", x, sublayer.fc1, gelu=True)
-        else:
+        still = sublayer.activation_dropout is None or not live(sublayer.activation_dropout)
+        if not _gelu_in_one(sublayer):
             inner = sublayer.activation(sublayer.fc1(x))
+        elif weights is not None and still and hands_on("linear_gelu_fp8", x):
+            inner = weights.linear_gelu_fp8((number, "fc1"), x, [sublayer.fc1])
+            return grown(stream, "fc2", inner, sublayer.fc2, sublayer.fc2_dropout)
+        else:
+            inner = multiply("fc1", x, sublayer.fc1, gelu=True)
         if sublayer.activation_dropout is not None:
             inner = sublayer.activation_dropout(inner)
         return grown(stream, "fc2", inner, sublayer.fc2, sublayer.fc2_dropout)
@@ -125,7 +132,8 @@ def step_of(
         probabilities = None
         for sublayer in block.sublayers:
             if block.norm_first:
-                x, inner = normed(sublayer.norm, x, branch)
+                e4m3 = weights is not None and (not isinstance(sublayer, FeedForward) or _gelu_in_one(sublayer))
+                x, inner = normed(sublayer.norm, x, branch, e4m3)
             else:
                 inner = x = added(x, branch)
             if isinstance(sublayer, FeedForward):
@@ -168,6 +176,11 @@ def of_parameters(rows, parameters, spans: Spans, num_heads: int, eps, wanted: S
         inner = functional.linear_gelu(x, p.fc1_weight, p.fc1_bias)
         branch = functional.linear(inner, p.fc2_weight, p.fc2_bias)
     return stream + branch
+
+
+def _gelu_in_one(sublayer: FeedForward) -> bool:
+    """Whether its first layer and activation are the plain ones that one op computes."""
+    return type(sublayer.fc1) is nn.Linear and sublayer.activation_kind == "gelu"
 
 
 def _side_by_side(linears) -> bool:

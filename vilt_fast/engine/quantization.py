@@ -16,6 +16,7 @@ import os
 import threading
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +33,14 @@ from .asked import Asked
 #: Places of the six matrices among the tensors of a layer.
 _PLACES = [LayerParameters._fields.index(f"{name}_weight") for name in MATRICES]
 KINDS = ("int8", "fp8")
+
+
+class E4M3Rows(NamedTuple):
+    """Rows that the kernel before has quantised."""
+
+    q: torch.Tensor  #: [N, K] float8_e4m3fn
+    scale: torch.Tensor  #: [N] float32, or [N, groups of columns]
+    dtype: torch.dtype  #: of what they stand for
 
 
 class WeightCache(Asked):
@@ -88,13 +97,24 @@ class WeightCache(Asked):
         _refuse_export()
         return _encoder(x, parameters, *spans, *options.values(), self._number, first_block)
 
-    def linear_fp8(self, place: tuple, x: torch.Tensor, linears: Sequence[nn.Linear], gelu: bool) -> torch.Tensor:
+    def linear_fp8(
+        self, place: tuple, x: torch.Tensor | E4M3Rows, linears: Sequence[nn.Linear], gelu: bool
+    ) -> torch.Tensor:
         """`functional.linear_fp8` with the copies of linears side by side; `place` names them in the model."""
+        x, scale, dtype = x if isinstance(x, E4M3Rows) else (x, None, None)
         if not torch.compiler.is_compiling():
-            return functional.linear_fp8(x, *self.fp8(place, linears), gelu=gelu)
-        _refuse_export()
-        weights, biases = [m.weight for m in linears], [_NO_BIAS if m.bias is None else m.bias for m in linears]
-        return _linear_fp8(x, weights, biases, gelu, self._number, *place)
+            return functional.linear_fp8(x, *self.fp8(place, linears), gelu=gelu, x_scale=scale, dtype=dtype)
+        return _linear_fp8(x, *_parameters(linears), gelu, scale, dtype, self._number, *place)
+
+    def linear_gelu_fp8(self, place: tuple, x: torch.Tensor | E4M3Rows, linears: Sequence[nn.Linear]) -> E4M3Rows:
+        """`functional.linear_gelu_fp8`, in the same way."""
+        dtype = x.dtype
+        x, scale, _ = x if isinstance(x, E4M3Rows) else (x, None, None)
+        if not torch.compiler.is_compiling():
+            made = functional.linear_gelu_fp8(x, *self.fp8(place, linears), x_scale=scale)
+        else:
+            made = _linear_gelu_fp8(x, *_parameters(linears), scale, self._number, *place)
+        return E4M3Rows(*made, dtype)
 
     def fp8(self, place: tuple, linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(weight, weight_scale, bias) of `linear_fp8` for linears side by side; `place` names them in the model."""
@@ -138,6 +158,18 @@ class WeightCache(Asked):
 
     def __setstate__(self, state):
         self.__init__(state["kind"])
+
+
+def hands_on(op: str, rows: torch.Tensor | E4M3Rows) -> bool:
+    """Whether a kernel hands on e4m3 by `op` here, in place of a pass over what it has written.
+
+    A guess, unless order.csv says `FUSED=False` of the op.
+    """
+    lying = rows.q if isinstance(rows, E4M3Rows) else rows
+    kind = lying.device.type
+    if torch.is_autocast_enabled(kind) and rows.dtype == torch.float32:  # which a product would round first
+        return False
+    return registry.fused(op, kind, rows.dtype, registry.size_of(lying))
 
 
 def why_emulated(rows: torch.Tensor) -> str:
@@ -237,19 +269,46 @@ def _(
     return x.new_empty(x.shape[0] if wanted is None else wanted.shape[0], x.shape[1])
 
 
+def _parameters(linears):
+    _refuse_export()
+    return [m.weight for m in linears], [_NO_BIAS if m.bias is None else m.bias for m in linears]
+
+
+def _copies(cache, block, name, weights, biases):
+    return _caches[cache]._fp8((block, name), weights, [bias if bias.numel() else None for bias in biases])
+
+
 @torch.library.custom_op(
     "vilt_fast::linear_fp8_of_copies",
     mutates_args=(),
-    schema="(Tensor x, Tensor[] weights, Tensor[] biases, bool gelu, int cache, int block, str name) -> Tensor",
+    schema="(Tensor x, Tensor[] weights, Tensor[] biases, bool gelu, Tensor? scale, ScalarType? dtype, int cache, "
+    "int block, str name) -> Tensor",
 )
-def _linear_fp8(x, weights, biases, gelu, cache, block, name):
-    biases = [bias if bias.numel() else None for bias in biases]
-    return functional.linear_fp8(x, *_caches[cache]._fp8((block, name), weights, biases), gelu=gelu)
+def _linear_fp8(x, weights, biases, gelu, scale, dtype, cache, block, name):
+    copies = _copies(cache, block, name, weights, biases)
+    return functional.linear_fp8(x, *copies, gelu=gelu, x_scale=scale, dtype=dtype)
 
 
 @_linear_fp8.register_fake
-def _(x, weights, biases, gelu, cache, block, name):
-    return x.new_empty(*x.shape[:-1], sum(len(w) for w in weights))
+def _(x, weights, biases, gelu, scale, dtype, cache, block, name):
+    return x.new_empty(*x.shape[:-1], sum(len(w) for w in weights), dtype=dtype or x.dtype)
+
+
+@torch.library.custom_op(
+    "vilt_fast::linear_gelu_fp8_of_copies",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? scale, int cache, int block, str name) -> "
+    "(Tensor, Tensor)",
+)
+def _linear_gelu_fp8(x, weights, biases, scale, cache, block, name):
+    return functional.linear_gelu_fp8(x, *_copies(cache, block, name, weights, biases), x_scale=scale)
+
+
+@_linear_gelu_fp8.register_fake
+def _(x, weights, biases, scale, cache, block, name):
+    outputs = sum(len(w) for w in weights)
+    scales = x.new_empty((outputs + 127) // 128, *x.shape[:-1], dtype=torch.float32)
+    return x.new_empty(*x.shape[:-1], outputs, dtype=torch.float8_e4m3fn), scales.movedim(0, -1)
 
 
 @torch.library.custom_op(

@@ -87,12 +87,11 @@ class Swapped:
 
     @property
     def __signature__(self):
-        return inspect.signature(self.own)
+        return inspect.signature(getattr(type(self.module), self.name).__get__(self.module))
 
-    @property
-    def own(self):
-        """The module's own method, as its class defines it."""
-        return types.MethodType(getattr(type(self.module), self.name), self.module)  # torch 2.11 compiles no __get__
+    def own(self, *args, **kwargs):
+        """What the module's own method answers, as its class defines it."""
+        return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
     @property
     def __func__(self):

@@ -41,17 +41,19 @@ def _fake_backward(
     ), ()
 
 
-def _validate(x, residual, weight, bias, dropout_p):
+def validated(op, x, residual, weight, bias):
+    """Raise for what no backend of `op` could be given."""
     tensors = dict(x=x, residual=residual, weight=weight, bias=bias)
-    sizes = _check.shapes(_NAME, x=(x, "... D"), residual=(residual, "... D"), weight=(weight, "D"), bias=(bias, "D"))
+    _check.shapes(op, x=(x, "... D"), residual=(residual, "... D"), weight=(weight, "D"), bias=(bias, "D"))
     if x.shape != residual.shape:
-        raise ValueError(
-            f"add_layer_norm: residual has shape {list(residual.shape)}, expected that of x, {list(x.shape)}."
-        )
-    _check.dtypes(_NAME, _check.FLOATS, **tensors)
-    _check.same_device(_NAME, **tensors)
+        raise ValueError(f"{op}: residual has shape {list(residual.shape)}, expected that of x, {list(x.shape)}.")
+    _check.dtypes(op, _check.FLOATS, **tensors)
+    _check.same_device(op, **tensors)
+
+
+def _validate(x, residual, weight, bias, dropout_p):
+    validated(_NAME, x, residual, weight, bias)
     _check.probability(_NAME, dropout_p)
-    return sizes
 
 
 def _validate_backward(grad_s, grad_y, s, mean, rstd, weight, bias, dropout_p, seed, x_dtype):

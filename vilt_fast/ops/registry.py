@@ -87,6 +87,10 @@ _ROWS = {
     ("linear_fp8", "triton"): "vilt_fast.kernels.linear_fp8:linear_fp8_fwd",
     ("quantize_fp8", "reference"): "vilt_fast.reference.linear_fp8:quantize_fp8",
     ("quantize_fp8", "triton"): "vilt_fast.kernels.linear_fp8:quantize_fp8_fwd",
+    ("linear_gelu_fp8", "reference"): "vilt_fast.reference.linear_gelu_fp8:linear_gelu_fp8",
+    ("linear_gelu_fp8", "triton"): "vilt_fast.kernels.linear_fp8:linear_gelu_fp8_fwd",
+    ("add_layer_norm_fp8", "reference"): "vilt_fast.reference.add_layer_norm_fp8:add_layer_norm_fp8",
+    ("add_layer_norm_fp8", "triton"): "vilt_fast.kernels.add_layer_norm_fp8:add_layer_norm_fp8_fwd",
     ("linear_cross_entropy", "reference"): "vilt_fast.reference.linear_cross_entropy:linear_cross_entropy",
     ("linear_cross_entropy", "triton"): "vilt_fast.kernels.linear_cross_entropy:linear_cross_entropy_fwd",
     ("linear_cross_entropy_bwd", "triton"): "vilt_fast.kernels.linear_cross_entropy:linear_cross_entropy_bwd",
@@ -180,6 +184,14 @@ def launcher(op, backend):
 def asked_in_turn(op, device, size="any"):
     """The backends that are asked for ``op`` on a type of device, for calls of a size, in order."""
     return order.entry(op, size).backends if device in _GPUS else _ORDER
+
+
+@torch.compiler.assume_constant_result
+def fused(op, device, dtype, size="any"):
+    """Whether a kernel of ours comes first for ``op``, and neither order.csv nor a campaign says `FUSED=False`."""
+    asked = (name for name in asked_in_turn(op, device, size) if (op, name) in _SLOTS)
+    first = next((name for name in asked if not why_unavailable(op, name, device=device, dtype=dtype)), "reference")
+    return first not in PLAIN and order.chosen(op, size).get("FUSED", True)
 
 
 def size_of(tensor, rows=None):

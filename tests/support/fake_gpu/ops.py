@@ -47,8 +47,16 @@ def add_layer_norm(dtype):
         given = x, torch.empty(rows, WIDTH, dtype=stream), weight if affine[0] else None, bias if affine[1] else None
         yield True, partial(run, partial(call, dropout_p), given)
         yield True, partial(tried, "add_layer_norm", DEPENDENT, partial(run, partial(call, dropout_p), given))
+    quantized = torch.no_grad()(lambda *given: functional.add_layer_norm_fp8(*given, 1e-12))
+    for rows, stream, affine in itertools.product(
+        (ROWS[0], ROWS[2]), {dtype, FLOAT}, ((True, True), (False, False), (True, False))
+    ):
+        x, weight, bias = _empty(dtype, (rows, WIDTH), WIDTH, WIDTH)
+        residual = torch.empty(rows, WIDTH, dtype=stream)
+        yield True, partial(quantized, x, residual, weight if affine[0] else None, bias if affine[1] else None)
     for rows, width in ((1, 1), (3, 100), (5, 8192)):
         yield False, partial(run, partial(call, 0.1), _empty(dtype, (rows, width), (rows, width), width, width))
+        yield False, partial(quantized, *_empty(dtype, (rows, width), (rows, width), width, width))
     yield False, partial(run, partial(call, 0.0), [sliced(t) for t in _empty(dtype, (4, 33), (4, 33), 33, 33)])
 
 
@@ -140,6 +148,20 @@ def linear_fp8(dtype):
     for rows, (outputs, inputs), gelu, bias in itertools.product(ROWS, SHAPES, (False, True), (True, False)):
         x, weight, added = _empty(dtype, (rows, inputs), (outputs, inputs), outputs)
         yield True, partial(_fp8, x, weight, added if bias else None, gelu)
+
+    @torch.no_grad()
+    def handed_on(rows, inner, width, bias, by_rows):
+        x, added = _empty(dtype, (rows, width), inner)
+        weights = [functional.quantize_fp8(torch.empty(shape)) for shape in ((inner, width), (width, inner))]
+        x, scale = functional.quantize_fp8(x) if by_rows else (x, None)
+        given = added if bias else None
+        x, scale = functional.linear_gelu_fp8(x, *weights[0], given, x_scale=scale)
+        functional.linear_fp8(x, *weights[1], None, x_scale=scale, dtype=dtype)
+
+    for rows, bias, by_rows in itertools.product(ROWS, (True, False), (True, False)):
+        yield True, partial(handed_on, rows, INNER, WIDTH, bias, by_rows)
+    for rows, inner, width in ((1, 1, 1), (3, 7, 5), (600, 1000, 100), (5000, 3001, 64), (9000, 264, 1024)):
+        yield False, partial(handed_on, rows, inner, width, False, True)
     for x, weight in _odd(dtype):
         for gelu in (False, True):
             yield False, partial(_fp8, x, weight, None, gelu)

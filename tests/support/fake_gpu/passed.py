@@ -23,6 +23,8 @@ OPS = (
     "attention", "patch_embed", "linear", "linear_qkv", "linear_fp8", "linear_gelu", "add_layer_norm",
     "linear_cross_entropy", "text_embed", "word_patch_distance", "ipot", "sinkhorn",
 )  # fmt: skip
+#: {op: that whose calls it is among}
+WITHIN = {"quantize_fp8": "linear_fp8", "linear_gelu_fp8": "linear_fp8", "add_layer_norm_fp8": "add_layer_norm"}
 DTYPES = ("bfloat16", "float16", "float32")
 #: {step: what `processes.played` is told}
 STEPS = (
@@ -45,7 +47,7 @@ def sources(step: str, root: Path = ROOT) -> str:
     kernels, play = root / "kernels", root / "tests" / "support" / "fake_gpu"
     files = [play / "driver.py", play / "__main__.py"]
     if step in OPS:
-        files += _with_imports(kernels, [step, f"{step}_bwd"])
+        files += _with_imports(kernels, [step, f"{step}_bwd", *(op for op, other in WITHIN.items() if other == step)])
         calls = _without_other_calls(play / "ops.py", step)
     else:
         files += [*sorted(kernels.glob("*.py")), play / "models.py"]
