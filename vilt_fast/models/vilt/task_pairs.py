@@ -9,7 +9,7 @@ from transformers.models.vilt import modeling_vilt as hf
 from ...engine.genuine import own_methods, why_not_own
 from ...engine.listeners import has_hooks, why_hooked
 from ..base import wrapper_of
-from .inputs import Inputs
+from .inputs import Inputs, Sizes
 from .known import known_tables, tables, why_not_known
 from .pairs import ViltPairs
 from .rows import embed, planned
@@ -45,8 +45,9 @@ class TaskPairs(ViltPairs):
 
     def image(self, pixels, mask):
         found = known_tables(self.trunk.embeddings)
-        inputs = Inputs(input_ids=self._no_text(), pixel_values=pixels, pixel_mask=mask, tables=found)
-        inputs._check_image(self.trunk.embeddings)
+        sizes = Sizes.of(self.trunk.embeddings, found)
+        inputs = Inputs(input_ids=self._no_text(), pixel_values=pixels, pixel_mask=mask, tables=found, sizes=sizes)
+        inputs._check_image()
         options = self._image_options()
         plan = planned(self.trunk, [inputs], None, options)
         rows, _ = embed(self.trunk, [inputs], plan, options, self._weights())
