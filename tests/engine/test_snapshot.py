@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from support import changes
+from support import block_changes as changes
 from support.models import batch, build, call, leaves
 from torch import nn
 from torch.nn import functional as F

@@ -1,184 +1,191 @@
-"""Changes of a `ViltLayer` that say of themselves, by their names, what they are."""
+"""Everything that a user may do to a model between two calls, in place: `CHANGES` lists them."""
 
-import collections
+import copy
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+
+from support.models import trunk_of
+
+
+class LoRA(nn.Module):
+    """A wrapped linear, as adapter libraries make them."""
+
+    def __init__(self, base_layer, rank=2):
+        super().__init__()
+        self.base_layer = base_layer
+        weight = base_layer.weight
+        self.down = nn.Parameter(torch.linspace(-0.3, 0.3, rank * weight.shape[1]).view(rank, -1).to(weight))
+        self.up = nn.Parameter(torch.linspace(-0.3, 0.3, rank * weight.shape[0]).view(-1, rank).to(weight))
+
+    def forward(self, x):
+        return self.base_layer(x) + x @ self.down.T @ self.up.T
 
 
 class Doubled(nn.Linear):
+    """A linear that is not quite one."""
+
     def forward(self, x):
-        return super().forward(x) * 2
+        return 2 * super().forward(x)
 
 
-def more(module, given, output):
-    return output + 0.25
+class Scaled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight):
+        return weight * 1.3
 
 
-def own_forward(layer):
-    dense = layer.output.dense
-    dense.forward = lambda x, own=dense.forward: own(x) * 2
+def linears(model):
+    """(holder, name) of every linear in the blocks."""
+    encoder = trunk_of(model).encoder
+    return [
+        (encoder.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2])
+        for path, m in list(encoder.named_modules())
+        if isinstance(m, nn.Linear)
+    ]
 
 
-def other_class(layer):
-    layer.intermediate.dense.__class__ = Doubled
+def optimizer_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for i, parameter in enumerate(model.parameters()):
+        parameter.grad = torch.full_like(parameter, 0.1 * (1 + i % 3))
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def hooks_put_in_place(layer):
-    layer.attention.output.dense._forward_hooks = collections.OrderedDict({0: more})
-
-
-def other_norm(layer):
-    layer.layernorm_after.eps = 1.0
-
-
-def other_heads(layer):
-    attention = layer.attention.attention
-    heads, size = attention.num_attention_heads, attention.attention_head_size
-    attention.num_attention_heads, attention.attention_head_size = heads // 2, size * 2
-    if hasattr(attention, "scaling"):
-        attention.scaling = (size * 2) ** -0.5
-
-
-def other_activation(layer):
-    layer.intermediate.intermediate_act_fn = nn.ReLU()
-
-
-def other_function_within(layer):
-    layer.intermediate.intermediate_act_fn.act = torch.tanh
-
-
-def names_exchanged(layer):
-    parts = layer.attention.attention._modules
-    parts["query"], parts["value"] = parts["value"], parts["query"]
-
-
-def layer_within_replaced(layer):
-    layer.attention.attention.key = nn.Linear(32, 32)
-
-
-def norms_exchanged(layer):
-    own = layer._modules
-    own["layernorm_before"].weight.data.mul_(2)
-    own["layernorm_before"], own["layernorm_after"] = own["layernorm_after"], own["layernorm_before"]
-
-
-def other_strides(layer):
-    weight = layer.attention.attention.query.weight
-    weight.data = weight.data.t()
-
-
-def no_bias(layer):
-    layer.output.dense.bias = None
-
-
-def a_tensor_that_is_no_parameter(layer):
-    dense = layer.attention.output.dense
-    weight = dense.weight.detach() * 2
-    del dense.weight
-    dense.weight = weight
-
-
-def weights_in_place(layer):
+def in_place(model):
     with torch.no_grad():
-        layer.output.dense.weight.mul_(2)
+        for parameter in trunk_of(model).encoder.parameters():
+            parameter.add_(0.1)
 
 
-def weights_behind_the_back(layer):
-    layer.output.dense.weight.data = layer.output.dense.weight.data * 2
+def data_whole(model):
+    for parameter in trunk_of(model).encoder.parameters():
+        parameter.data.mul_(1.25)
 
 
-def listened_to(layer):
-    layer.register_forward_hook(lambda m, a, out: (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2)
+def data_row(model):
+    for holder, name in linears(model):
+        getattr(holder, name).weight.data[5] += 0.5
 
 
-def listened_to_within(layer):
-    layer.attention.attention.value.register_forward_hook(more)
+def data_assigned(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
 
 
-def listened_to_before(layer):
-    layer.intermediate.register_forward_pre_hook(lambda m, args: (args[0] * 2,))
+def new_parameters(model):
+    for holder, name in linears(model):
+        linear = getattr(holder, name)
+        linear.weight = nn.Parameter(linear.weight.detach() * 0.7)
 
 
-def attribute(name, value, *path):
-    def change(module):
-        setattr(module.get_submodule(".".join(path)), name, value)
-
-    change.__name__ = "_".join((name, *path))
-    return change
+def state_loaded(model):
+    model.load_state_dict({k: v * 1.2 if v.is_floating_point() else v for k, v in model.state_dict().items()})
 
 
-def cast_in_place(layer):
-    weight = layer.output.dense.weight
-    weight.data = weight.data.bfloat16()
+def state_assigned(model):
+    model.load_state_dict({k: v * 1.2 for k, v in model.state_dict().items()}, assign=True)
 
 
-def moved(layer):
-    layer.bfloat16()
+def replaced_layer(model):
+    layers = trunk_of(model).encoder.layer
+    layers[1] = copy.deepcopy(layers[0])
 
 
-def frozen(layer):
-    layer.output.dense.weight.requires_grad_(False)
+def fewer_layers(model):
+    trunk_of(model).encoder.layer = trunk_of(model).encoder.layer[:2]
 
 
-def another_parameter(layer):
-    layer.output.dense.weight = nn.Parameter(layer.output.dense.weight.detach().clone())
+def replaced_linear(model):
+    for holder, name in linears(model):
+        old = getattr(holder, name)
+        new = nn.Linear(old.in_features, old.out_features, bias=False, dtype=old.weight.dtype)
+        new.weight.data.copy_(old.weight.data.flip(0))
+        setattr(holder, name, new)
 
 
-def no_attribute(layer):
-    del layer.layernorm_after.eps
+def replaced_embedding(model):
+    old = model.get_input_embeddings()
+    new = nn.Embedding(*old.weight.shape, dtype=old.weight.dtype)
+    new.weight.data.copy_(old.weight.data.flip(0))
+    model.set_input_embeddings(new)
 
 
-def parameters_exchanged(layer):
-    own = layer.output.dense._parameters
-    own["weight"], own["bias"] = own.pop("bias"), own.pop("weight")
+def other_norm_eps(model):
+    for layer in trunk_of(model).encoder.layer:
+        layer.layernorm_before.eps = 0.5
 
 
-def a_parameter_under_another_name(layer):
-    own = layer.output.dense._parameters
-    own["offset"] = own.pop("bias")
+def wrapped(model):
+    for holder, name in linears(model):
+        setattr(holder, name, LoRA(getattr(holder, name)))
 
 
-def another_one_is_none(layer):
-    own = layer.layernorm_before._parameters  # of which only "weight" was there
-    own["weight"], own["bias"] = None, own["weight"]
+def wrapped_twice(model):
+    wrapped(model)
+    wrapped(model)  # the base layers of the first wrapping
 
 
-def parameters_in_another_dictionary(layer):
-    layer.output.dense._parameters = dict(layer.output.dense._parameters)
+def wrapped_one(model):
+    output = trunk_of(model).encoder.layer[1].output
+    output.dense = LoRA(output.dense)
 
 
-def one_more_part(layer):
-    layer.output.add_module("more", nn.Identity())
+def subclassed(model):
+    for holder, name in linears(model):
+        old = getattr(holder, name)
+        new = Doubled(old.in_features, old.out_features, dtype=old.weight.dtype)
+        new.load_state_dict(old.state_dict())
+        setattr(holder, name, new)
 
 
-def one_part_less(layer):
-    del layer.output.dropout
+def parametrized(model):
+    for holder, name in linears(model):
+        parametrize.register_parametrization(getattr(holder, name), "weight", Scaled())
 
 
-def a_part_under_another_name(layer):
-    layer.output._modules["other"] = layer.output._modules.pop("dense")
+def moved_to_bfloat16(model):
+    model.bfloat16()
 
 
-def no_module_any_more(layer):
-    layer._modules["output"] = layer.intermediate
+def moved_there_and_back(model):
+    model.bfloat16().float()
 
 
-def no_tensor_any_more(layer):
-    layer.output.dense._parameters["weight"] = 3
+def moved_to_float64(model):
+    model.double()
 
 
-def all_attributes_in_another_dictionary(layer):
-    layer.layernorm_after.__dict__ = {**layer.layernorm_after.__dict__, "eps": 2.0}
+def one_layer_moved(model):
+    trunk_of(model).encoder.layer[1].register_forward_pre_hook(lambda m, a: (a[0].double(), *a[1:]))
+    trunk_of(model).encoder.layer[1].register_forward_hook(lambda m, a, out: (out[0].float(), *out[1:]))
+    trunk_of(model).encoder.layer[1].double()
 
 
-def another_table(layer):
-    layer.output.table = torch.ones(2).numpy()
-
-
-def a_tensor_in_a_dictionary(layer):
-    layer.output.tensors["one"] = torch.ones(2)
-
-
-def linear_with_two_biases(x, weight, bias):
-    return torch.addmm(bias * 2, x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
+CHANGES = [
+    optimizer_step,
+    in_place,
+    data_whole,
+    data_row,
+    data_assigned,
+    new_parameters,
+    state_loaded,
+    state_assigned,
+    replaced_layer,
+    fewer_layers,
+    replaced_linear,
+    replaced_embedding,
+    other_norm_eps,
+    wrapped,
+    wrapped_twice,
+    wrapped_one,
+    subclassed,
+    parametrized,
+    moved_to_bfloat16,
+    moved_there_and_back,
+    moved_to_float64,
+    one_layer_moved,
+]
