@@ -27,6 +27,30 @@ def patches(change=lambda given: None):
     return functional.patch_embed(**given)
 
 
+def attending(change=lambda given: None):
+    ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+    given = dict(
+        q=torch.randn(5, 2, 4), k=torch.randn(5, 2, 4), v=torch.randn(5, 2, 4), cu_seqlens_q=ends, cu_seqlens_k=ends,
+        max_seqlen_q=3, max_seqlen_k=3, seqused_k=torch.tensor([2, 3], dtype=torch.int32),
+    )  # fmt: skip
+    change(given)
+    return functional.attention(**given)
+
+
+def layers(op):
+    def call(change=lambda given: None):
+        given = dict(x=torch.randn(3, 4), weight=torch.randn(4, 4), bias=torch.zeros(4))
+        if op is functional.add_layer_norm:
+            given |= dict(weight=torch.ones(4), residual=torch.randn(3, 4), eps=1e-6)
+        change(given)
+        return op(**given)
+
+    return call
+
+
+LINEAR, GELU, NORM = map(layers, (functional.linear, functional.linear_gelu, functional.add_layer_norm))
+
+
 def put(**new):
     return lambda given: given.update(new)
 
@@ -49,6 +73,20 @@ def put(**new):
         (patches, put(total_rows=3), ValueError),
         (patches, put(dropout_p=-0.5), ValueError),
         (patches, put(text=None), ValueError),
+        (attending, put(v=torch.randn(4, 2, 4)), ValueError),
+        (attending, put(k=torch.randn(5, 2, 4, dtype=torch.float64)), TypeError),
+        (attending, put(v=torch.randn(5, 2, 4, device="meta")), ValueError),
+        (attending, put(dropout_p=1.0), ValueError),
+        (attending, put(cu_seqlens_q=torch.tensor([0, 2, 5])), TypeError),
+        (attending, put(cu_seqlens_q=torch.tensor([0, 2, 4], dtype=torch.int32)), ValueError),
+        (attending, put(cu_seqlens_k=torch.tensor([0, 6, 5], dtype=torch.int32)), ValueError),
+        (attending, put(seqused_k=torch.tensor([2, 4], dtype=torch.int32)), ValueError),
+        *((call, put(bias=torch.zeros(3)), ValueError) for call in (LINEAR, GELU, NORM)),
+        *((call, put(bias=torch.zeros(4, device="meta")), ValueError) for call in (LINEAR, GELU, NORM)),
+        *((call, put(x=torch.ones(3, 4, dtype=torch.int64)), TypeError) for call in (LINEAR, GELU, NORM)),
+        (LINEAR, put(residual=torch.randn(2, 4)), ValueError),
+        (GELU, put(weight=torch.randn(4, 4, dtype=torch.float64)), TypeError),
+        (NORM, put(dropout_p=-1.0), ValueError),
     ],
 )
 def test_a_call_that_passed_lets_no_other_pass(call, change, error):

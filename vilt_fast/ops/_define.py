@@ -378,20 +378,24 @@ _INTERNALS = (
     getattr(torch.autograd, "_profiler_enabled", None),
 )
 _KNOWN = None not in _INTERNALS and hasattr(torch.autograd.forward_ad, "_current_level")
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_TYPES = {Tensor, torch.nn.Parameter}
+_NO_TENSORS = {type(None), int, float, bool}  # which most of the other arguments are
 
 
 def _plain_eager(values):
     """Whether nothing but a launcher is to see this call: plain tensors, no mode, no transform, no tracer."""
-    if not _KNOWN or torch.compiler.is_compiling() or any(ask() for ask in _INTERNALS):
+    if not _KNOWN or torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level >= 0:
         return False
-    if torch.autograd.forward_ad._current_level >= 0:
-        return False
+    for ask in _INTERNALS:
+        if ask():
+            return False
     for value in values:
+        kind = type(value)
+        if kind in _PLAIN_TYPES or kind in _NO_TENSORS:
+            continue
         if isinstance(value, Tensor):
-            if type(value) not in _PLAIN_TYPES:
-                return False
-        elif isinstance(value, list) and not once(value, "plain", lambda value=value: _are_plain(value)):
+            return False
+        if isinstance(value, list) and not once(value, "plain", lambda value=value: _are_plain(value)):
             return False
     return True
 

@@ -112,7 +112,7 @@ def add_layer_norm(
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """
     tensors = dict(x=x, residual=residual, weight=weight, bias=bias)
-    _validate(**tensors, dropout_p=dropout_p)
+    _check.of_forms(_validate, **tensors, dropout_p=dropout_p)
     name = _OP.resolve(backend, _facts(x, residual, dropout_p, _check.needs_grad(*tensors.values())))
     if name in registry.PLAIN:
         return _OP.plain(name, **tensors, eps=eps, dropout_p=dropout_p)

@@ -38,7 +38,7 @@ def _fake_backward(
     return tuple(t.new_empty(t.shape) for t in (q, k, v)), ()
 
 
-def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p):
+def _validate_forms(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p):
     sizes = _check.shapes(
         "attention",
         q=(q, "Nq H d"), k=(k, "Nk H d"), v=(v, "Nk H d"),
@@ -59,9 +59,16 @@ def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, drop
     )  # fmt: skip
     _check.same_device("attention", q=q, k=k, v=v)
     _check.probability("attention", dropout_p)
-    _check.offsets("attention", "cu_seqlens_q", cu_seqlens_q, sizes["Nq"])
-    if cu_seqlens_k is not cu_seqlens_q or sizes["Nk"] != sizes["Nq"]:
-        _check.offsets("attention", "cu_seqlens_k", cu_seqlens_k, sizes["Nk"])
+
+
+def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p):
+    _check.of_forms(
+        _validate_forms, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
+        causal_start=causal_start, dropout_p=dropout_p,
+    )  # fmt: skip
+    _check.offsets("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0]:
+        _check.offsets("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     _check.used("attention", seqused_k, cu_seqlens_k)
 
 

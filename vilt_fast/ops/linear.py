@@ -76,7 +76,7 @@ def linear(
     Source: ``torch.nn.functional.linear``.
     """
     x, weight, bias = _check.autocast_linear(backend, x, weight, bias)
-    _validate(x, weight, bias, residual)
+    _check.of_forms(_validate, x=x, weight=weight, bias=bias, residual=residual)
     name = _OP.resolve(backend, _facts(x, weight, bias, residual, _check.needs_grad(x, weight, bias, residual)))
     if name in registry.PLAIN:
         return _OP.plain(name, x=x, weight=weight, bias=bias, residual=residual)

@@ -66,7 +66,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     Source: Hendrycks and Gimpel 2016, eq. 1.
     """
     x, weight, bias = _check.autocast_linear(backend, x, weight, bias)
-    _validate(x, weight, bias)
+    _check.of_forms(_validate, x=x, weight=weight, bias=bias)
     name = _OP.resolve(backend, _facts(x, weight, bias, _check.needs_grad(x, weight, bias)))
     if name in registry.PLAIN:
         return _OP.plain(name, x=x, weight=weight, bias=bias)

@@ -97,10 +97,9 @@ def linear_qkv(
         _check_shapes(*given)
         sides = (query_weight, query_bias), (key_weight, key_bias), (value_weight, value_bias)
         return tuple(linear(x, weight, bias) for weight, bias in sides)
-    given = _check.autocast(*given)
-    _validate(*given)
+    arguments = dict(zip(_OP.arguments, _check.autocast(*given), strict=True))
+    _check.of_forms(_validate, **arguments)
     name = _OP.resolve(backend, facts)
-    arguments = dict(zip(_OP.arguments, given, strict=True))
     return _OP.plain(name, **arguments) if name in registry.PLAIN else _OP(name, **arguments)
 
 
