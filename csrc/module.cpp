@@ -67,7 +67,7 @@ PYBIND11_MODULE(_C, m) {
       "are \"f32\", \"bf16\" or \"q8\" (a blob from quantize_linear), compute types \"f32\", \"bf16\" or \"int8\". Matrices are row-major with\n"
       "contiguous rows. bf16 compute accepts f32 weights (rounded while packing) and f32 compute accepts bf16 weights. All arrays of\n"
       "int32/int64 indices are host memory. Every call blocks until done and releases the GIL.";
-  m.attr("interface") = 2;  // raised, with _native.INTERFACE, where a binding takes other arguments
+  m.attr("interface") = 3;  // raised, with _native.INTERFACE, where a binding takes other arguments
   vf::bind_machine(m);
   if (vf::bind_unchanged(m.ptr())) throw pybind11::error_already_set();
 #define VF_OP(name, Args) vf::bind_##name(m);

@@ -1,9 +1,10 @@
 // Whether modules, classes and what code finds by name are what they were: engine/unchanged.py says what is looked at, and
 // asks the same in Python where there is no library.
 //
-// A few thousand objects at every call, nearly all of them the very ones that were there before: so identities first, of the
-// entries of two dictionaries side by side, and `==` where these differ. That may run anything and change what is being
-// walked: what it is given is held meanwhile, `PyDict_Next` and `PyList_Size` look at what is there each time.
+// A few thousand objects, nearly all of them the very ones that were there before: so first whether any of their dictionaries
+// was written to at all, as Python keeps count of; then identities, of the entries of two dictionaries side by side, and `==`
+// where these differ. That may run anything and change what is being walked: what it is given is held meanwhile, `PyDict_Next`
+// and `PyList_Size` look at what is there each time.
 #include <Python.h>
 
 #include <cstdint>
@@ -84,14 +85,15 @@ Answer same_as_listed(PyObject* now, PyObject* entries) {
   return 1;
 }
 
-Answer same_class(PyObject* kind, PyObject* were) {
+Owned dict_of_class(PyObject* kind) {
 #if PY_VERSION_HEX >= 0x030C0000
-  const Owned now(PyType_GetDict(reinterpret_cast<PyTypeObject*>(kind)));
+  return Owned(PyType_GetDict(reinterpret_cast<PyTypeObject*>(kind)));
 #else
-  const Owned now = held(reinterpret_cast<PyTypeObject*>(kind)->tp_dict);
+  return held(reinterpret_cast<PyTypeObject*>(kind)->tp_dict);
 #endif
-  return same_entries(now.object, were);
 }
+
+Answer same_class(PyObject* kind, PyObject* were) { return same_entries(dict_of_class(kind).object, were); }
 
 PyObject* wrong(const char* message) {
   PyErr_SetString(PyExc_TypeError, message);
@@ -149,6 +151,88 @@ PyObject* unchanged(PyObject*, PyObject* const* given, Py_ssize_t count) {
   for (Py_ssize_t i = 0; answer == 1 && i < of_classes; ++i)
     answer = same_class(PyList_GET_ITEM(classes, i), PyList_GET_ITEM(vars, i));
   return answered(answer);
+}
+
+// --- dictionaries that were written to ---------------------------------------------------------------------------------
+
+// PEP 509: another one with every write to any dictionary. From Python 3.13 on, attributes are written past it.
+using Tag = std::uint64_t;
+constexpr bool counted = PY_VERSION_HEX < 0x030D0000;
+
+Tag tag_of([[maybe_unused]] PyObject* dict) {
+#if PY_VERSION_HEX < 0x030D0000
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+#else
+  return 0;
+#endif
+}
+
+bool have_tags(PyObject* dicts, const Tag* tags, std::size_t count) {
+  if (PyList_Size(dicts) != static_cast<Py_ssize_t>(count)) return false;
+  for (std::size_t i = 0; i < count; ++i)
+    if (tag_of(PyList_GET_ITEM(dicts, static_cast<Py_ssize_t>(i))) != tags[i]) return false;
+  return true;
+}
+
+// noted(modules, classes): (dicts, tags): the dictionary of each module, those that lie in them and those of the classes, and
+// bytes that tell later whether any was written to; None where Python does not keep count.
+PyObject* noted(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 2 || !PyList_CheckExact(given[0]) || !PyList_CheckExact(given[1]))
+    return wrong("noted(modules, classes), two lists");
+  if (!counted) Py_RETURN_NONE;
+  const Owned dicts(PyList_New(0));
+  if (dicts.object == nullptr) return nullptr;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(given[0]); ++i) {
+    const Owned own(PyObject_GenericGetDict(PyList_GET_ITEM(given[0], i), nullptr));
+    if (own.object == nullptr || PyList_Append(dicts.object, own.object)) return nullptr;
+  }
+  for (Py_ssize_t i = 0, size = PyList_GET_SIZE(dicts.object); i < size; ++i) {
+    Py_ssize_t at = 0;
+    PyObject *name, *value;
+    while (PyDict_Next(PyList_GET_ITEM(dicts.object, i), &at, &name, &value))
+      if (PyDict_Check(value) && PyList_Append(dicts.object, value)) return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < PyList_Size(given[1]); ++i) {
+    PyObject* kind = PyList_GET_ITEM(given[1], i);
+    if (!PyType_Check(kind)) return wrong("noted takes classes");
+    const Owned own = dict_of_class(kind);
+    if (own.object == nullptr || PyList_Append(dicts.object, own.object)) return nullptr;
+  }
+  const Py_ssize_t size = PyList_GET_SIZE(dicts.object);
+  const Owned kept(PyBytes_FromStringAndSize(nullptr, size * static_cast<Py_ssize_t>(sizeof(Tag))));
+  if (kept.object == nullptr) return nullptr;
+  const auto tags = reinterpret_cast<Tag*>(PyBytes_AS_STRING(kept.object));  // behind a head of whole words
+  for (Py_ssize_t i = 0; i < size; ++i) tags[i] = tag_of(PyList_GET_ITEM(dicts.object, i));
+  return PyTuple_Pack(2, dicts.object, kept.object);
+}
+
+// untouched(modules, kinds, was): whether each module is of its kind and has that very dictionary, and none was written to
+// since `noted` gave `was`.
+PyObject* untouched(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != 3 || !PyList_CheckExact(given[0]) || !PyList_CheckExact(given[1]))
+    return wrong("untouched(modules, kinds, was), two lists and what noted gave");
+  if (given[2] == Py_None) Py_RETURN_FALSE;
+  PyObject *modules = given[0], *kinds = given[1], *was = given[2];
+  if (!PyTuple_CheckExact(was) || PyTuple_GET_SIZE(was) != 2 || !PyList_CheckExact(PyTuple_GET_ITEM(was, 0)) ||
+      !PyBytes_CheckExact(PyTuple_GET_ITEM(was, 1)))
+    return wrong("untouched takes what noted gave");
+  PyObject *dicts = PyTuple_GET_ITEM(was, 0), *tags = PyTuple_GET_ITEM(was, 1);
+  const Py_ssize_t size = PyList_Size(modules);
+  if (PyList_Size(kinds) != size || PyList_Size(dicts) < size)
+    return wrong("untouched takes a kind and a dictionary of each module");
+  const auto first = reinterpret_cast<const Tag*>(PyBytes_AS_STRING(tags));
+  if (!have_tags(dicts, first, static_cast<std::size_t>(PyBytes_GET_SIZE(tags)) / sizeof(Tag))) Py_RETURN_FALSE;
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* module = PyList_GET_ITEM(modules, i);
+    if (reinterpret_cast<PyObject*>(Py_TYPE(module)) != PyList_GET_ITEM(kinds, i)) Py_RETURN_FALSE;
+    const Owned own(PyObject_GenericGetDict(module, nullptr));
+    if (own.object == nullptr) return nullptr;
+    if (own.object != PyList_GET_ITEM(dicts, i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
 }
 
 // --- what code finds by name -----------------------------------------------------------------------------------------
@@ -247,6 +331,12 @@ int bind_unchanged(PyObject* module) {
        "unchanged(modules, kinds, were, entries, empty, classes, vars, /)\n--\n\nWhether each module is of its kind and has the attributes that it had,\n"
        "entries (name, value, name, ...) which `were` says too, "
        "each class has its vars, and dictionaries that were empty are. What comparing raises."},
+      {"noted", function(&noted), METH_FASTCALL,
+       "noted(modules, classes, /)\n--\n\n(dicts, tags): the dictionary of each module, those in them and those of the classes, and bytes that tell later whether any\n"
+       "was written to; None where Python does not keep count."},
+      {"untouched", function(&untouched), METH_FASTCALL,
+       "untouched(modules, kinds, was, /)\n--\n\nWhether each module is of its kind and has that very dictionary, and none was written to since `noted` gave `was`.\n"
+       "Where not, nothing need have changed."},
       {"in_place", function(&in_place), METH_FASTCALL,
        "in_place(found, kind, /)\n--\n\nOf ((where, name, value), ...): whether each getattr(where, name, None) is value; of `kind` where that is None."},
       {"tensors_of", function(&tensors_of), METH_FASTCALL,

@@ -101,12 +101,12 @@ def test_graphs_of_two_devices_share_nothing(monkeypatch):
     made = graphs.Graphs()
     for index in (0, 1, 0, 1):
         device = torch.device("cuda", index)
-        given = {"x": graphs.Given((4,), torch.float32, lambda to: None, shared=True)}
+        given = {"x": graphs.Given((4,), torch.float32, shared=True)}
 
-        def prepare(index=index):
-            return lambda at: (played_devices.launch(index), torch.ones(2))[1:]
+        def prepare(index=index, given=given):
+            return given, lambda at: (played_devices.launch(index), torch.ones(2))[1:]
 
-        (result,) = made.run(("of a test", 4), device, given, prepare)
+        (result,) = made.run(("of a test", 4), device, lambda at, before: None, prepare)
         assert result.tolist() == [1, 1]
     assert len(made) == 2 and {device.index for device, _ in made._buffers} == {0, 1}
     assert [event.device for event in events] == [0, 1]

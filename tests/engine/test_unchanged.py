@@ -3,6 +3,7 @@
 import collections
 import copy
 import functools
+import sys
 
 import pytest
 import torch
@@ -93,6 +94,63 @@ def test_neither_way_sees_what_is_no_change(change, stays, way):
     snapshot, placed = Snapshot.of([layer]), Snapshot.of([layer], placed=True)
     change(layer)
     assert snapshot.holds([layer]) and placed.holds([layer]) == stays
+
+
+WRITES = {
+    "an item": lambda d: d.__setitem__("more", 1),
+    "update": lambda d: d.update(more=1),
+    "setdefault": lambda d: d.setdefault("more", 1),
+    "or": lambda d: d.__ior__({"more": 1}),
+    "pop": lambda d: d.pop("deep"),
+    "popitem": lambda d: d.popitem(),
+    "del": lambda d: d.__delitem__("deep"),
+    "clear": lambda d: d.clear(),
+    "as a dict": lambda d: dict.__setitem__(d, "more", 1),
+}
+
+
+@pytest.mark.parametrize("kind", [dict, collections.OrderedDict])
+@pytest.mark.parametrize("again", [False, True], ids=["the one that was there", "an equal one"])
+@pytest.mark.parametrize("write", WRITES)
+def test_whatever_writes_to_a_dictionary_is_seen(write, again, kind, way):
+    layer = a_layer()
+    layer.output.settings = kind(deep=1)
+    snapshot = Snapshot.of([layer])
+    if again:  # is no change, and has to be watched from then on
+        layer.output.settings = kind(deep=1)
+        assert snapshot.holds([layer])
+    assert snapshot.holds([layer])
+    WRITES[write](layer.output.settings)
+    assert not snapshot.holds([layer])
+
+
+def test_python_keeps_count_of_writes():
+    """So nothing is compared at a call where nothing was written to."""
+    from vilt_fast import _C
+
+    modules = [nn.Identity(), nn.Linear(1, 1)]
+    kinds, classes = list(map(type, modules)), [nn.Linear, nn.Module]
+    was = _C.noted(modules, classes)
+    if sys.version_info >= (3, 13):  # which writes attributes past the count
+        assert was is None and not _C.untouched(modules, kinds, was)
+        return
+    assert _C.untouched(modules, kinds, was)
+    assert not _C.untouched(modules, [nn.Identity, nn.Identity], was) and not _C.untouched(modules, kinds, None)
+    modules[1].in_features += 1
+    assert not _C.untouched(modules, kinds, was)
+    was = _C.noted(modules, classes)
+    modules[1]._parameters["weight"] = None
+    assert not _C.untouched(modules, kinds, was)
+    was = _C.noted(modules, classes)
+    modules[0].__dict__ = dict(modules[0].__dict__)
+    assert not _C.untouched(modules, kinds, was)
+    for kind in classes:
+        was = _C.noted(modules, classes)
+        kind.one_more = 1
+        assert not _C.untouched(modules, kinds, was)
+        was = _C.noted(modules, classes)
+        del kind.one_more
+        assert not _C.untouched(modules, kinds, was)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +250,11 @@ def test_the_library_takes_what_it_can_look_at():
         lambda: _C.unchanged([nn.Identity()], [nn.Identity], [], [1], [], [], []),
         lambda: _C.unchanged([], [], [], [], [], [1], [{}]),
         lambda: _C.unchanged([], [], []),
+        lambda: _C.noted([], [1]),
+        lambda: _C.noted([]),
+        lambda: _C.untouched([nn.Identity()], [nn.Identity], ([], b"")),
+        lambda: _C.untouched([], [], ([],)),
+        lambda: _C.untouched([], None),
         lambda: _C.in_place([], None),
         lambda: _C.in_place((1,), None),
         lambda: _C.tensors_of([1], [{}], [()]),

@@ -3,6 +3,7 @@
 As in test_graphs.py, a plain call stands in for a graph where there is no GPU.
 """
 
+import dataclasses
 import gc
 import warnings
 import weakref
@@ -67,6 +68,38 @@ def test_the_canvas_and_the_padded_width_are_none_of_the_graph(device):
     assert len(cache(model)) == 1
     assert_same(model, plain, inputs_of(device) | {"pixel_values": inputs_of(device)["pixel_values"].double()})
     assert len(cache(model)) == 2
+
+
+def test_plans_take_turns_in_one_graph(device):
+    """What is known to lie in its buffers is what was written last: other masks, other patches, patches drawn."""
+    plain, model = small(device)
+    full = inputs_of(device) | {"pixel_mask": torch.ones_like(inputs_of(device)["pixel_mask"])}
+    assert vilt_fast.sequence_plan(model, **full).in_order
+    holed = inputs_of(device)
+    holed["attention_mask"] = holed["attention_mask"].flip(1)
+    given = [inputs_of(device), holed, full]
+    drawn = dataclasses.replace(vilt_fast.sequence_plan(model, **full), in_order=False)
+    for inputs in (*given, *reversed(given), *given):
+        assert_same(model, plain, inputs)
+        assert_same(model, plain, {name: tensor.roll(1, 0) for name, tensor in inputs.items()})
+        assert_same(model, plain, inputs)
+    for _ in range(2):  # a plan of the caller's own, that says less
+        for plan in (vilt_fast.sequence_plan(model, **full), drawn):
+            ours, theirs = call_quietly(model, full | {"sequence_plan": plan}), call_quietly(plain, full)
+            torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state)
+    assert len(cache(model)) < 4
+
+
+def test_who_fails_while_writing_leaves_nothing_behind(device):
+    plain, model = small(device)
+    first, other = inputs_of(device), inputs_of(device)
+    other["attention_mask"] = other["attention_mask"].flip(1)
+    plans = [vilt_fast.sequence_plan(model, **inputs) for inputs in (first, other)]
+    before = call_quietly(model, first | {"sequence_plan": plans[0]}).pooler_output
+    broken = dataclasses.replace(plans[1], text_source=plans[1].text_source.to(torch.int16))  # which nothing gathers by
+    with pytest.raises(RuntimeError):
+        call_quietly(model, other | {"sequence_plan": broken})
+    assert torch.equal(call_quietly(model, first | {"sequence_plan": plans[0]}).pooler_output, before)
 
 
 class Doubled(nn.Linear):

@@ -13,12 +13,11 @@ on and on, but run as they are.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -76,11 +75,10 @@ def power_of_two(n: int) -> int:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Given:
-    """A static input of a graph: its size, and what writes a call's values into it."""
+    """A static input of a graph."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    write: Callable[[torch.Tensor], None]
     shared: bool = False  #: in memory that all graphs of the device share: written anew before every replay
 
 
@@ -123,46 +121,49 @@ class Graphs(Asked):
     # --- runs ---------------------------------------------------------------------------------------------------------
 
     def run(
-        self, key: tuple, device: torch.device, given: Mapping[str, Given], prepare: Callable, identity: tuple = ()
+        self, key: tuple, device: torch.device, write: Callable, prepare: Callable, identity: tuple = ()
     ) -> tuple[torch.Tensor, ...] | None:
-        """What `prepare()({name: buffer})`, a tuple of tensors, gives: captured the first time, replayed from then on.
+        """What the function that `prepare` makes gives, a tuple of tensors: captured the first time, then replayed.
 
-        The tensors are of the bucket's sizes, and written over by the next replay. None where there is no such graph
-        and none is made: capturing has failed, or has been done too often for what it brought.
+        The tensors are of the bucket's sizes. None where there is no such graph and none is made: capturing has failed,
+        or has been done too often for what it brought.
 
         Args:
-            key: (kind, bucket, ...): all that the graph depends on besides the shapes, dtypes and device of `given`.
-            prepare: makes the function that is captured; that one must not wait for the device.
+            key: (kind, bucket, ...): all that the graph and the sizes and dtypes of its inputs depend on, but for the
+                device.
+            write: `write({name: buffer}, before)` writes what a call brings. What it returns is `before` the next time
+                that this graph's buffers are written: what they still hold. None: nothing, as far as is known.
+            prepare: makes ({name: Given}, the function of {name: buffer} that is captured), which must not wait for the
+                device; or None.
             identity: as `standing` drops graphs, those of the kind with another identity are dropped.
         """
-        shapes = tuple((one.shape, one.dtype) for one in given.values())
-        key = (*key, shapes, device, _numerics(device.type), identity)
-        with self._lock, self._turn(device) as pool:
+        key = (*key, device, _numerics(device.type), identity)
+        with self._lock, _Turn(self._turns, device) as pool:
             graph = self._graphs.get(key)
             if graph is None:
-                graph = self._capture(key, device, given, prepare, identity, pool)
+                graph = self._capture(key, device, write, prepare, identity, pool)
                 if graph is None:
                     return None
             else:
-                graph.fill(given)
+                graph.fill(write)
             self._replayed += 1
             graph.last = self._replayed
             graph.recording.replay()
             # Copies: the next replay writes over them. Within the turn, so that it waits for them.
-            return tuple(t.clone() for t in graph.recording.result)
+            return tuple([t.clone() for t in graph.recording.result])
 
-    def _capture(self, key, device, given, prepare, identity, pool):
+    def _capture(self, key, device, write, prepare, identity, pool):
         """A new graph, whose buffers are filled."""
         affordable = self.insists or self._captured < FREE + self._replayed // PAID_BY
-        function = prepare() if affordable and not self.failed else None
-        if function is None:
+        prepared = prepare() if affordable and not self.failed else None
+        if prepared is None:
             return None
         self._drop(lambda known: known[0] == key[0] and known[-1] != identity)
         while len(self._graphs) >= MAX_GRAPHS:
             del self._graphs[min(self._graphs, key=lambda known: self._graphs[known].last)]
         try:
             with record.unheard():
-                graph = _Graph(function, given, self._buffers, device, pool)
+                graph = _Graph(*prepared, write, self._buffers, device, pool)
         except RuntimeError as error:  # out of memory, too; what is wrong with a call, the call itself will say
             self.failed = f"a capture has failed ({str(error).splitlines()[0][:200]})"
             self._graphs.clear()
@@ -172,22 +173,6 @@ class Graphs(Asked):
         self._captured += 1
         self._graphs[key] = graph
         return graph
-
-    @contextlib.contextmanager
-    def _turn(self, device):
-        """Buffers and pool are the current stream's own within: no two graphs run at the same time."""
-        if device.type != "cuda":
-            yield None
-            return
-        with torch.cuda.device(device):
-            if device not in self._turns:
-                self._turns[device] = torch.cuda.graph_pool_handle(), torch.cuda.Event()
-            pool, done = self._turns[device]
-            done.wait()  # for nothing, the first time
-            try:
-                yield pool
-            finally:
-                done.record()
 
     def blocks(
         self,
@@ -205,28 +190,34 @@ class Graphs(Asked):
         bucket = Bucket.of(packing, wanted)
         if bucket.rows > MOST_ROWS:
             return None
-        ends, i32 = bucket.samples + 1, torch.int32
-        given = {
-            "rows": Given((bucket.rows, rows.shape[1]), rows.dtype, lambda to: to[: len(rows)].copy_(rows)),
-            "cu": Given((ends,), i32, lambda to: put(to, packing.cu_seqlens, len(rows))),
-            "used": Given((bucket.samples,), i32, lambda to: put(to, packing.seqused_k, 0)),
-        }
-        if wanted is not None:
-            count = len(wanted.rows)
-            # Beyond, rows of earlier calls, which nobody reads.
-            given["wanted"] = Given((bucket.wanted[0],), torch.int64, lambda to: to[:count].copy_(wanted.rows))
-            given["cu_wanted"] = Given((ends,), i32, lambda to: put(to, wanted.cu_seqlens, count))
+
+        def write(at, _):
+            at["rows"][: len(rows)].copy_(rows)
+            put(at["cu"], packing.cu_seqlens, len(rows))
+            put(at["used"], packing.seqused_k, 0)
+            if wanted is not None:  # beyond, rows of earlier calls, which nobody reads
+                at["wanted"][: len(wanted.rows)].copy_(wanted.rows)
+                put(at["cu_wanted"], wanted.cu_seqlens, len(wanted.rows))
 
         def prepared():
-            encode = prepare()
+            encode, ends = prepare(), bucket.samples + 1
+            given = {
+                "rows": Given((bucket.rows, rows.shape[1]), rows.dtype),
+                "cu": Given((ends,), torch.int32),
+                "used": Given((bucket.samples,), torch.int32),
+            }
+            if wanted is not None:
+                given["wanted"] = Given((bucket.wanted[0],), torch.int64)
+                given["cu_wanted"] = Given((ends,), torch.int32)
 
             def function(at):
                 some = None if wanted is None else Selection(at["wanted"], at["cu_wanted"], bucket.wanted[1])
                 return (encode(at["rows"], Spans(at["cu"], at["used"], bucket.max_seqlen), some),)
 
-            return function
+            return given, function
 
-        result = self.run(("blocks", bucket), rows.device, given, prepared, identity)
+        key = "blocks", bucket, rows.shape[1], rows.dtype
+        result = self.run(key, rows.device, write, prepared, identity)
         return None if result is None else result[0][: len(rows) if wanted is None else len(wanted.rows)]
 
     def __getstate__(self):
@@ -252,18 +243,46 @@ def _numerics(kind):
     )  # fmt: skip
 
 
+class _Turn:
+    """Buffers and pool are the current stream's own within: no two graphs of a device run at the same time."""
+
+    def __init__(self, turns, device):
+        self._turns, self._device, self._on = turns, device, None
+
+    def __enter__(self):
+        if self._device.type != "cuda":
+            return None
+        self._on = torch.cuda.device(self._device)
+        self._on.__enter__()
+        try:
+            if self._device not in self._turns:
+                self._turns[self._device] = torch.cuda.graph_pool_handle(), torch.cuda.Event()
+            pool, self._done = self._turns[self._device]
+            self._done.wait()  # for nothing, the first time
+        except BaseException as error:
+            self._on.__exit__(type(error), error, None)
+            raise
+        return pool
+
+    def __exit__(self, *raised):
+        if self._on is not None:
+            self._done.record()
+            self._on.__exit__(*raised)
+
+
 class _Graph:
     last = 0  #: replay of all graphs that was of this one
 
-    def __init__(self, function, given, buffers, device, pool):
+    def __init__(self, given, function, write, buffers, device, pool):
+        self._holds = None
         with torch.inference_mode(False), torch.no_grad():  # tensors that a call in either mode may write to
-            self.at = {name: _buffer(one, buffers, device) for name, one in given.items()}
-            self.fill(given)
-            self.recording = Recording(lambda: function(self.at), device, pool)
+            self._at = {name: _buffer(one, buffers, device) for name, one in given.items()}
+            self.fill(write)
+            self.recording = Recording(lambda: function(self._at), device, pool)
 
-    def fill(self, given):
-        for name, one in given.items():
-            one.write(self.at[name])
+    def fill(self, write):
+        before, self._holds = self._holds, None  # who fails half way leaves nothing that is known
+        self._holds = write(self._at, before)
 
 
 def _buffer(one: Given, buffers, device):

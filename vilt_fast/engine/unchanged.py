@@ -1,7 +1,8 @@
 """Whether modules, classes, what code finds by name and tensors are what they were: what a `Snapshot` asks.
 
 That is a look at several thousand objects a call, nearly all of them the very ones that were there before. So
-`vilt_fast._C` looks (csrc/unchanged.cpp) and, where that is not built, the functions here, which say the same.
+`vilt_fast._C` looks (csrc/unchanged.cpp), first of all at whether anything was written at all, and, where that is not
+built, the functions here, which say the same.
 """
 
 from __future__ import annotations
@@ -30,6 +31,18 @@ def asked():
     from .. import _C
 
     return _C
+
+
+def noted(modules: list, classes: list) -> tuple[list, bytes] | None:
+    """The dictionary of each module, those in them and those of the classes, and what tells later whether any was
+    written to; None, as here, where nothing does."""
+    return None
+
+
+def untouched(modules: list, kinds: list, was: tuple[list, bytes] | None) -> bool:
+    """Whether each module is of its kind and has that very dictionary, and none was written to since `noted` gave
+    `was`; where not, nothing need have changed."""
+    return False
 
 
 def unchanged(

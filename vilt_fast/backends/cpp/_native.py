@@ -5,7 +5,7 @@
 
 import torch
 
-INTERFACE = 2  #: of the library: what its bindings take
+INTERFACE = 3  #: of the library: what its bindings take
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.uint8: "q8"}
 
 

@@ -29,6 +29,8 @@ class Sizes:
     modalities: int
     channels: int
     patch: tuple[int, int]  #: (height, width)
+    dtype: torch.dtype  #: of what makes the patches
+    device: torch.device
 
     @classmethod
     def of(cls, embeddings: hf.ViltEmbeddings, found: Tables) -> Sizes:
@@ -41,10 +43,12 @@ class Sizes:
             modalities=len(found.modality.weight),
             channels=embeddings.patch_embeddings.num_channels,
             patch=tuple(found.projection.weight.shape[2:]),
+            dtype=found.projection.weight.dtype,
+            device=found.projection.weight.device,
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Inputs:
     """Validated inputs of one image per sample."""
 
@@ -73,7 +77,8 @@ class Inputs:
     @property
     def text_shape(self) -> tuple[int, int]:
         """(B, T)."""
-        return tuple(self.text.shape[:2])
+        batch, length, *_ = self.text.shape
+        return batch, length
 
     @staticmethod
     def checked(
@@ -94,9 +99,11 @@ class Inputs:
             InputError: (a `ValueError`, `RuntimeError` and `IndexError`) naming what was given and what to do.
             TypeError: an input is no tensor.
         """
-        found = None if sizes is not None else known_tables(model.embeddings)
-        if takes_what_is_given(model.embeddings, found):
-            sizes = Sizes.of(model.embeddings, found)
+        found = None
+        if sizes is None:
+            found = known_tables(model.embeddings)
+            if takes_what_is_given(model.embeddings, found):
+                sizes = Sizes.of(model.embeddings, found)
         modality = 1 if modality is None else modality
         inputs = Inputs(**given, modality=modality, image_of=image_of, tables=found, sizes=sizes)
         if sizes is None:
@@ -111,7 +118,7 @@ class Inputs:
                 )
         inputs._check_both(model)
         if sizes is not None:
-            inputs._check_text(model.embeddings.text_embeddings.position_ids)
+            inputs._check_text(model)
             inputs._check_image()
         return inputs
 
@@ -138,7 +145,7 @@ class Inputs:
             )
         if pixels is None and embeds is None:
             raise InputError("You have to specify either pixel_values or image_embeds.")
-        texts, images = len(self.text), len(pixels if pixels is not None else embeds)
+        texts, images = self.text.shape[0], (pixels if pixels is not None else embeds).shape[0]
         if self.image_of is not None:
             images = len(self.image_of)
         if images != texts:
@@ -147,7 +154,7 @@ class Inputs:
                 f"{images} images."
             )
 
-    def _check_text(self, position_ids: torch.Tensor):
+    def _check_text(self, model):
         ids, embeds, sizes = self.input_ids, self.inputs_embeds, self.sizes
         if ids is not None:
             if ids.dtype not in (torch.int32, torch.int64):
@@ -158,8 +165,8 @@ class Inputs:
         batch, length = self.text_shape
         if length > sizes.longest:
             raise InputError(f"the text has {length} tokens and the model {sizes.longest} positions: truncate it.")
-        if readable(position_ids):
-            _check_range(position_ids[:, :length], sizes.positions, "position_ids")
+        if readable(self.text):
+            _check_range(model.embeddings.text_embeddings.position_ids[:, :length], sizes.positions, "position_ids")
         if self.attention_mask is not None and tuple(self.attention_mask.shape) != (batch, length):
             given = list(self.attention_mask.shape)
             raise InputError(f"attention_mask must be [{batch}, {length}] like the text, got {given}.")

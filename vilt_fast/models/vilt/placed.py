@@ -93,6 +93,7 @@ def laid_out(text, cells, grid, image_tokens, grids, positions, has_cls, padding
         key_lengths=tuple(key_lengths), text_counts=tuple(map(int, text_counts)), grids=tuple(grids),
         patch_grid=tuple(grid), widths=(width,), padding=padding,
         dense=start == len(text) * width and lengths == key_lengths and _in_order(places),
+        in_order=sum(map(len, patch_source)) == len(text) * area and _in_order(patch_source),
     )  # fmt: skip
     return fields, host
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Container
 
@@ -45,7 +46,12 @@ def wants_dict(module: nn.Module, given: dict) -> bool:
 @torch.compiler.assume_constant_result
 def _parameters(kind: type) -> tuple[tuple[str, ...], bool]:
     """Names of the parameters of the `forward` of a class, in order, and whether it takes others."""
-    code = inspect.unwrap(kind.forward).__code__
+    return _parameters_of(kind.forward)
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters_of(forward: Callable) -> tuple[tuple[str, ...], bool]:
+    code = inspect.unwrap(forward).__code__
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     return names, bool(code.co_flags & inspect.CO_VARKEYWORDS)
 
@@ -53,8 +59,13 @@ def _parameters(kind: type) -> tuple[tuple[str, ...], bool]:
 @torch.compiler.assume_constant_result
 def _switch(kind: type) -> str:
     """The attribute of its config that a class reads where no `return_dict` is given."""
-    code = inspect.unwrap(kind.forward).__code__
-    return "use_return_dict" if "use_return_dict" in code.co_names else "return_dict"
+    return _switch_of(kind.forward)
+
+
+@functools.lru_cache(maxsize=64)
+def _switch_of(forward: Callable) -> str:
+    names = inspect.unwrap(forward).__code__.co_names
+    return "use_return_dict" if "use_return_dict" in names else "return_dict"
 
 
 def checkpoint(layer: nn.Module, encoder: nn.Module | None) -> Callable | None:

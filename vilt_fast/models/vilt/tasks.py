@@ -83,11 +83,11 @@ class TaskForward(Swapped):
     def compute(self, *args, sequence_plan=None, **kwargs):
         model, config = self.module, self.module.config
         given = release.understood(model, _ARGUMENTS, args, kwargs)
-        labels = None if given is None else given.get("labels")
+        trunk, labels = model.vilt, None if given is None else given.get("labels")
         check_tensors(labels=labels)
-        if labels is not None and isinstance(model.vilt.__dict__.get("forward"), TrunkForward):
-            self.look_at(labels, given.get("attention_mask"), model.vilt.forward.options.padding)
-        if why := why_own_now(self, given, sequence_plan, model.vilt):
+        if labels is not None and isinstance(trunk.__dict__.get("forward"), TrunkForward):
+            self.look_at(labels, given.get("attention_mask"), trunk.forward.options.padding)
+        if why := why_own_now(self, given, sequence_plan, trunk):
             result = self.own(*args, **kwargs)
             self.say_own(why)
             return result
@@ -97,15 +97,14 @@ class TaskForward(Swapped):
             chosen(given.get("output_attentions"), config.output_attentions),
         )
         head = None if self.head_kinds is None else whole.Head(self.headed, self.head_modules(), self.head_kinds)
-        standing = None if head is None else model.vilt.forward.standing(given, *wanted, head)
+        standing = None if head is None else trunk.forward.standing(given, *wanted, head)
         images = self.images(given, standing and standing.sizes)
-        trunk = model.vilt.forward.run(
-            images, sequence_plan, *wanted, reads=self.reads, head=head, standing=standing
-        )  # fmt: skip
-        logits = self.logits(trunk, images)
-        record.say("packed" if trunk.logits is None else "CUDA graph", "", ("head", getattr(model, self.head)))
+        done = trunk.forward.run(images, sequence_plan, *wanted, reads=self.reads, head=head, standing=standing)
+        logits = self.logits(done, images)
+        if record.listened():
+            record.say("packed" if done.logits is None else "CUDA graph", "", ("head", getattr(model, self.head)))
         loss = None if labels is None else self.loss(logits, labels.to(logits.device))
-        hidden_states, attentions = self.extras(trunk)
+        hidden_states, attentions = self.extras(done)
         if release.wants_dict(model, given):
             return self.output(loss=loss, logits=logits, hidden_states=hidden_states, attentions=attentions)
         output = self.as_tuple(logits, hidden_states, attentions)

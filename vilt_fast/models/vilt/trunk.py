@@ -226,7 +226,7 @@ class TrunkForward(SwappedTrunk):
         if found is None:
             return None
         sequence = None if found.rows is None else plan.unpack(found.rows)
-        dtype = model.embeddings.patch_embeddings.projection.weight.dtype
+        dtype = standing.sizes.dtype
         return Trunk(sequence, found.texts, found.pooled, plan, dtype, [], [], None, logits=found.logits)
 
 

@@ -106,7 +106,7 @@ class _LaidOut:
     bucket: Bucket
     bytes: int  #: that its places take
     memory: torch.Tensor | None = None  #: what `Places` are views of; None until it is wanted
-    cells: tuple[torch.Tensor, ...] = ()  #: image, y and x of each patch
+    cells: tuple[torch.Tensor, ...] = ()  #: image, y and x of each patch, unless all are in order
 
     @classmethod
     def of(cls, plan: SequencePlan) -> _LaidOut:
@@ -142,9 +142,10 @@ def _lay_out(plan: SequencePlan, known: _LaidOut) -> None:
             rows[: len(own)] = own
             torch.arange(free, free + len(rows) - len(own), out=rows[len(own) :])
             free += len(rows) - len(own)
-        height, width = plan.patch_grid
-        image, cell = plan.patch_source // (height * width), plan.patch_source % (height * width)
-        known.cells = image, cell // width, cell % width
+        if not plan.in_order:
+            height, width = plan.patch_grid
+            image, cell = plan.patch_source // (height * width), plan.patch_source % (height * width)
+            known.cells = image, cell // width, cell % width
         known.memory = memory
 
 
@@ -167,7 +168,7 @@ class Replayed:
     logits: torch.Tensor | None  #: of the head, if that is in the graph
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Standing:
     """What is known of a model as it stands, until something about it changes."""
 
@@ -222,27 +223,29 @@ def replay(
     reads: str | Reads | None,
 ) -> Replayed | None:
     """The forward as one graph; None where it cannot be one: then the engine has its own way, and says why."""
-    inputs, head = images[0], known.head
-    if len(images) > 1 or inputs.input_ids is None or inputs.pixel_values is None or not len(plan.cls_rows):
+    inputs, head, device = images[0], known.head, known.sizes.device
+    ids, types, pixels = inputs.input_ids, inputs.token_type_ids, inputs.pixel_values
+    if len(images) > 1 or ids is None or pixels is None:
         return None
     if inputs.image_of is not None or isinstance(reads, Reads):
         return None  # samples that share an image, or are read in two ways, as training does
-    tensors = inputs.input_ids, inputs.pixel_values, model.embeddings.cls_token
     laid_out = _LaidOut.of(plan)
     bucket = laid_out.bucket
-    if bucket.rows > MOST_ROWS or any(t.device != plan.device for t in tensors):
+    if bucket.rows > MOST_ROWS or not ids.device == pixels.device == plan.device == device:
         return None
     blocks = list(map(describe, model.encoder.layer)) if weights is not None else None
     identity = () if weights is None else captured.places_of_copies(blocks, weights)
-    given = _given(plan, laid_out, inputs, known.sizes.patch)
 
     def prepare():
         modules = blocks or list(map(describe, model.encoder.layer))
         stack = captured.stack(modules, weights)
-        return functools.partial(_forward, model, stack, bucket, inputs.modality, reads, head)
+        function = functools.partial(_forward, model, stack, bucket, inputs.modality, reads, head)
+        return _given(laid_out, inputs, known.sizes), function
 
-    key = known.kind, bucket, reads, head is not None, inputs.modality
-    result = graphs.run(key, plan.device, given, prepare, identity)
+    dtypes = ids.dtype, None if types is None else types.dtype, pixels.dtype, plan.pos_weight.dtype
+    key = known.kind, bucket, reads, head is not None, inputs.modality, dtypes
+    write = functools.partial(_write, plan, laid_out, inputs, known.sizes.patch)
+    result = graphs.run(key, device, write, prepare, identity)
     if result is None:
         return None
     _say(model)
@@ -253,29 +256,52 @@ def _is_of(module, kinds):
     return not any_hooked(module) and all(is_plain(m, *kinds) and not m.training for m in module.modules())
 
 
-def _given(plan, laid_out, inputs, patch) -> dict[str, Given]:
-    ids, types, pixels, bucket = inputs.input_ids, inputs.token_type_ids, inputs.pixel_values, laid_out.bucket
-    texts, count = len(plan.text_source), len(plan.patch_source)
-
-    def places(to):
-        if laid_out.memory is None:  # by what writes, in its turn: another stream may be the first to want it
-            _lay_out(plan, laid_out)
-        to.copy_(laid_out.memory)
-
-    def gathered(tensor):
-        return lambda to: torch.index_select(tensor.reshape(-1), 0, plan.text_source, out=to[:texts])
-
-    def cut_out(to):
-        torch.ops.aten.index.Tensor_out(patches.cells(pixels, patch), laid_out.cells, out=to[:count])
-
+def _given(laid_out, inputs, sizes) -> dict[str, Given]:
+    bucket, types = laid_out.bucket, inputs.token_type_ids
+    pixels = bucket.patches, sizes.channels, *sizes.patch
     given = {
-        "places": Given((laid_out.bytes,), torch.uint8, places),  # first: the others read what was laid out
-        "ids": Given((bucket.texts,), ids.dtype, gathered(ids)),
-        "pixels": Given((bucket.patches, pixels.shape[1], *patch), pixels.dtype, cut_out, shared=True),
+        "places": Given((laid_out.bytes,), torch.uint8),
+        "ids": Given((bucket.texts,), inputs.input_ids.dtype),
+        "pixels": Given(pixels, inputs.pixel_values.dtype, shared=True),
     }
+    return given if types is None else given | {"types": Given((bucket.texts,), types.dtype)}
+
+
+@dataclasses.dataclass(slots=True)
+class _Held:
+    """What buffers hold of a plan, and the parts of them that its calls write to."""
+
+    laid_out: _LaidOut
+    ids: torch.Tensor
+    types: torch.Tensor | None
+    pixels: torch.Tensor
+
+    @classmethod
+    def of(cls, at: dict[str, torch.Tensor], plan: SequencePlan, laid_out: _LaidOut) -> _Held:
+        """Written into these buffers."""
+        if laid_out.memory is None:  # by who writes, in its turn: another stream may be the first to want it
+            _lay_out(plan, laid_out)
+        at["places"].copy_(laid_out.memory)
+        texts, pixels = len(plan.text_source), at["pixels"][: len(plan.patch_source)]
+        if plan.in_order:
+            pixels = pixels.view(plan.batch, *plan.patch_grid, *pixels.shape[1:])
+        return cls(laid_out, at["ids"][:texts], at["types"][:texts] if "types" in at else None, pixels)
+
+
+def _write(plan, laid_out, inputs, patch, at, held) -> _Held:
+    """What a call brings, into the buffers `at`."""
+    if held is None or held.laid_out is not laid_out:
+        held = _Held.of(at, plan, laid_out)
+    ids, types = inputs.input_ids, inputs.token_type_ids
+    torch.index_select(ids.reshape(-1), 0, plan.text_source, out=held.ids)
     if types is not None:
-        given["types"] = Given((bucket.texts,), types.dtype, gathered(types.expand(ids.shape)))
-    return given
+        torch.index_select(types.expand(ids.shape).reshape(-1), 0, plan.text_source, out=held.types)
+    cells = patches.cells(inputs.pixel_values, patch)
+    if plan.in_order:
+        held.pixels.copy_(cells)
+    else:
+        torch.ops.aten.index.Tensor_out(cells, laid_out.cells, out=held.pixels)
+    return held
 
 
 def _forward(model, stack, bucket, modality, reads, head, at) -> tuple[torch.Tensor, ...]:
