@@ -31,7 +31,7 @@ from vilt_fast import functional, testing
 from vilt_fast.commands import report
 from vilt_fast.commands.arguments import whole
 from vilt_fast.engine import graphs, native
-from vilt_fast.models.vilt import inputs as given
+from vilt_fast.models.vilt import inputs as checked_inputs
 from vilt_fast.ops import _check, _define, registry
 
 from . import destination, measure
@@ -81,7 +81,7 @@ def replayed(repeats):
         for where, name, other in (
             (graphs, "Recording", Nothing), (graphs, "why_not_usable", lambda device: ""),
             (native, "unavailable", lambda rows: "as on a GPU"), (_check, "offsets", lambda *_: None),
-            (_check, "readable", lambda tensor: False), (given, "readable", lambda tensor: False),
+            (_check, "readable", lambda _: False), (checked_inputs, "readable", lambda _: False),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(where, name, other))
         call = partial(model, **inputs, sequence_plan=plan)

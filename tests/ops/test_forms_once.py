@@ -95,3 +95,16 @@ def test_a_call_that_passed_lets_no_other_pass(call, change, error):
         with pytest.raises(error):
             call(change)
     call()
+
+
+def test_what_was_found_of_a_call_is_not_taken_for_what_another_asks():
+    """The same tensors, and a gradient, another result or another dtype of it."""
+    assert not text().requires_grad and text(lambda given: given["word"].requires_grad_()).requires_grad
+    assert not text().requires_grad
+    assert text(lambda given: given.update(modality=given["modality"].double())).dtype == torch.float64
+    assert text().dtype == torch.float32
+    assert patches(put(out_dtype=torch.bfloat16)).dtype == torch.bfloat16 and patches().dtype == torch.float32
+    assert patches(lambda given: given["pixels"].requires_grad_()).requires_grad and not patches().requires_grad
+    assert isinstance(attending(), torch.Tensor) and len(attending(put(return_lse=True))) == 2
+    assert attending(put(dropout_p=0.5, generator=torch.Generator())).shape == attending().shape
+    assert not attending().requires_grad and attending(lambda given: given["q"].requires_grad_()).requires_grad

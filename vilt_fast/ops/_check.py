@@ -55,33 +55,35 @@ def _dims(spec):
 _known_dims = functools.cache(_dims)
 
 
-def of_forms(validate, **given):
-    """`validate(**given)`, which looks at no values, unless it had nothing to say of the like before.
+def of_forms(look, **given):
+    """`look(**given)`, which looks at no values, or what it gave for the like before; not where it raised.
 
-    Alike are tensors of one shape, dtype and device, and numbers that are the same.
+    Alike are tensors of one shape, dtype and device, and all else that is the same.
     """
     if torch.compiler.is_compiling():
-        return validate(**given)
-    key = [validate]
+        return look(**given)
+    key = [look]
     for value in given.values():
         kind = type(value)
         if kind in _ORDINARY:
             key += (value.shape, value.dtype, value.device)
-        elif kind in _NUMBERS:
+        elif kind in _PLAIN:
             key += (kind, value)
         else:
-            return validate(**given)
+            return look(**given)
     key = tuple(key)
-    if key not in _passed:
-        validate(**given)
-        if len(_passed) >= 4096:  # batches of ever other sizes
-            _passed.clear()
-        _passed.add(key)
+    found = _found.get(key, _found)
+    if found is _found:
+        found = look(**given)
+        if len(_found) >= 4096:  # batches of ever other sizes
+            _found.clear()
+        _found[key] = found
+    return found
 
 
 _ORDINARY = {torch.Tensor, torch.nn.Parameter}
-_NUMBERS = {int, float, type(None)}
-_passed = set()
+_PLAIN = {int, float, bool, str, torch.dtype, type(None)}
+_found = {}
 
 
 def dtypes(op, allowed, **tensors):
@@ -211,7 +213,8 @@ def limits(values):
 
 
 def needs_grad(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    # What is no tensor is found by `shapes`.
+    return torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors)
 
 
 _functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)

@@ -118,7 +118,7 @@ class Op:
     def __call__(self, backend, **arguments):
         """The outputs, by a backend that is not plain."""
         values = [arguments[name] for name in self.arguments]
-        keep = bool(self.differentiable) and _check.needs_grad(*(arguments[name] for name in self.differentiable))
+        keep = torch.is_grad_enabled() and _check.needs_grad(*(arguments[name] for name in self.differentiable))
         if not keep and _plain_eager(values):
             launch = registry.launcher(self.name, backend)
             result = launch(**arguments, keep=False)
@@ -371,6 +371,7 @@ def _shape_of(value):
 
 # What stands between a call in Python and a kernel, as far as this torch lets it be asked: modes (fake tensors, FLOP
 # counters), functorch transforms, tangents of forward-mode AD, tracers, profilers that want to see the op.
+_NO_TENSORS = {type(None), int, float, bool}
 _INTERNALS = (
     getattr(torch._C, "_len_torch_dispatch_stack", None),
     getattr(torch._C, "_are_functorch_transforms_active", None),
@@ -379,7 +380,6 @@ _INTERNALS = (
 )
 _KNOWN = None not in _INTERNALS and hasattr(torch.autograd.forward_ad, "_current_level")
 _PLAIN_TYPES = {Tensor, torch.nn.Parameter}
-_NO_TENSORS = {type(None), int, float, bool}  # which most of the other arguments are
 
 
 def _plain_eager(values):

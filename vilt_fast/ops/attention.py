@@ -62,10 +62,11 @@ def _validate_forms(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start
 
 
 def _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p):
-    _check.of_forms(
-        _validate_forms, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
-        causal_start=causal_start, dropout_p=dropout_p,
-    )  # fmt: skip
+    _validate_forms(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p)
+    _validate_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k)
+
+
+def _validate_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k):
     _check.offsets("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
     if cu_seqlens_k is not cu_seqlens_q or k.shape[0] != q.shape[0]:
         _check.offsets("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
@@ -83,14 +84,28 @@ def _validate_backward(
 
 
 def _facts(
-    q, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p, requires_grad, return_lse=False, generator=None
+    q, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p, requires_grad, return_lse=False,
+    generator=False, size=None,
 ):  # fmt: skip
     bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
     return Facts(
         device=q.device.type, dtype=q.dtype, head_dim=q.shape[2], requires_grad=requires_grad, dropout=dropout_p > 0,
-        causal=causal_start is not None, return_lse=return_lse, generator=generator is not None,
-        apart=any(t is not None and t.device != q.device for t in bounds), size=registry.size_of(q, q.shape[0]),
+        causal=causal_start is not None, return_lse=return_lse, generator=generator,
+        apart=any(t is not None and t.device != q.device for t in bounds), size=size or _size(q),
     )  # fmt: skip
+
+
+def _size(q):
+    return registry.size_of(q, q.shape[0])
+
+
+def _known(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p, requires_grad, return_lse, generator, size
+):  # fmt: skip
+    """The facts of a call that fits together."""
+    _validate_forms(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p)
+    bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
+    return _facts(q, *bounds, dropout_p, requires_grad, return_lse, generator, size)
 
 
 _OP = Op(
@@ -145,11 +160,12 @@ def attention(
     Source: Vaswani et al. 2017, eq. 1; argument names as in flash-attn.
     """
     q, k, v = _check.autocast(q, k, v)
-    _validate(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p)
-    facts = _facts(
-        q, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p, _check.needs_grad(q, k, v), return_lse,
-        generator,
+    facts = _check.of_forms(
+        _known, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
+        causal_start=causal_start, dropout_p=dropout_p, requires_grad=_check.needs_grad(q, k, v),
+        return_lse=return_lse, generator=generator is not None, size=_size(q),
     )  # fmt: skip
+    _validate_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k)
     name = _OP.resolve(backend, facts)
     arguments = dict(
         q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,

@@ -124,6 +124,16 @@ def _facts(pixels, weight, cls_token, position, modality, text, dropout_p, out_d
     )  # fmt: skip
 
 
+def _known(
+    pixels, weight, bias, cls_token, position, modality, text, dropout_p, out_dtype, requires_grad, **others
+):  # fmt: skip
+    """The facts of a call that fits together."""
+    tables = dict(cls_token=cls_token, position=position, modality=modality, text=text)
+    _validate(pixels=pixels, weight=weight, bias=bias, **tables, dropout_p=dropout_p, **others)
+    out_dtype = (cls_token if weight.dtype == torch.uint8 else weight).dtype if out_dtype is None else out_dtype
+    return _facts(pixels, weight, **tables, dropout_p=dropout_p, out_dtype=out_dtype, requires_grad=requires_grad)
+
+
 _OP = Op(
     _NAME, _fake, _fake_backward,
     outputs=("rows",), validate=_validate, facts=_facts, validate_backward=_validate_backward,
@@ -197,18 +207,13 @@ def patch_embed(
         pos_index=pos_index, cls_rows=cls_rows, modality_index=modality_index,
     )  # fmt: skip
     normalization = dict(pixel_scale=pixel_scale, pixel_shift=pixel_shift)
-    _check.of_forms(
-        _validate, pixels=pixels, **floats, **indices, pos_weight=pos_weight, total_rows=total_rows,
-        dropout_p=dropout_p, **normalization,
-    )  # fmt: skip
-    out_dtype = (cls_token if weight.dtype == torch.uint8 else weight).dtype if out_dtype is None else out_dtype
-    needs_grad = _check.needs_grad(pixels, *floats.values())
-    facts = _facts(pixels, weight, cls_token, position, modality, text, dropout_p, out_dtype, needs_grad)
-    name = _OP.resolve(backend, facts)
     arguments = dict(
         pixels=pixels, **floats, **indices, pos_weight=pos_weight, total_rows=total_rows, dropout_p=dropout_p,
-        out_dtype=out_dtype, **normalization,
+        **normalization,
     )  # fmt: skip
+    needs_grad = _check.needs_grad(pixels, *floats.values())
+    facts = _check.of_forms(_known, **arguments, out_dtype=out_dtype, requires_grad=needs_grad)
+    name = _OP.resolve(backend, facts)
     if name in registry.PLAIN:
-        return _OP.plain(name, **arguments)
-    return _OP(name, **arguments, seed=_check.seed(pixels.device, dropout_p))[0]
+        return _OP.plain(name, **arguments, out_dtype=facts.out_dtype)
+    return _OP(name, **arguments, out_dtype=facts.out_dtype, seed=_check.seed(pixels.device, dropout_p))[0]

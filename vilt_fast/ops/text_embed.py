@@ -45,7 +45,6 @@ def _fake_backward(
 
 
 def _check_range(name, ids, table):
-    # Only where looking is free: ids on an accelerator would have to be copied to the host.
     low, high = (ids is not None and _check.limits(ids)) or (0, 0)
     if low < 0 or high >= table.shape[0]:
         raise IndexError(f"text_embed: {name} holds {low if low < 0 else high}, expected 0 <= id < {table.shape[0]}.")
@@ -78,14 +77,19 @@ def _validate(
     input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias, modality,
     dropout_p,
 ):  # fmt: skip
-    _check.of_forms(
-        _validate_forms, input_ids=input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids,
-        token_type_ids=token_type_ids, word=word, position=position, token_type=token_type, ln_weight=ln_weight,
-        ln_bias=ln_bias, modality=modality, dropout_p=dropout_p,
+    _validate_forms(
+        input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias,
+        modality, dropout_p,
     )  # fmt: skip
-    _check_range("input_ids", input_ids, word)
-    _check_range("position_ids", position_ids, position)
-    _check_range("token_type_ids", token_type_ids, token_type)
+    _validate_values(input_ids, position_ids, token_type_ids, word, position, token_type)
+
+
+def _validate_values(input_ids, position_ids, token_type_ids, word, position, token_type):
+    # Only where looking is free: ids on an accelerator would have to be copied to the host.
+    if _check.readable(position_ids):
+        _check_range("input_ids", input_ids, word)
+        _check_range("position_ids", position_ids, position)
+        _check_range("token_type_ids", token_type_ids, token_type)
 
 
 def _validate_backward(
@@ -110,6 +114,19 @@ def _facts(
         device=position.device.type, dtype=position.dtype, dtypes=frozenset(t.dtype for t in floats if t is not None),
         width=position.shape[1], requires_grad=requires_grad, dropout=dropout_p > 0,
     )  # fmt: skip
+
+
+def _known(
+    input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type, ln_weight, ln_bias, modality,
+    dropout_p, requires_grad,
+):  # fmt: skip
+    """(facts, dtype of the result) of a call that fits together."""
+    floats = (word, position, token_type, ln_weight, ln_bias, modality)
+    _validate_forms(input_ids, inputs_embeds, position_ids, token_type_ids, *floats, dropout_p)
+    rows = word if inputs_embeds is None else inputs_embeds
+    added = (rows, position, token_type) if modality is None else (rows, position, token_type, modality)
+    out_dtype = functools.reduce(torch.promote_types, (t.dtype for t in added))
+    return _facts(inputs_embeds, *floats, dropout_p, requires_grad), out_dtype
 
 
 _OP = Op(
@@ -159,15 +176,12 @@ def text_embed(
         ln_bias=ln_bias, modality=modality,
     )  # fmt: skip
     indices = dict(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
-    _validate(**indices, **floats, dropout_p=dropout_p)
     needs_grad = _check.needs_grad(*floats.values())
-    name = _OP.resolve(backend, _facts(**floats, dropout_p=dropout_p, requires_grad=needs_grad))
+    facts, out_dtype = _check.of_forms(_known, **indices, **floats, dropout_p=dropout_p, requires_grad=needs_grad)
+    _validate_values(input_ids, position_ids, token_type_ids, word, position, token_type)
+    name = _OP.resolve(backend, facts)
     arguments = dict(**indices, **floats, eps=eps, padding_idx=padding_idx, dropout_p=dropout_p)
     if name in registry.PLAIN:
         return _OP.plain(name, **arguments)
-    rows = word if inputs_embeds is None else inputs_embeds
-    added = (rows, position, token_type) if modality is None else (rows, position, token_type, modality)
-    return _OP(
-        name, **arguments, out_dtype=functools.reduce(torch.promote_types, (t.dtype for t in added)),
-        deterministic=deterministic, seed=_check.seed(position.device, dropout_p),
-    )[0]  # fmt: skip
+    seed = _check.seed(position.device, dropout_p)
+    return _OP(name, **arguments, out_dtype=out_dtype, deterministic=deterministic, seed=seed)[0]
