@@ -209,9 +209,11 @@ class Inputs:
         batch, length = self.text_shape
         if self.pixel_values is None:
             return batch * images, length, (1, self.image_embeds.shape[1]), False
-        patch = patch_size(model.embeddings) if self.sizes is None else self.sizes.patch
-        sides = zip(self.pixel_values.shape[2:], patch, strict=True)
+        sides = zip(self.pixel_values.shape[2:], self._patch(model), strict=True)
         return batch * images, length, tuple(pixels // patch for pixels, patch in sides), True
+
+    def _patch(self, model):
+        return patch_size(model.embeddings) if self.sizes is None else self.sizes.patch
 
     def plan(self, model: hf.ViltModel, options: ViltOptions, cells=None) -> SequencePlan:
         """Where the tokens go; the only device-to-host copy of a forward."""
@@ -229,7 +231,7 @@ class Inputs:
             self.pixel_mask,
             text_shape=self.text_shape,
             pixel_shape=tuple(self.pixel_values.shape),
-            patch_size=patch_size(embeddings),
+            patch_size=self._patch(model),
             position_grid=position_grid(embeddings),
             max_image_length=embeddings.config.max_image_length,
             patch_order=options.patch_order,

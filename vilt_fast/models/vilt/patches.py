@@ -19,7 +19,7 @@ def patch_grids(pixel_mask, batch, grid) -> tuple[tuple[int, int], ...]:
         raise InputError(
             f"pixel_mask must be [{batch}, height, width] like pixel_values, got {list(pixel_mask.shape)}."
         )
-    mask = _sampled(pixel_mask, *map(_nearest, pixel_mask.shape[1:], grid))
+    mask = _sampled(pixel_mask, grid)
     real = mask != 0
     if not (mask[real] == 1).all():
         raise InputError("pixel_mask must hold 0 (padding) and 1 (image) only.")
@@ -40,13 +40,22 @@ def patch_grids(pixel_mask, batch, grid) -> tuple[tuple[int, int], ...]:
     return tuple(zip(heights.tolist(), widths.tolist(), strict=True))
 
 
-def _sampled(mask: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """The mask [B, h, w] at these places, on the host."""
-    if mask.device.type == "cpu" and mask.dtype != torch.bfloat16:
-        return mask.detach().numpy()[:, rows[:, None], columns]
-    rows, columns = (torch.from_numpy(at).to(mask.device, non_blocking=True) for at in (rows, columns))
-    sampled = mask[:, rows[:, None], columns].cpu()
+def _sampled(mask: torch.Tensor, grid: Sequence[int]) -> np.ndarray:
+    """The mask [B, h, w] at one place a patch, on the host."""
+    rows, columns = map(_evenly, mask.shape[1:], grid)
+    if rows is None or columns is None:
+        rows, columns = (torch.from_numpy(at).to(mask.device) for at in map(_nearest, mask.shape[1:], grid))
+        rows = rows[:, None]
+    sampled = mask.detach()[:, rows, columns].cpu()  # of slices a view: no indices have to get to a device
     return (sampled.float() if sampled.dtype == torch.bfloat16 else sampled).numpy()
+
+
+@functools.lru_cache(maxsize=256)
+def _evenly(size: int, out: int) -> slice | None:
+    """`_nearest` as a slice; None where that is none, as of a side that holds no whole number of patches."""
+    places = _nearest(size, out)
+    found = slice(0, size, size // out) if out and not size % out else None
+    return found if found and np.array_equal(np.arange(size)[found], places) else None
 
 
 def cells(pixels: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
