@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from . import _aot, _device
-from ._tiles import dense
+from ._tiles import dense, power_of_two
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -130,7 +130,7 @@ def dropout(p):
 
 
 def shape(width, arch):
-    return dict(WIDTH=width, BLOCK_D=max(16, triton.next_power_of_2(width)), PRECISION=_device.precision(arch))
+    return dict(WIDTH=width, BLOCK_D=max(16, power_of_two(width)), PRECISION=_device.precision(arch))
 
 
 def bounds_and_numbers(cu_q, cu_k, used_k, start_k, seed, scale, dropout_p, *matrices):

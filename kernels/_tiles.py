@@ -47,6 +47,16 @@ def kept(seed, drop_below, rows, keys, head):
 # --- host side --------------------------------------------------------------------------------------------------------
 
 
+def cdiv(n, size):
+    """How many tiles of a size hold n. Triton's own, which kernels may call too, takes 2 us here."""
+    return -(-n // size)
+
+
+def power_of_two(n):
+    """The next one; as above."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def dense(*tensors):
     """The tensors, contiguous; None where there is none."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]

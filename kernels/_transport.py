@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._tiles import power_of_two
+
 FAR = tl.constexpr(1e28)  # the cost of padding: finite, so that nothing turns NaN, and nothing comes of it
 LOWEST = tl.constexpr(-1e9)  # exponent of a sum over padding, beyond all others
 
@@ -127,7 +129,7 @@ def store_plan(plan, rows, columns, M, N, values):
 
 def streamed(M):
     """All rows, and columns for few enough entries a thread that no compiler spills."""
-    block_m = max(16, triton.next_power_of_2(M))
+    block_m = max(16, power_of_two(M))
     return dict(BLOCK_M=block_m, BLOCK_N=4096 // block_m, num_warps=16)
 
 

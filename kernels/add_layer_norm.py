@@ -117,7 +117,7 @@ def supports(*, device=None, dtype=None, residual_dtype=None, width=1, requires_
 
 def _config(N, D):
     """Rows a tile, padded width, warps: one row a program where rows are few, else about 4096 elements."""
-    block = max(16, triton.next_power_of_2(D))
+    block = max(16, _tiles.power_of_two(D))
     rows = 1 if N <= 2048 else max(1, 4096 // block)
     rows = min(rows, 8)
     return dict(ROWS=rows, BLOCK_D=block, num_warps=min(16, max(1, rows * block // (256 if rows == 1 else 512))))
@@ -131,9 +131,11 @@ def fwd_config(N, D, dtype, arch):
 
 
 def add_layer_norm_fwd(*, x, residual, weight, bias, eps, dropout_p, seed, keep):
-    s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    y = x.new_empty(x.shape)
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    s = x.new_empty(*x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    y = x.new_empty(*x.shape)
+    mean = rstd = None
+    if keep:
+        mean, rstd = (x.new_empty(*x.shape[:-1], dtype=torch.float32) for _ in range(2))
     if s.numel():
         config = fwd_config(s.numel() // x.shape[-1], x.shape[-1], x.dtype, _device.arch(x))
         seed = seed if dropout_p > 0 else None
@@ -142,12 +144,12 @@ def add_layer_norm_fwd(*, x, residual, weight, bias, eps, dropout_p, seed, keep)
 
 
 def launch(x, residual, weight, bias, seed, s, y, scale, mean, rstd, eps, dropout_p, config):
-    """Write s, y and the statistics, dense; with `scale`, y is e4m3 and statistics may be None."""
+    """Write s, y and the statistics, unless these are None, dense; with `scale`, y is e4m3."""
     x, residual = _tiles.rows(x, residual)
     N, D = x.shape
     config = _dependent.options(config, _device.arch(x))
     with _device.on(x):
-        _add_layer_norm_fwd_kernel[(triton.cdiv(N, config["ROWS"]),)](
+        _add_layer_norm_fwd_kernel[(_tiles.cdiv(N, config["ROWS"]),)](
             x, residual, *_tiles.dense(weight, bias), seed, s, y, scale, mean, rstd, N, D, x.stride(0),
             residual.stride(0), eps, dropout_p, **config,
         )  # fmt: skip
@@ -165,8 +167,8 @@ def add_layer_norm_bwd(
     if s.numel():
         N = s.numel() // D
         config = _config(N, D)
-        rows_each = triton.cdiv(triton.cdiv(N, config["ROWS"]), _GROUPS) * config["ROWS"]
-        groups = triton.cdiv(N, rows_each)
+        rows_each = _tiles.cdiv(_tiles.cdiv(N, config["ROWS"]), _GROUPS) * config["ROWS"]
+        groups = _tiles.cdiv(N, rows_each)
         if sums is not None:
             sums = s.new_empty(2, groups, D, dtype=torch.float32)
         with _device.on(s):

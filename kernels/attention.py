@@ -43,7 +43,7 @@ from ._attention import (
     tile,
     warpgroups,
 )  # fmt: skip
-from ._tiles import kept
+from ._tiles import cdiv, kept
 
 
 @triton.jit
@@ -197,7 +197,7 @@ def _forward_config(
         if tried and (not tried["SINGLE"] or tried["BLOCK_N"] + tried["BLOCK_N2"] >= max_seqlen_k):
             return tried
     tiles = tiles_of(arch, itemsize, width, dropout)[0]
-    crowded = triton.cdiv(max_seqlen_q, 64) * pairs >= multiprocessors
+    crowded = cdiv(max_seqlen_q, 64) * pairs >= multiprocessors
     if attention_single.fits(arch, itemsize, width, max_seqlen_k, pairs, multiprocessors, dropout):
         return attention_single.FORWARD
     if max_seqlen_k <= 320 and itemsize == 2 and width <= 64 and not dropout:
@@ -219,7 +219,7 @@ def attention_fwd(
     """Kept are stats [2, H, Nq] float32: the largest score of a row in units of log2, and 1 / (sum of the exponentials
     of what the others fall short of it)."""
     rows, heads, width = q.shape
-    out = q.new_empty(q.shape)
+    out = q.new_empty(*q.shape)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
     stats = q.new_empty(2, heads, rows, dtype=torch.float32)
     if out.numel():
@@ -237,7 +237,7 @@ def attention_fwd(
             if "SINGLE" not in config:
                 attention_single.forward(q, k, v, out, lse, stats, arguments, pairs, config)
             else:
-                q_blocks = triton.cdiv(max_seqlen_q, config["BLOCK_M"])
+                q_blocks = cdiv(max_seqlen_q, config["BLOCK_M"])
                 _attention_fwd_kernel[(q_blocks * pairs,)](q, k, v, out, lse, stats, *arguments, q_blocks, **config)
     return (out, lse), (stats,) if keep else ()
 

@@ -33,7 +33,7 @@ from ._attention import (
     store,
     tile,
 )  # fmt: skip
-from ._tiles import dense, kept
+from ._tiles import cdiv, dense, kept
 from .attention import supports as supports
 from .attention import tiles_of
 
@@ -196,12 +196,12 @@ def attention_bwd(
     config_q, config_kv, delta = config["query"], config["key"], torch.empty_like(stats[0])
     with _device.on(q):
         if dq.numel():
-            q_blocks = triton.cdiv(max_seqlen_q, config_q["BLOCK_M"])
+            q_blocks = cdiv(max_seqlen_q, config_q["BLOCK_M"])
             _attention_bwd_q_kernel[(q_blocks * pairs,)](
                 q, k, v, out, stats, dout, *dense(grad_lse), dq, delta, *arguments, q_blocks, **sizes, **config_q
             )  # fmt: skip
         if dk.numel():
-            k_blocks = triton.cdiv(max_seqlen_k, config_kv["BLOCK_N"])
+            k_blocks = cdiv(max_seqlen_k, config_kv["BLOCK_N"])
             _attention_bwd_kv_kernel[(k_blocks * pairs,)](
                 q, k, v, stats, dout, delta, dk, dv, *arguments, k_blocks, **sizes, **config_kv
             )  # fmt: skip

@@ -225,7 +225,7 @@ def supports(*, device=None, dtype=None, weight_dtype=None, residual_dtype=None,
 
 
 def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None,) * 4, kind=None, config=None):
-    """(out, pre): out = act(x W^T + b) + residual, pre = x W^T + b in the dtype of x where ``save``, else empty [0].
+    """(out, pre): out = act(x W^T + b) + residual, pre = x W^T + b in the dtype of x where ``save``, else None.
 
     ``scales`` are those of `tile_of`, for e4m3; with the last, out is e4m3, through GELU. ``kind`` and ``config``
     override the choice, for tests and benchmarks.
@@ -254,9 +254,9 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None,) *
             from . import linear_split  # which imports this file
 
             linear_split.launch(x, weight, scales, bias, residual, pre, out, tma, config)
-            return out.view(shape), x.new_empty(0) if pre is None else pre.view(shape)
+            return out.view(shape), pre if pre is None else pre.view(shape)
         with _device.on(x):
-            _linear_fwd_kernel[(min(programs, triton.cdiv(M, block_m) * triton.cdiv(N, block_n)),)](
+            _linear_fwd_kernel[(min(programs, _tiles.cdiv(M, block_m) * _tiles.cdiv(N, block_n)),)](
                 TensorDescriptor.from_tensor(x, [block_m, block_k]) if tma else x,
                 TensorDescriptor.from_tensor(weight, [block_n, block_k]) if tma else weight,
                 *scales,
@@ -267,7 +267,7 @@ def launch(x, weight, bias, residual, *, gelu, save, out_dtype, scales=(None,) *
                 M, N, K, x.stride(0), weight.stride(0), 0 if residual is None else residual.stride(0),
                 TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=_device.precision(arch), **config,
             )  # fmt: skip
-    return out.view(shape), x.new_empty(0) if pre is None else pre.view(shape)
+    return out.view(shape), pre if pre is None else pre.view(shape)
 
 
 def described(tensor, config, tma):

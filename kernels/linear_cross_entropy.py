@@ -285,9 +285,9 @@ def linear_cross_entropy_fwd(*, x, weight, bias, labels, ignore_index, keep):
     count = x.new_empty(1, dtype=torch.int32)
     (x, weight), (bias, labels) = _tiles.rows(x, weight), _tiles.dense(bias, labels)
     config = _chosen("logits", x)
-    tiles = triton.cdiv(V, config["BLOCK_N"])
+    tiles = _tiles.cdiv(V, config["BLOCK_N"])
     maxima, sums = x.new_empty(tiles, R, dtype=torch.float32), x.new_empty(tiles, R, dtype=torch.float32)
-    programs = min(2 * _device.multiprocessors(x), triton.cdiv(R, config["BLOCK_M"]) * tiles)
+    programs = min(2 * _device.multiprocessors(x), _tiles.cdiv(R, config["BLOCK_M"]) * tiles)
     with _device.on(x):
         _linear_cross_entropy_compact_kernel[(1,)](labels, kept, count, losses, picked, R, ignore_index, **_LISTS)
         if R:
@@ -295,7 +295,7 @@ def linear_cross_entropy_fwd(*, x, weight, bias, labels, ignore_index, keep):
                 x, weight, bias, labels, kept, count, picked, maxima, sums, R, V, D, x.stride(0), weight.stride(0),
                 WHOLE_D=D % config["BLOCK_K"] == 0, **config,
             )  # fmt: skip
-            _linear_cross_entropy_combine_kernel[(triton.cdiv(R, _COMBINE["BLOCK_R"]),)](
+            _linear_cross_entropy_combine_kernel[(_tiles.cdiv(R, _COMBINE["BLOCK_R"]),)](
                 kept, count, picked, maxima, sums, lse, losses, R, tiles, **_COMBINE
             )
     return (losses, count), (lse, kept) if keep else ()
@@ -303,7 +303,7 @@ def linear_cross_entropy_fwd(*, x, weight, bias, labels, ignore_index, keep):
 
 def _chunk(R, V):
     """Columns of e alive at once: a multiple of 128, and so of every block."""
-    return min(max(_ALIVE // max(R, 1) // 128 * 128, 128), _MAX_CHUNK, triton.cdiv(V, 128) * 128)
+    return min(max(_ALIVE // max(R, 1) // 128 * 128, 128), _MAX_CHUNK, _tiles.cdiv(V, 128) * 128)
 
 
 def linear_cross_entropy_bwd(*, needs, grad_losses, x, weight, bias, labels, lse, rows, count):
@@ -324,7 +324,7 @@ def linear_cross_entropy_bwd(*, needs, grad_losses, x, weight, bias, labels, lse
     most = 2 * _device.multiprocessors(x)
 
     def tiles(config, rows, columns):
-        return triton.cdiv(rows, config["BLOCK_M"]), triton.cdiv(columns, config["BLOCK_N"])
+        return _tiles.cdiv(rows, config["BLOCK_M"]), _tiles.cdiv(columns, config["BLOCK_N"])
 
     with _device.on(x):
         _linear_cross_entropy_scale_kernel[(1,)](grad, kept, count, scale, **_LISTS)
@@ -347,7 +347,7 @@ def linear_cross_entropy_bwd(*, needs, grad_losses, x, weight, bias, labels, lse
                     ADD=start > 0, D=D, **of_input,
                 )  # fmt: skip
         if needs_x:
-            grid = (triton.cdiv(R, _SCATTER["BLOCK_R"]), triton.cdiv(D, _SCATTER["BLOCK_D"]))
+            grid = (_tiles.cdiv(R, _SCATTER["BLOCK_R"]), _tiles.cdiv(D, _SCATTER["BLOCK_D"]))
             _linear_cross_entropy_bwd_scatter_kernel[grid](partial, kept, count, scale, dx, R, splits, D=D, **_SCATTER)
     return (dx, dweight, dbias), ()
 

@@ -54,7 +54,7 @@ def supports(*, device=None, dtype=None):
 
 
 def _quantize_config(K):
-    columns = min(triton.next_power_of_2(K), _COLUMNS)
+    columns = min(_tiles.power_of_two(K), _COLUMNS)
     return dict(ROWS=_ROWS, COLUMNS=columns, WHOLE=columns >= K, num_warps=4)
 
 
@@ -70,7 +70,7 @@ def quantize(x):
     scale = x.new_empty(M, dtype=torch.float32)
     if q.numel():
         with _device.on(x):
-            _quantize_fp8_kernel[(triton.cdiv(M, _ROWS),)](rows, q, scale, M, K, rows.stride(0), **_quantize_config(K))
+            _quantize_fp8_kernel[(_tiles.cdiv(M, _ROWS),)](rows, q, scale, M, K, rows.stride(0), **_quantize_config(K))
     return q.view(x.shape), scale.view(x.shape[:-1])
 
 
@@ -86,7 +86,7 @@ def linear_fp8_fwd(*, x, weight, weight_scale, bias, gelu, x_scale, dtype, keep)
 def linear_gelu_fp8_fwd(*, x, weight, weight_scale, bias, x_scale, keep):
     """Scales lie a group after the other, [groups, rows], as the next product reads them."""
     q, *scales = _rows(x, x_scale)
-    scale = x.new_empty(triton.cdiv(len(weight), GROUP.value), *x.shape[:-1], dtype=torch.float32)
+    scale = x.new_empty(_tiles.cdiv(len(weight), GROUP.value), *x.shape[:-1], dtype=torch.float32)
     out, _ = linear.launch(
         q, weight, bias, None, gelu=True, save=False, out_dtype=torch.float8_e4m3fn,
         scales=(scales[0], weight_scale.contiguous(), scales[1], scale),

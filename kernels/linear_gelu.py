@@ -18,6 +18,7 @@ import triton.language as tl
 
 from . import _aot, _device, linear
 from ._gelu import SQRT_HALF
+from ._tiles import cdiv
 
 INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 _BACKWARD, _GROUPS = dict(BLOCK_M=8, BLOCK_N=256, num_warps=4), 128
@@ -60,12 +61,12 @@ def through_gelu(grad, pre, with_sums):
     N = pre.shape[-1]
     grad, flat = grad.contiguous(), pre.contiguous().view(-1, N)
     M = flat.shape[0]
-    rows_each = max(triton.cdiv(triton.cdiv(M, _BACKWARD["BLOCK_M"]), _GROUPS), 1) * _BACKWARD["BLOCK_M"]
-    groups = triton.cdiv(M, rows_each)
+    rows_each = max(cdiv(cdiv(M, _BACKWARD["BLOCK_M"]), _GROUPS), 1) * _BACKWARD["BLOCK_M"]
+    groups = cdiv(M, rows_each)
     sums = pre.new_empty(groups, N, dtype=torch.float32) if with_sums else None
     if dpre.numel():
         with _device.on(pre):
-            _linear_gelu_bwd_kernel[(triton.cdiv(N, _BACKWARD["BLOCK_N"]), groups)](
+            _linear_gelu_bwd_kernel[(cdiv(N, _BACKWARD["BLOCK_N"]), groups)](
                 grad, flat, dpre, sums, M, N, rows_each, **_BACKWARD
             )
     return dpre, sums.sum(0) if with_sums else None

@@ -56,7 +56,7 @@ def _config(kind, M, N, *, arch=90):
 def linear_qkv_fwd(*, x, query_weight, key_weight, value_weight, query_bias, key_bias, value_bias, keep):
     weights, biases = (query_weight, key_weight, value_weight), (query_bias, key_bias, value_bias)
     shape = (*x.shape[:-1], len(query_weight))
-    outs = [x.new_empty(shape) for _ in range(3)]
+    outs = [x.new_empty(*shape) for _ in range(3)]
     if outs[0].numel():
         launch(x, weights, biases, outs)
     return tuple(outs), ()
@@ -74,7 +74,7 @@ def launch(x, weights, biases, outs, kind=None, config=None):
     if any(bias is None for bias in biases) and biases.count(None) < 3:
         biases = [x.new_zeros(N) if bias is None else bias for bias in biases]
     with _device.on(x):
-        _linear_qkv_fwd_kernel[(3 * triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)](
+        _linear_qkv_fwd_kernel[(3 * _tiles.cdiv(M, block_m) * _tiles.cdiv(N, block_n),)](
             TensorDescriptor.from_tensor(x, [block_m, block_k]) if tma else x,
             *(TensorDescriptor.from_tensor(w, [block_n, block_k]) if tma else w for w in weights),
             *_tiles.dense(*biases),

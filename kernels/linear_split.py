@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import _aot, _dependent, _device, linear
 from ._epilogue import finish, store
+from ._tiles import cdiv
 
 #: What takes part of a configuration with DEPTH, and what paper has for fc2 at batch 1: one round of a GPU's programs.
 _NAMES = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "DEPTH", "GROUP", "num_warps", "num_stages")
@@ -62,18 +63,18 @@ def launch(x, weight, scales, bias, residual, pre, out, tma, config):
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
     if config["DEPTH"] % block_k:
         raise ValueError(f"linear: splits of {config['DEPTH']} columns, expected a multiple of BLOCK_K={block_k}.")
-    splits = triton.cdiv(K, config["DEPTH"])
+    splits = cdiv(K, config["DEPTH"])
     gelu, how = config["GELU"], {name: config[name] for name in ("PDL", "launch_pdl") if name in config}
     config = {name: config[name] for name in _NAMES} | how
     partial = x.new_empty(splits, M, N, dtype=torch.float32)
     with _device.on(x):
-        _linear_split_fwd_kernel[(triton.cdiv(M, block_m) * triton.cdiv(N, block_n), splits)](
+        _linear_split_fwd_kernel[(cdiv(M, block_m) * cdiv(N, block_n), splits)](
             TensorDescriptor.from_tensor(x, [block_m, block_k]) if tma else x,
             TensorDescriptor.from_tensor(weight, [block_n, block_k]) if tma else weight,
             *scales[:2], partial, M, N, K, x.stride(0), weight.stride(0),
             TMA=tma, WHOLE_K=K % block_k == 0, PRECISION=_device.precision(_device.arch(x)), **config,
         )  # fmt: skip
-        _linear_sum_kernel[(triton.cdiv(M, _SUM["ROWS"]), triton.cdiv(N, _SUM["COLUMNS"]))](
+        _linear_sum_kernel[(cdiv(M, _SUM["ROWS"]), cdiv(N, _SUM["COLUMNS"]))](
             partial, *scales[:2], bias, residual, pre, out, M, N, 0 if residual is None else residual.stride(0),
             SPLITS=splits, GELU=gelu, **_SUM, **how,
         )  # fmt: skip

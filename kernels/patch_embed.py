@@ -240,17 +240,17 @@ def patch_embed_fwd(
         partial = torch.empty(splits, n, width, dtype=torch.float32, device=weight.device)
     if n and width:
         strides, patch = geometry(pixels, weight)
-        grid = (triton.cdiv(width, config["BLOCK_N"]), triton.cdiv(n, config["BLOCK_M"]), splits)
+        grid = (_tiles.cdiv(width, config["BLOCK_N"]), _tiles.cdiv(n, config["BLOCK_M"]), splits)
         with _device.on(weight):
             _patch_embed_fwd_kernel[grid](
                 pixels, weight, pixel_scale, pixel_shift, patch_source, *epilogue, partial, n, *strides,
                 dropout_p, D=width, **patch, **flags, NORMALIZE=pixel_scale is not None,
                 PRECISION=_device.precision(arch), **config,
             )  # fmt: skip
-    blocks = sum(triton.cdiv(rows, ROWS["BLOCK_M"]) for rows in (n_text, images, n if splits > 1 else 0))
+    blocks = sum(_tiles.cdiv(rows, ROWS["BLOCK_M"]) for rows in (n_text, images, n if splits > 1 else 0))
     if blocks and width:
         with _device.on(weight):
-            _patch_embed_rows_kernel[blocks, triton.cdiv(width, ROWS["BLOCK_N"])](
+            _patch_embed_rows_kernel[blocks, _tiles.cdiv(width, ROWS["BLOCK_N"])](
                 text, text_rows, cls_token, cls_rows, *epilogue, partial, n_text, images, n,
                 dropout_p, D=width, **flags, SPLITS=splits, **ROWS,
             )  # fmt: skip

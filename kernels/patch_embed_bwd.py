@@ -137,7 +137,7 @@ def patch_embed_bwd(
     if dropout_p > 0 and n + images:
         wide = torch.float32 if torch.float32 in tables else grad.dtype
         behind = torch.empty_like(grad, dtype=wide)
-        grid = (triton.cdiv(n + images, ROWS["BLOCK_M"]), triton.cdiv(width, ROWS["BLOCK_N"]))
+        grid = (_tiles.cdiv(n + images, ROWS["BLOCK_M"]), _tiles.cdiv(width, ROWS["BLOCK_N"]))
         with _device.on(grad):
             _patch_embed_bwd_dropout_kernel[grid](
                 grad, behind, patch_rows, cls_rows, seed, n, images, dropout_p, D=width, **ROWS
@@ -155,7 +155,7 @@ def patch_embed_bwd(
         make = torch.empty if n else torch.zeros
         d_weight = make(splits, *weight.shape, dtype=torch.float32 if splits > 1 else weight.dtype, device=grad.device)
         if n and width:
-            grid = (triton.cdiv(width, config["BLOCK_N"]), triton.cdiv(patch["K"], config["BLOCK_K"]), splits)
+            grid = (_tiles.cdiv(width, config["BLOCK_N"]), _tiles.cdiv(patch["K"], config["BLOCK_K"]), splits)
             with _device.on(grad):
                 _patch_embed_bwd_weight_kernel[grid](
                     behind, patch_rows, pixels, pixel_scale, pixel_shift, patch_source, d_weight, n, *strides,
@@ -165,9 +165,9 @@ def patch_embed_bwd(
         d_weight = (d_weight.sum(0) if splits > 1 else d_weight[0]).to(weight.dtype)
 
     def table_sums(rows_grad, table_rows, in_modality):
-        splits = min(max(triton.cdiv(n + images, 1024), 1), 16)
+        splits = min(max(_tiles.cdiv(n + images, 1024), 1), 16)
         out = torch.empty(splits, table_rows, width, dtype=torch.float32, device=grad.device)
-        grid = (triton.cdiv(table_rows, TABLE["BLOCK_T"]), triton.cdiv(width, TABLE["BLOCK_N"]), splits)
+        grid = (_tiles.cdiv(table_rows, TABLE["BLOCK_T"]), _tiles.cdiv(width, TABLE["BLOCK_N"]), splits)
         with _device.on(grad):
             _patch_embed_bwd_table_kernel[grid](
                 rows_grad, patch_rows, cls_rows, patch_sample, pos_index, pos_weight, modality_index, out, n, images,

@@ -165,7 +165,7 @@ TABLE = dict(BLOCK_T=64, BLOCK_M=32, BLOCK_N=64, num_warps=8, num_stages=2)
 
 def row_config(width):
     """One row a program, 8 to 16 columns a thread."""
-    block = max(4, triton.next_power_of_2(width))  # dropout draws for four at once
+    block = max(4, _tiles.power_of_two(width))  # dropout draws for four at once
     return dict(BLOCK_D=block, num_warps=min(max(block // 256, 1), 32))
 
 
@@ -199,7 +199,7 @@ def text_embed_bwd(
     need_embeds, need_word, need_position, need_types, *_ = needs
     need_word = need_word and inputs_embeds is None  # given embeddings take the place of the word table
     padding_idx = -1 if padding_idx is None else padding_idx
-    programs = min(max(triton.cdiv(n, 8), 1), 256)
+    programs = min(max(_tiles.cdiv(n, 8), 1), 256)
     rows = _inputs(input_ids, inputs_embeds, position_ids, token_type_ids, word, position, token_type)
     new = {"device": grad.device, "dtype": torch.float32}
     dx = torch.empty(n, width, **new)
@@ -216,7 +216,7 @@ def text_embed_bwd(
             )  # fmt: skip
             if need_word and not atomic:
                 ids, order = torch.sort(input_ids, stable=True)
-                _text_embed_bwd_word_kernel[(n, triton.cdiv(width, WORD["BLOCK_N"]))](
+                _text_embed_bwd_word_kernel[(n, _tiles.cdiv(width, WORD["BLOCK_N"]))](
                     dx, ids, order, d_word, n, padding_idx, D=width, **WORD
                 )
     d_weight, d_bias, d_row = sums.sum(0)
@@ -235,10 +235,10 @@ def text_embed_bwd(
 def _small_tables(dx, position_ids, token_type_ids, position, token_type):
     n, width = dx.shape
     table_rows = len(position) + len(token_type)
-    splits = min(max(triton.cdiv(n, 512), 1), 16)
+    splits = min(max(_tiles.cdiv(n, 512), 1), 16)
     out = torch.empty(splits, table_rows, width, dtype=torch.float32, device=dx.device)
     precision = _device.precision(_device.arch(dx), position.dtype, token_type.dtype)
-    grid = (triton.cdiv(table_rows, TABLE["BLOCK_T"]), triton.cdiv(width, TABLE["BLOCK_N"]), splits)
+    grid = (_tiles.cdiv(table_rows, TABLE["BLOCK_T"]), _tiles.cdiv(width, TABLE["BLOCK_N"]), splits)
     if width:
         with _device.on(dx):
             _text_embed_bwd_table_kernel[grid](

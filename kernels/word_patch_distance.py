@@ -26,6 +26,7 @@ import triton.language as tl
 
 from ..reference.word_patch_distance import cosine_cost
 from . import _aot, _device, ipot
+from ._tiles import cdiv
 from ._transport import (
     FAR,
     LOWEST,
@@ -288,7 +289,7 @@ def word_patch_distance_bwd(
     gradients = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (text, image)]
     options = bwd_config(M, text.element_size() == 2)
     with _device.on(text):
-        _word_patch_distance_bwd_kernel[(B, triton.cdiv(D, options["SHARE"]))](
+        _word_patch_distance_bwd_kernel[(B, cdiv(D, options["SHARE"]))](
             grad_distance.contiguous(), text.contiguous(), image.contiguous(), *pads(text_pad, image_pad), state,
             *gradients, M, N, D, *step_of(beta), iterations, PRECISION=_device.precision(_device.arch(text)),
             SPLIT=text.element_size() == 2, **options,

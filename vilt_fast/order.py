@@ -41,7 +41,11 @@ def table() -> dict[tuple[str, str, str], Entry]:
 
 def size_of(rows: int) -> str:
     """The size of a call of so many rows; "any" where that is no plain number, as while it is compiled."""
-    return next(name for name, most in SIZES if rows <= most) if type(rows) is int else "any"
+    if type(rows) is not int:
+        return "any"
+    for name, most in SIZES:  # a loop: at every call of an op
+        if rows <= most:
+            return name
 
 
 @functools.cache

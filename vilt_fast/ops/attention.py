@@ -91,12 +91,8 @@ def _facts(
     return Facts(
         device=q.device.type, dtype=q.dtype, head_dim=q.shape[2], requires_grad=requires_grad, dropout=dropout_p > 0,
         causal=causal_start is not None, return_lse=return_lse, generator=generator,
-        apart=any(t is not None and t.device != q.device for t in bounds), size=size or _size(q),
+        apart=any(t is not None and t.device != q.device for t in bounds), size=size or registry.size_of(q, dims=2),
     )  # fmt: skip
-
-
-def _size(q):
-    return registry.size_of(q, q.shape[0])
 
 
 def _known(
@@ -163,7 +159,7 @@ def attention(
     facts = _check.of_forms(
         _known, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
         causal_start=causal_start, dropout_p=dropout_p, requires_grad=_check.needs_grad(q, k, v),
-        return_lse=return_lse, generator=generator is not None, size=_size(q),
+        return_lse=return_lse, generator=generator is not None, size=registry.size_of(q, dims=2),
     )  # fmt: skip
     _validate_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k)
     name = _OP.resolve(backend, facts)

@@ -45,12 +45,18 @@ def _validate_backward(grad_out, x, weight, bias, residual):
     _check.like("linear_bwd", (*x.shape[:-1], weight.shape[0]), None, grad_out=grad_out)
 
 
-def _facts(x, weight, bias, residual, requires_grad):
+def _facts(x, weight, bias, residual, requires_grad, size=None):
     residual_dtype = None if residual is None else residual.dtype
     return Facts(
         device=x.device.type, dtype=x.dtype, weight_dtype=_check.other_dtype(x, weight, bias),
-        residual_dtype=residual_dtype, requires_grad=requires_grad, size=registry.size_of(x),
+        residual_dtype=residual_dtype, requires_grad=requires_grad, size=size or registry.size_of(x),
     )  # fmt: skip
+
+
+def _known(x, weight, bias, residual, requires_grad, size):
+    """The facts of a call that fits together."""
+    _validate(x, weight, bias, residual)
+    return _facts(x, weight, bias, residual, requires_grad, size)
 
 
 _OP = Op(
@@ -76,11 +82,10 @@ def linear(
     Source: ``torch.nn.functional.linear``.
     """
     x, weight, bias = _check.autocast_linear(backend, x, weight, bias)
-    _check.of_forms(_validate, x=x, weight=weight, bias=bias, residual=residual)
-    name = _OP.resolve(backend, _facts(x, weight, bias, residual, _check.needs_grad(x, weight, bias, residual)))
-    if name in registry.PLAIN:
-        return _OP.plain(name, x=x, weight=weight, bias=bias, residual=residual)
-    return _OP(name, x=x, weight=weight, bias=bias, residual=residual)[0]
+    tensors = dict(x=x, weight=weight, bias=bias, residual=residual)
+    needs_grad, size = _check.needs_grad(*tensors.values()), registry.size_of(x)
+    name = _OP.resolve(backend, _check.of_forms(_known, **tensors, requires_grad=needs_grad, size=size))
+    return _OP.plain(name, **tensors) if name in registry.PLAIN else _OP(name, **tensors)[0]
 
 
 def adds_residual(x: Tensor) -> bool:

@@ -39,11 +39,17 @@ def _validate_backward(grad_out, x, weight, bias, pre):
     _check.like("linear_gelu_bwd", (*x.shape[:-1], weight.shape[0]), x.dtype, grad_out=grad_out, pre=pre)
 
 
-def _facts(x, weight, bias, requires_grad):
+def _facts(x, weight, bias, requires_grad, size=None):
     return Facts(
         device=x.device.type, dtype=x.dtype, weight_dtype=_check.other_dtype(x, weight, bias),
-        requires_grad=requires_grad, size=registry.size_of(x),
+        requires_grad=requires_grad, size=size or registry.size_of(x),
     )  # fmt: skip
+
+
+def _known(x, weight, bias, requires_grad, size):
+    """The facts of a call that fits together."""
+    _validate(x, weight, bias)
+    return _facts(x, weight, bias, requires_grad, size)
 
 
 _OP = Op(
@@ -66,8 +72,9 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     Source: Hendrycks and Gimpel 2016, eq. 1.
     """
     x, weight, bias = _check.autocast_linear(backend, x, weight, bias)
-    _check.of_forms(_validate, x=x, weight=weight, bias=bias)
-    name = _OP.resolve(backend, _facts(x, weight, bias, _check.needs_grad(x, weight, bias)))
+    needs_grad, size = _check.needs_grad(x, weight, bias), registry.size_of(x)
+    facts = _check.of_forms(_known, x=x, weight=weight, bias=bias, requires_grad=needs_grad, size=size)
+    name = _OP.resolve(backend, facts)
     if name in registry.PLAIN:
         return _OP.plain(name, x=x, weight=weight, bias=bias)
     return _OP(name, x=x, weight=weight, bias=bias)[0]

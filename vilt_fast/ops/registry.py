@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import math
 
 import torch
 
@@ -194,11 +193,11 @@ def fused(op, device, dtype, size="any"):
     return first not in PLAIN and order.chosen(op, size).get("FUSED", True)
 
 
-def size_of(tensor, rows=None):
-    """The size of a call on [..., D], or of so many rows, for the order of backends, where that asks for it."""
-    if torch.compiler.is_compiling() or tensor.device.type not in _GPUS:  # a graph is for all sizes
-        return "any"
-    return order.size_of(math.prod(tensor.shape[:-1]) if rows is None else rows)
+def size_of(tensor, dims=1):
+    """The size of a call on rows that have so many dimensions, the last, for the order of backends, where that asks."""
+    if torch.compiler.is_compiling() or not isinstance(tensor, torch.Tensor):
+        return "any"  # a graph is for all sizes; what is no tensor is refused later
+    return order.size_of(tensor.shape[:-dims].numel()) if tensor.device.type in _GPUS else "any"
 
 
 def resolve(op, backend, facts):
