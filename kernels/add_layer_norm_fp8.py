@@ -2,7 +2,7 @@
 
 Shapes: x, residual [..., D]; s [..., D] in the wider dtype of the two; q [..., D] float8_e4m3fn; scale [...] float32.
 NVIDIA from sm_89 on. A whole row is in a program's registers, so its largest is at hand, and q and scale are those of
-a pass over y of its own (kernels/linear_fp8.py) to the bit; `FUSED=False` takes that pass.
+a pass over y of its own (kernels/linear_fp8.py) to the bit.
 """
 
 import torch
@@ -22,13 +22,9 @@ def add_layer_norm_fp8_fwd(*, x, residual, weight, bias, eps, keep):
     N = x.numel() // max(D, 1)
     config = add_layer_norm.fwd_config(N, D, x.dtype, arch)
     config |= _device.configuration("add_layer_norm_fp8", arch, N)
-    if not config.pop("FUSED", True):
-        (s, y), _ = add_layer_norm.add_layer_norm_fwd(
-            x=x, residual=residual, weight=weight, bias=bias, eps=eps, dropout_p=0.0, seed=None, keep=False
-        )
-        return (s, *linear_fp8.quantize(y)), ()
-    s = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    q, scale = x.new_empty(x.shape, dtype=torch.float8_e4m3fn), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    config.pop("FUSED", None)  # which is for those who call
+    s = x.new_empty(*x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    q, scale = x.new_empty(*x.shape, dtype=torch.float8_e4m3fn), x.new_empty(*x.shape[:-1], dtype=torch.float32)
     if s.numel():
         add_layer_norm.launch(x, residual, weight, bias, None, s, q, scale, None, None, eps, 0.0, config)
     return (s, q, scale), ()

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from .. import measure
-from . import checks
+from . import cases, checks
 from .worker import Context
 
 TOOLS = ("memcheck", "racecheck")
@@ -38,7 +38,7 @@ def sanitizer(context):
     if program is None:
         context.note("compute-sanitizer is not on this machine", incomplete=True)
         return
-    wanted = {f"{op}, {tool}": (op, tool) for tool in TOOLS for op in checks.OPS}
+    wanted = {f"{op}, {tool}": (op, tool) for tool in TOOLS for op in cases.OPS}
     wanted = {name: job for name, job in wanted.items() if name not in context.skip}
     running = []
     with ThreadPoolExecutor(BESIDE) as pool:
@@ -83,7 +83,7 @@ def _judge(context, name, future):
 def main():
     """Launch one op in the dtypes that it is run in, small."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sanitizer")
-    parser.add_argument("op", choices=list(checks.OPS))
+    parser.add_argument("op", choices=list(cases.OPS))
     op = parser.parse_args().op
     context = Context(".", dry=False)
     context.tiny = True

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import table
 from benchmarks.compiled import cuda_report
-from benchmarks.gpu import checks, process, sanitizer, timing, variants, worker
+from benchmarks.gpu import cases, checks, process, sanitizer, timing, variants, worker
 from vilt_fast import order
 from vilt_fast.kernels import add_layer_norm, attention, attention_bwd, linear, linear_qkv, patch_embed
 
@@ -172,10 +172,10 @@ def test_what_the_sanitizer_sees_is_a_failure(tmp_path, monkeypatch, status, sum
     context = worker.Context(tmp_path, False, said.append)
     context.sync = lambda: None
     context.deadline = time.monotonic() + 60
-    context.skip = [f"{op}, memcheck" for op in checks.OPS if op != "linear"]
+    context.skip = [f"{op}, memcheck" for op in cases.OPS if op != "linear"]
     sanitizer.sanitizer(context)
     ended = {line["end"]: line["status"] for line in said if "end" in line}
-    assert ended == dict.fromkeys(["linear, memcheck", *(f"{op}, racecheck" for op in checks.OPS)], wanted)
+    assert ended == dict.fromkeys(["linear, memcheck", *(f"{op}, racecheck" for op in cases.OPS)], wanted)
     text = (tmp_path / "sanitizer.txt").read_text()
     assert "--tool racecheck --error-exitcode 9" in text and "benchmarks.gpu.sanitizer linear 1" in text
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.triton_case import names_every_argument, round_as_torch
 
-from vilt_fast import functional, order
+from vilt_fast import functional
 from vilt_fast.kernels import _device
 from vilt_fast.kernels import add_layer_norm as kernels
 from vilt_fast.testing import sliced, strided
@@ -54,17 +54,6 @@ def test_tiles_of_many_rows(rows, monkeypatch):
     want = _in_two(*inputs, backend="triton")
     monkeypatch.setattr(kernels, "_config", lambda N, D: dict(ROWS=8, BLOCK_D=32, num_warps=4))
     assert _equal(functional.add_layer_norm_fp8(*inputs, 1e-6, backend="triton"), want)
-
-
-def test_in_one_launch_or_in_two(monkeypatch):
-    inputs = _inputs((9, 40))
-    launches = []
-    own = kernels.launch
-    monkeypatch.setattr(kernels, "launch", lambda *a: launches.append(a[7] is not None) or own(*a))
-    one = functional.add_layer_norm_fp8(*inputs, 1e-6, backend="triton")
-    monkeypatch.setitem(order.TRIED, "add_layer_norm_fp8", {"FUSED": False})
-    assert _equal(functional.add_layer_norm_fp8(*inputs, 1e-6, backend="triton"), one)
-    assert launches == [True, False]
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -42,9 +42,10 @@ def patch_grids(pixel_mask, batch, grid) -> tuple[tuple[int, int], ...]:
 
 def _sampled(mask: torch.Tensor, grid: Sequence[int]) -> np.ndarray:
     """The mask [B, h, w] at one place a patch, on the host."""
-    rows, columns = map(_evenly, mask.shape[1:], grid)
+    sides = [(int(size), int(out)) for size, out in zip(mask.shape[1:], grid, strict=True)]  # traced, sizes are tensors
+    rows, columns = (_evenly(*side) for side in sides)
     if rows is None or columns is None:
-        rows, columns = (torch.from_numpy(at).to(mask.device) for at in map(_nearest, mask.shape[1:], grid))
+        rows, columns = (torch.from_numpy(_nearest(*side)).to(mask.device) for side in sides)
         rows = rows[:, None]
     sampled = mask.detach()[:, rows, columns].cpu()  # of slices a view: no indices have to get to a device
     return (sampled.float() if sampled.dtype == torch.bfloat16 else sampled).numpy()
