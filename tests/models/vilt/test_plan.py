@@ -7,6 +7,7 @@ from transformers import ViltConfig
 from transformers.models.vilt.modeling_vilt import ViltEmbeddings
 
 from vilt_fast import InputError, SequencePlan
+from vilt_fast.models.vilt import patches
 
 CONFIG = ViltConfig(hidden_size=16, num_attention_heads=2, image_size=64, patch_size=16, hidden_dropout_prob=0.0)
 
@@ -74,6 +75,15 @@ def test_raster_order_and_sampling():
         assert len(set(kept.tolist())) == 4 and torch.equal(kept, kept.sort().values)
 
 
+@pytest.mark.parametrize("layout", [lambda t: t, lambda t: t.mT.contiguous().mT], ids=["rows", "columns"])
+@pytest.mark.parametrize("size", [(64, 96), (5, 7), (4, 6), (2, 3), (70, 97), (1, 1), (64, 100)])
+def test_masks_are_sampled_where_interpolate_samples(size, layout):
+    """Of any resolution: by steps where it is a multiple of the grid, else by places; finer or coarser than that."""
+    values = layout(torch.arange(2.0 * size[0] * size[1]).view(2, *size))
+    expected = torch.nn.functional.interpolate(values[None], size=(4, 6))[0]
+    assert np.array_equal(patches._sampled(values, (4, 6)), expected.numpy())
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32, torch.float16, torch.bfloat16])
 def test_masks_of_any_dtype(dtype):
     text = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
@@ -82,6 +92,20 @@ def test_masks_of_any_dtype(dtype):
     assert plan.key_lengths == (3 + 1 + 3, 0 + 1 + 5, 5 + 1 + 4)
     assert plan.lengths == (7, 7, 10)  # the second sample's text position 0 is a query and no key
     assert plan.pool_rows.tolist() == [0, 7 + 6, 14]
+
+
+def test_who_cuts_out_patches_is_told_whether_they_are_all_in_order():
+    shape, whole = (2, 3, 64, 96), rectangle_masks([(64, 96)] * 2, 64, 96)
+    for plan in (plan_of(whole, shape), plan_of(None, shape, padding="reference")):
+        assert plan.in_order and plan.patch_source.tolist() == [*range(2 * 24)]
+    narrow = rectangle_masks([(64, 96), (64, 80)], 64, 96)
+    for plan in (
+        plan_of(narrow, shape),
+        plan_of(narrow, shape, padding="reference"),
+        plan_of(whole, shape, max_image_length=23),
+        SequencePlan.concatenate([plan_of(whole, shape)] * 2, 2),
+    ):
+        assert not plan.in_order
 
 
 def test_pack_and_unpack_are_inverse_on_real_positions():

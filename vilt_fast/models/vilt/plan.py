@@ -61,7 +61,7 @@ class SequencePlan(Packing):
     distinct_at: torch.Tensor = dataclasses.field(default_factory=_nothing)  #: [d] a patch row that is this one
     widths: tuple[int, ...]  #: T + I of each batch that was concatenated into this plan (one unless NLVR2)
     padding: str  #: "zero", or "reference" where every padded position has a row
-    in_order: bool = False  #: whether `patch_source` counts 0, 1, ... to all patches of all images
+    in_order: bool = False  #: whether `patch_source` counts 0, 1, ... B * gh * gw - 1
 
     @property
     def layout(self) -> tuple:
