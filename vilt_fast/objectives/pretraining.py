@@ -29,7 +29,8 @@ PARTS = ("mlm", "itm", "wpa")
 class PretrainingOutput(ModelOutput):
     """The loss and its parts; a part that was not asked for is None."""
 
-    loss: torch.Tensor | None = None  #: sum of the parts, each times its weight
+    # Not Optional: of `pretraining_loss` it is always there, and who calls `backward` is not to ask a type checker.
+    loss: torch.Tensor = None  # type: ignore[assignment]  #: sum of the parts, each times its weight
     mlm_loss: torch.Tensor | None = None
     itm_loss: torch.Tensor | None = None
     wpa_loss: torch.Tensor | None = None  #: signed, times 0.1
