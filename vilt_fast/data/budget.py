@@ -28,8 +28,8 @@ class TokenBudget(Sampler):
     """
 
     def __init__(
-        self, lengths: Sequence[int] | np.ndarray, budget: int, *, samples: int | None = None, seed: int = 0, shuffle: bool = True,
-        drop_last: bool = False, rank: int = 0, world: int = 1,
+        self, lengths: Sequence[int] | np.ndarray, budget: int, *, samples: int | None = None, seed: int = 0,
+        shuffle: bool = True, drop_last: bool = False, rank: int = 0, world: int = 1,
     ):  # fmt: skip
         self.lengths = np.asarray(lengths, np.int64)
         if not self.lengths.size:
