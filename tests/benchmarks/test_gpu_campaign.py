@@ -134,7 +134,8 @@ def test_every_op_and_batch_is_there(dry):
     assert {row["op"] for row in checked} == {
         "model in graphs",
         *("attention", "patch_embed", "text_embed", "add_layer_norm", "linear", "linear_gelu", "linear_cross_entropy"),
-        *("linear_qkv", "linear_fp8", "word_patch_distance", "ipot", "sinkhorn"),
+        *("linear_qkv", "linear_fp8", "linear_gelu_fp8", "add_layer_norm_fp8"),
+        *("word_patch_distance", "ipot", "sinkhorn"),
     }
     assert all(row["within"] == "True" for row in checked)
     assert sum(row["quantity"].startswith("gradient") for row in checked) > 40
