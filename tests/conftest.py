@@ -52,11 +52,15 @@ def _seed():
 @pytest.fixture(autouse=True)
 def _nothing_remembered():
     """What a backend said of a call in another test, which may have played another machine, is forgotten."""
-    from vilt_fast.ops import registry
+    from vilt_fast.ops import _check, registry
 
-    registry._remembered.cache_clear()
+    def forget():
+        registry._remembered.cache_clear()
+        _check._found.clear()
+
+    forget()
     yield
-    registry._remembered.cache_clear()
+    forget()
 
 
 @pytest.fixture

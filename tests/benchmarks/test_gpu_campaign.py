@@ -25,6 +25,11 @@ def dry(tmp_path_factory):
     return found, status, sorted(path.name for path in out.iterdir())
 
 
+def test_one_process_runs_all_of_these(request):
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@campaign"), "pytest-xdist keeps no groups: each process makes its own"
+
+
 def test_every_part_succeeds(dry):
     found, status, _ = dry
     state = json.loads((found / "campaign.json").read_text())
