@@ -1,6 +1,7 @@
 """Checks of shapes and dtypes at the public edge; values are looked at only where `readable` says so."""
 
 import functools
+import inspect
 import os
 
 import torch
@@ -81,9 +82,20 @@ def of_forms(look, **given):
     return found
 
 
+def both(validate, facts):
+    """For `of_forms`: the facts of a call that `validate` lets pass; each is given what it names."""
+    names = [tuple(inspect.signature(function).parameters) for function in (validate, facts)]
+
+    def look(**given):
+        validate(**{name: given[name] for name in names[0]})
+        return facts(**{name: given[name] for name in names[1]})
+
+    return look
+
+
 _ORDINARY = {torch.Tensor, torch.nn.Parameter}
 _PLAIN = {int, float, bool, str, torch.dtype, type(None)}
-_found = {}
+_found = {}  # which types of device count as GPUs is among it: what plays one in a process that went on forgets it all
 
 
 def dtypes(op, allowed, **tensors):

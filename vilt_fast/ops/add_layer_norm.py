@@ -66,17 +66,14 @@ def _validate_backward(grad_s, grad_y, s, mean, rstd, weight, bias, dropout_p, s
         raise ValueError(f"{op}: dropout takes the seed of the forward, int64 [1].")
 
 
-def _facts(x, residual, dropout_p, requires_grad, size=None):
+def _facts(x, residual, dropout_p, requires_grad):
     return Facts(
         device=x.device.type, dtype=x.dtype, residual_dtype=residual.dtype, width=x.shape[-1],
-        requires_grad=requires_grad, dropout=dropout_p > 0, size=size or registry.size_of(x),
+        requires_grad=requires_grad, dropout=dropout_p > 0, size=registry.size_of(x),
     )  # fmt: skip
 
 
-def _known(x, residual, weight, bias, dropout_p, requires_grad, size):
-    """The facts of a call that fits together."""
-    _validate(x, residual, weight, bias, dropout_p)
-    return _facts(x, residual, dropout_p, requires_grad, size)
+_known = _check.both(_validate, _facts)
 
 
 def _again(s, x_dtype, residual_dtype, **_):
@@ -118,8 +115,8 @@ def add_layer_norm(
     Source: Dosovitskiy et al. 2021, eq. 2-3.
     """
     tensors = dict(x=x, residual=residual, weight=weight, bias=bias)
-    needs_grad, size = _check.needs_grad(*tensors.values()), registry.size_of(x)
-    facts = _check.of_forms(_known, **tensors, dropout_p=dropout_p, requires_grad=needs_grad, size=size)
+    needs_grad = _check.needs_grad(*tensors.values())
+    facts = _check.of_forms(_known, **tensors, dropout_p=dropout_p, requires_grad=needs_grad)
     name = _OP.resolve(backend, facts)
     if name in registry.PLAIN:
         return _OP.plain(name, **tensors, eps=eps, dropout_p=dropout_p)

@@ -85,23 +85,17 @@ def _validate_backward(
 
 def _facts(
     q, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p, requires_grad, return_lse=False,
-    generator=False, size=None,
+    generator=False,
 ):  # fmt: skip
     bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
     return Facts(
         device=q.device.type, dtype=q.dtype, head_dim=q.shape[2], requires_grad=requires_grad, dropout=dropout_p > 0,
         causal=causal_start is not None, return_lse=return_lse, generator=generator,
-        apart=any(t is not None and t.device != q.device for t in bounds), size=size or registry.size_of(q, dims=2),
+        apart=any(t is not None and t.device != q.device for t in bounds), size=registry.size_of(q, dims=2),
     )  # fmt: skip
 
 
-def _known(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p, requires_grad, return_lse, generator, size
-):  # fmt: skip
-    """The facts of a call that fits together."""
-    _validate_forms(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start, dropout_p)
-    bounds = (cu_seqlens_q, cu_seqlens_k, seqused_k, causal_start)
-    return _facts(q, *bounds, dropout_p, requires_grad, return_lse, generator, size)
+_known = _check.both(_validate_forms, _facts)
 
 
 _OP = Op(
@@ -159,7 +153,7 @@ def attention(
     facts = _check.of_forms(
         _known, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k,
         causal_start=causal_start, dropout_p=dropout_p, requires_grad=_check.needs_grad(q, k, v),
-        return_lse=return_lse, generator=generator is not None, size=registry.size_of(q, dims=2),
+        return_lse=return_lse, generator=generator is not None,
     )  # fmt: skip
     _validate_values(q, k, cu_seqlens_q, cu_seqlens_k, seqused_k)
     name = _OP.resolve(backend, facts)

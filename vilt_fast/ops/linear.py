@@ -45,18 +45,15 @@ def _validate_backward(grad_out, x, weight, bias, residual):
     _check.like("linear_bwd", (*x.shape[:-1], weight.shape[0]), None, grad_out=grad_out)
 
 
-def _facts(x, weight, bias, residual, requires_grad, size=None):
+def _facts(x, weight, bias, residual, requires_grad):
     residual_dtype = None if residual is None else residual.dtype
     return Facts(
         device=x.device.type, dtype=x.dtype, weight_dtype=_check.other_dtype(x, weight, bias),
-        residual_dtype=residual_dtype, requires_grad=requires_grad, size=size or registry.size_of(x),
+        residual_dtype=residual_dtype, requires_grad=requires_grad, size=registry.size_of(x),
     )  # fmt: skip
 
 
-def _known(x, weight, bias, residual, requires_grad, size):
-    """The facts of a call that fits together."""
-    _validate(x, weight, bias, residual)
-    return _facts(x, weight, bias, residual, requires_grad, size)
+_known = _check.both(_validate, _facts)
 
 
 _OP = Op(
@@ -83,8 +80,8 @@ def linear(
     """
     x, weight, bias = _check.autocast_linear(backend, x, weight, bias)
     tensors = dict(x=x, weight=weight, bias=bias, residual=residual)
-    needs_grad, size = _check.needs_grad(*tensors.values()), registry.size_of(x)
-    name = _OP.resolve(backend, _check.of_forms(_known, **tensors, requires_grad=needs_grad, size=size))
+    needs_grad = _check.needs_grad(*tensors.values())
+    name = _OP.resolve(backend, _check.of_forms(_known, **tensors, requires_grad=needs_grad))
     return _OP.plain(name, **tensors) if name in registry.PLAIN else _OP(name, **tensors)[0]
 
 

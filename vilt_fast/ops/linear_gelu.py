@@ -39,17 +39,14 @@ def _validate_backward(grad_out, x, weight, bias, pre):
     _check.like("linear_gelu_bwd", (*x.shape[:-1], weight.shape[0]), x.dtype, grad_out=grad_out, pre=pre)
 
 
-def _facts(x, weight, bias, requires_grad, size=None):
+def _facts(x, weight, bias, requires_grad):
     return Facts(
         device=x.device.type, dtype=x.dtype, weight_dtype=_check.other_dtype(x, weight, bias),
-        requires_grad=requires_grad, size=size or registry.size_of(x),
+        requires_grad=requires_grad, size=registry.size_of(x),
     )  # fmt: skip
 
 
-def _known(x, weight, bias, requires_grad, size):
-    """The facts of a call that fits together."""
-    _validate(x, weight, bias)
-    return _facts(x, weight, bias, requires_grad, size)
+_known = _check.both(_validate, _facts)
 
 
 _OP = Op(
@@ -72,8 +69,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     Source: Hendrycks and Gimpel 2016, eq. 1.
     """
     x, weight, bias = _check.autocast_linear(backend, x, weight, bias)
-    needs_grad, size = _check.needs_grad(x, weight, bias), registry.size_of(x)
-    facts = _check.of_forms(_known, x=x, weight=weight, bias=bias, requires_grad=needs_grad, size=size)
+    needs_grad = _check.needs_grad(x, weight, bias)
+    facts = _check.of_forms(_known, x=x, weight=weight, bias=bias, requires_grad=needs_grad)
     name = _OP.resolve(backend, facts)
     if name in registry.PLAIN:
         return _OP.plain(name, x=x, weight=weight, bias=bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Container
 
 import torch
@@ -46,12 +47,7 @@ def wants_dict(module: nn.Module, given: dict) -> bool:
 @torch.compiler.assume_constant_result
 def _parameters(kind: type) -> tuple[tuple[str, ...], bool]:
     """Names of the parameters of the `forward` of a class, in order, and whether it takes others."""
-    return _parameters_of(kind.forward)
-
-
-@functools.lru_cache(maxsize=64)
-def _parameters_of(forward: Callable) -> tuple[tuple[str, ...], bool]:
-    code = inspect.unwrap(forward).__code__
+    code = _code(kind.forward)
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     return names, bool(code.co_flags & inspect.CO_VARKEYWORDS)
 
@@ -59,13 +55,12 @@ def _parameters_of(forward: Callable) -> tuple[tuple[str, ...], bool]:
 @torch.compiler.assume_constant_result
 def _switch(kind: type) -> str:
     """The attribute of its config that a class reads where no `return_dict` is given."""
-    return _switch_of(kind.forward)
+    return "use_return_dict" if "use_return_dict" in _code(kind.forward).co_names else "return_dict"
 
 
-@functools.lru_cache(maxsize=64)
-def _switch_of(forward: Callable) -> str:
-    names = inspect.unwrap(forward).__code__.co_names
-    return "use_return_dict" if "use_return_dict" in names else "return_dict"
+@functools.lru_cache(maxsize=64)  # it is asked at every call
+def _code(forward: Callable) -> types.CodeType:
+    return inspect.unwrap(forward).__code__
 
 
 def checkpoint(layer: nn.Module, encoder: nn.Module | None) -> Callable | None:
