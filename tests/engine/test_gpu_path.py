@@ -163,7 +163,7 @@ def test_fp8_is_handed_on_or_made_in_a_pass(device, launched, monkeypatch):
     round_as_torch(monkeypatch)
     plain = build("trunk", torch.float32, **SMALL).to(device)
     ours = vilt_fast.accelerate(copy.deepcopy(plain), quantize="fp8")
-    inputs = moved(batch("trunk"), device, torch.float32)
+    inputs = moved({k: v[:2] for k, v in batch("trunk").items()}, device, torch.float32)
     found = {}
     for fused in ((True, True), (False, True), (True, False), (False, False)):
         launched.clear()

@@ -170,7 +170,7 @@ def test_only_what_is_needed_gets_a_gradient():
 
 
 def test_registered_op():
-    arguments = _arguments(torch.float32)
+    arguments = _arguments(torch.float32, rows=3, width=8)
     for name in TABLES:
         arguments[name].requires_grad_()
     seed = torch.tensor([7], device=DEVICE)
